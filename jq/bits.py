@@ -1,0 +1,225 @@
+"""Packing of b-bit codes into machine words.
+
+Canonical order of jaxq: the codes of a row (last axis) form one little-endian bit stream, element k at stream bits
+[k*b, (k+1)*b). A row is stored as uint32 words where its bits fill whole words, else as bytes; the unused bits of
+the last byte are zero. Everything else (`unpack_words`) describes the orders that other libraries store.
+
+All functions take numpy or JAX arrays and return the same kind; the JAX forms work under jit.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = Any  # numpy.ndarray | jax.Array
+
+if sys.byteorder != "little":  # every layout below views words as bytes
+    raise ImportError("jaxq needs a little-endian machine")
+
+
+def namespace(*arrays: Array) -> Any:
+    """`numpy` if every array is a numpy array (or scalar), else `jax.numpy`."""
+    return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
+
+
+def word_dtype(bits: int, count: int) -> np.dtype:
+    """Word type of a packed row: uint32 where `count` codes of `bits` bits fill whole words, else uint8."""
+    return np.dtype(np.uint32 if bits * count % 32 == 0 else np.uint8)
+
+
+def packed_length(bits: int, count: int) -> int:
+    """Number of words (of `word_dtype(bits, count)`) that `count` codes take."""
+    return -(-bits * count // (8 * word_dtype(bits, count).itemsize))
+
+
+def capacity(words: Array, bits: int) -> int:
+    """Number of whole codes that a packed row has room for (padding included)."""
+    return words.shape[-1] * 8 * words.dtype.itemsize // bits
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Packs codes along the last axis, in the canonical order.
+
+    Args:
+      codes: integer[..., K]; only the low `bits` bits of each are used, so signed codes pack as two's complement.
+      bits: 1..16.
+
+    Returns:
+      uint32[..., K*bits/32] if that is whole, else uint8[..., ceil(K*bits/8)].
+
+    Example:
+      >>> pack(np.array([[1, 2, 3, 4, 5, 6, 7, 8]]), 4)
+      array([[2271560481]], dtype=uint32)
+    """
+    _check_bits(bits)
+    dtype = word_dtype(bits, codes.shape[-1])
+    width = 8 * dtype.itemsize
+    xp = namespace(codes)
+    mask = (1 << bits) - 1
+    if 32 % bits == 0:  # a code lies inside one word (or byte)
+        work = np.uint32 if width == 32 or bits > 8 else np.uint8
+        codes = (codes.astype(np.int32) & mask).astype(work)
+        if bits > 8 and width == 8:
+            return _split_bytes(codes, bits, xp)
+        per = width // bits
+        codes = _pad_last(codes, per, xp)
+        codes = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per, per)
+        shifts = (bits * np.arange(per)).astype(work)
+        return _or_last(codes << shifts, xp).astype(dtype)
+    codes = (codes.astype(np.int32) & mask).astype(np.uint32)
+    stream = ((codes[..., None] >> np.arange(bits, dtype=np.uint32)) & np.uint32(1)).astype(np.uint8)
+    stream = stream.reshape(*codes.shape[:-1], codes.shape[-1] * bits)
+    stream = _pad_last(stream, width, xp)
+    stream = stream.reshape(*stream.shape[:-1], stream.shape[-1] // width, width).astype(dtype)
+    return _or_last(stream << np.arange(width).astype(dtype), xp).astype(dtype)
+
+
+def unpack(words: Array, bits: int, count: int | None = None, *, signed: bool = False) -> Array:
+    """Inverse of `pack`.
+
+    Args:
+      words: uint32[..., W] or uint8[..., W] as `pack` made them.
+      bits: 1..16.
+      count: number of codes to return (K); default all that fit.
+      signed: read each code as a two's complement number of `bits` bits.
+
+    Returns:
+      int32[..., count].
+    """
+    _check_bits(bits)
+    width = 8 * words.dtype.itemsize
+    room = words.shape[-1] * width // bits
+    count = room if count is None else count
+    if count > room:
+        raise ValueError(f"unpack: {count} codes of {bits} bits asked of {words.shape[-1]} words of {width} bits")
+    xp = namespace(words)
+    if bits == width:
+        codes = words.astype(np.int32)
+    elif width % bits == 0:
+        shifts = (bits * np.arange(width // bits)).astype(words.dtype)
+        codes = ((words[..., None] >> shifts) & words.dtype.type((1 << bits) - 1)).astype(np.int32)
+        codes = codes.reshape(*words.shape[:-1], room)
+    else:
+        codes = _gather_stream(words, bits, count, width, xp)
+    codes = codes[..., :count]
+    if signed:
+        codes = (codes ^ np.int32(1 << (bits - 1))) - np.int32(1 << (bits - 1))
+    return codes
+
+
+def _gather_stream(words: Array, bits: int, count: int, width: int, xp: Any) -> Array:
+    """Codes that may straddle words: low part of one word, high part of the next."""
+    if width == 8:  # a code touches at most 3 bytes (bits <= 16)
+        first = bits * np.arange(count) // 8
+        words = _pad_by(words, 2, xp).astype(np.uint32)
+        word = words[..., first] | (words[..., first + 1] << np.uint32(8)) | (words[..., first + 2] << np.uint32(16))
+        offset = (bits * np.arange(count) % 8).astype(np.uint32)
+        return ((word >> offset) & np.uint32((1 << bits) - 1)).astype(np.int32)
+    start = bits * np.arange(count)
+    first, offset = start // 32, (start % 32).astype(np.uint32)
+    words = _pad_by(words, 1, xp)
+    low = words[..., first] >> offset
+    straddles = offset.astype(np.int64) + bits > 32
+    high = words[..., first + 1] << np.where(straddles, 32 - offset, 0).astype(np.uint32)
+    word = low | xp.where(straddles, high, np.uint32(0))
+    return (word & np.uint32((1 << bits) - 1)).astype(np.int32)
+
+
+def unpack_words(words: Array, shifts: tuple[int, ...], bits: int) -> Array:
+    """Unpacks words whose i-th code (in element order) lies at bit `shifts[i]`.
+
+    Args:
+      words: unsigned or signed integer[..., W] of 8, 16, 32 or 64 bits.
+      shifts: bit position of each of the P codes of a word.
+      bits: width of a code.
+
+    Returns:
+      int32[..., W * P], codes of one word side by side.
+    """
+    xp = namespace(words)
+    unsigned = np.dtype(f"u{words.dtype.itemsize}")
+    words = words.view(unsigned) if words.dtype != unsigned else words
+    codes = (words[..., None] >> np.array(shifts, unsigned)) & unsigned.type((1 << bits) - 1)
+    return xp.reshape(codes.astype(np.int32), (*words.shape[:-1], words.shape[-1] * len(shifts)))
+
+
+def pack_words(codes: Array, shifts: tuple[int, ...], bits: int, dtype: Any) -> Array:
+    """Inverse of `unpack_words`: integer[..., W * P] -> dtype[..., W]; bits of a word that no code uses are zero."""
+    xp = namespace(codes)
+    dtype = np.dtype(dtype)
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    per = len(shifts)
+    if codes.shape[-1] % per:
+        raise ValueError(f"pack_words: {codes.shape[-1]} codes do not fill words of {per}")
+    codes = (codes.astype(np.int32) & ((1 << bits) - 1)).astype(unsigned)
+    codes = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per, per) << np.array(shifts, unsigned)
+    return _or_last(codes, xp).view(dtype)
+
+
+def unpack_planar(words: Array, planes: tuple[tuple[int, int], ...], bits: int) -> Array:
+    """Unpacks planar words: per 32 codes `bits` words, one plane after the other.
+
+    A plane of width w at code bit o takes w words; word i of it holds bits [o, o+w) of codes i*(32/w) .. in order.
+
+    Args:
+      words: int32 or uint32[..., bits * n], n blocks of 32 codes.
+      planes: (width, bit offset) of each plane in storage order, e.g. ((2, 0), (1, 2)) for 3 bits.
+      bits: width of a code.
+
+    Returns:
+      int32[..., 32 * n].
+    """
+    xp = namespace(words)
+    words = words.view(np.uint32)
+    blocks = words.reshape(*words.shape[:-1], words.shape[-1] // bits, bits)
+    codes, row = None, 0
+    for width, offset in planes:
+        part = unpack_words(blocks[..., row : row + width], tuple(range(0, 32, width)), width) << offset
+        codes = part if codes is None else codes | part
+        row += width
+    return xp.reshape(codes, (*words.shape[:-1], words.shape[-1] // bits * 32))
+
+
+def pack_planar(codes: Array, planes: tuple[tuple[int, int], ...], bits: int) -> Array:
+    """Inverse of `unpack_planar`: integer[..., 32 * n] -> int32[..., bits * n]."""
+    xp = namespace(codes)
+    if codes.shape[-1] % 32:
+        raise ValueError(f"pack_planar: {codes.shape[-1]} codes are not a multiple of 32")
+    blocks = codes.astype(np.int32).reshape(*codes.shape[:-1], codes.shape[-1] // 32, 32)
+    parts = [
+        pack_words((blocks >> offset) & ((1 << width) - 1), tuple(range(0, 32, width)), width, np.int32)
+        for width, offset in planes
+    ]
+    words = xp.concatenate(parts, axis=-1)
+    return words.reshape(*codes.shape[:-1], codes.shape[-1] // 32 * bits)
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 16:
+        raise ValueError(f"bits must be 1..16, got {bits}")
+
+
+def _pad_last(a: Array, multiple: int, xp: Any) -> Array:
+    return _pad_by(a, -a.shape[-1] % multiple, xp)
+
+
+def _pad_by(a: Array, extra: int, xp: Any) -> Array:
+    return xp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, extra)]) if extra else a
+
+
+def _split_bytes(codes: Array, bits: int, xp: Any) -> Array:
+    """16-bit codes as bytes, low byte first."""
+    parts = [(codes >> np.uint32(8 * i)).astype(np.uint8) for i in range(bits // 8)]
+    return xp.stack(parts, axis=-1).reshape(*codes.shape[:-1], codes.shape[-1] * (bits // 8))
+
+
+def _or_last(a: Array, xp: Any) -> Array:
+    """Bitwise or over the last axis (the fields are disjoint)."""
+    if xp is np:
+        return np.bitwise_or.reduce(a, axis=-1)
+    return jax.lax.reduce(a, np.zeros((), a.dtype), jax.lax.bitwise_or, (a.ndim - 1,))

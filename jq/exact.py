@@ -1,0 +1,137 @@
+"""Arithmetic that rounds as IEEE 754 says, step by step, on every backend.
+
+XLA is free to contract `a*b + c` into a fused multiply-add (it does on the CPU under jit), to turn a division by a
+broadcast divisor into a product with the reciprocal (CPU, eager too), to divide approximately (GPU, float32), and to
+skip the rounding of a bfloat16 product that is widened at once. Code that promises the bits of another library uses
+these functions; each returns exactly what numpy returns, eagerly, under jit, scan and vmap.
+
+float32 and bfloat16 subnormals are outside the promise: XLA:CPU flushes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = Any
+
+
+def _is_numpy(*arrays: Array) -> bool:
+    return not any(isinstance(a, jax.Array) for a in arrays)
+
+
+def mul_add(a: Array, b: Array, c: Array) -> Array:
+    """`a * b + c` with two roundings (never a fused multiply-add).
+
+    The select between product and sum is what stops LLVM: an optimization barrier or `reduce_precision` does not.
+    """
+    product = a * b
+    if _is_numpy(a, b, c):
+        return product + c
+    return jnp.where(product == product, product, jnp.nan) + c
+
+
+def mul_sub(a: Array, b: Array, c: Array) -> Array:
+    """`a * b - c` with two roundings."""
+    return mul_add(a, b, -c)
+
+
+def fma(a: Array, b: Array, c: Array, dtype: Any) -> Array:
+    """`a * b + c` with one rounding to `dtype` (float16 or bfloat16).
+
+    a and b must have at most 12 significant bits each, so that float32 holds their product exactly. The sum is then
+    formed exactly as a pair (sum, error) and rounded to odd before the cast, so that the cast is the only rounding.
+    """
+    f = np.float32
+    product, addend = a.astype(f) * b.astype(f), c.astype(f)
+    if _is_numpy(a, b, c):
+        return (product.astype(np.float64) + addend.astype(np.float64)).astype(dtype)
+    product = jnp.where(product == product, product, jnp.nan)
+    total = product + addend
+    part = total - product
+    err = (product - (total - part)) + (addend - part)  # Knuth's two-sum: total + err is exact
+    bits = jax.lax.bitcast_convert_type(total, jnp.int32)
+    # Round to odd: truncate toward zero, then set the last bit, whenever the sum was inexact.
+    toward_zero = jnp.where((err != 0) & ((err > 0) != (total > 0)), bits - 1, bits)
+    odd = jnp.where(err != 0, toward_zero | 1, bits)
+    return jax.lax.bitcast_convert_type(odd, jnp.float32).astype(dtype)
+
+
+def div(a: Array, b: Array) -> Array:
+    """`a / b` correctly rounded, for float32, float16 and bfloat16, with broadcasting.
+
+    float32 on a GPU: XLA's quotient is off by up to one unit in the last place, so it is corrected by its residual
+    `a - q*b`, which is exact as a sum of two products (Dekker). Half-precision quotients are formed in float32, which
+    has more than twice their digits, and rounded once.
+    """
+    if _is_numpy(a, b):
+        return a / b
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    dtype = jnp.result_type(a, b)
+    shape = jnp.broadcast_shapes(a.shape, b.shape)
+    a, b = jnp.broadcast_to(a, shape), jax.lax.optimization_barrier(jnp.broadcast_to(b, shape))
+    if dtype != jnp.float32:
+        return _div32(a.astype(jnp.float32), b.astype(jnp.float32)).astype(dtype)
+    return _div32(a, b)
+
+
+def _div32(a: Array, b: Array) -> Array:
+    quotient = a / b
+    # Scale by powers of two so that the splitting below neither overflows nor underflows; exact.
+    _, ea = jnp.frexp(a)
+    _, eb = jnp.frexp(b)
+    sa, sb = jnp.ldexp(a, -ea), jnp.ldexp(b, -eb)
+    q = sa / sb
+    high, low = _two_product(q, sb)
+    residual = (sa - high) - low
+    fixed = jnp.ldexp(q + residual / sb, ea - eb)
+    usable = jnp.isfinite(quotient) & (jnp.abs(quotient) > 1e-37) & (b != 0) & jnp.isfinite(b)
+    return jnp.where(usable & (a != 0), fixed, quotient)
+
+
+def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
+    """a * b as an exact sum high + low (Dekker 1971)."""
+    high = a * b
+    high = jnp.where(high == high, high, jnp.nan)
+    ah, al = _split(a)
+    bh, bl = _split(b)
+
+    def keep(p: Array) -> Array:
+        return jnp.where(p == p, p, jnp.nan)
+
+    low = ((keep(ah * bh) - high) + keep(ah * bl) + keep(al * bh)) + keep(al * bl)
+    return high, low
+
+
+def _split(a: Array) -> tuple[Array, Array]:
+    """a as an exact sum of two floats of 12 significant bits, by masking (no product, so nothing to contract)."""
+    bits = jax.lax.bitcast_convert_type(a, jnp.int32) & jnp.int32(-4096)
+    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return high, a - high
+
+
+def reciprocal(a: Array) -> Array:
+    """`1 / a` correctly rounded."""
+    one = np.ones((), a.dtype) if _is_numpy(a) else jnp.ones((), a.dtype)
+    return div(one, a)
+
+
+def cast(x: Array, dtype: Any) -> Array:
+    """`x.astype(dtype)`, keeping the rounding of x's own dtype when it is widened at once (XLA drops it for bfloat16)."""
+    if not _is_numpy(x) and x.dtype == jnp.bfloat16 and np.dtype(dtype) != x.dtype:
+        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
+def pow2(exponent: Array) -> Array:
+    """2**exponent as float32, exact for -149..127 (`jnp.exp2` is not); bits, so subnormals are right too."""
+    xp = np if _is_numpy(exponent) else jnp
+    exponent = exponent.astype(np.int32)
+    normal = (xp.clip(exponent, -126, 127) + 127) << 23
+    subnormal = np.int32(1) << xp.clip(exponent + 149, 0, 22)
+    bits = xp.where(exponent >= -126, normal, subnormal)
+    bits = xp.where(exponent > 127, np.int32(0x7F800000), xp.where(exponent < -149, 0, bits)).astype(np.int32)
+    return bits.view(np.float32) if xp is np else jax.lax.bitcast_convert_type(bits, jnp.float32)
