@@ -1,0 +1,9 @@
+"""The quantized tensors of jaxq, as JAX pytrees."""
+
+from jq.qtensor.affine import Affine as Affine
+from jq.qtensor.base import Grouping as Grouping
+from jq.qtensor.base import QTensor as QTensor
+from jq.qtensor.base import Source as Source
+from jq.qtensor.base import stack as stack
+from jq.qtensor.codebook import Codebook as Codebook
+from jq.qtensor.narrow_float import NarrowFloat as NarrowFloat

@@ -1,0 +1,204 @@
+"""`NarrowFloat`: weights stored as floats of 4, 6 or 8 bits with block scales."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from jq import bits as _bits
+from jq import exact
+from jq.bits import namespace
+from jq.errors import FormatError
+from jq.qtensor.affine import check_finite
+from jq.qtensor.base import (
+    Array,
+    Grouping,
+    QTensor,
+    Source,
+    dense_value,
+    expand,
+    from_bits,
+    groups_of,
+    padding,
+    register,
+    row_codes,
+)
+
+# kind -> (bits of a code, ml_dtypes name of an 8-bit float or None)
+KINDS: dict[str, tuple[int, str | None]] = {
+    "e4m3fn": (8, "float8_e4m3fn"),
+    "e5m2": (8, "float8_e5m2"),
+    "e4m3fnuz": (8, "float8_e4m3fnuz"),
+    "e2m1": (4, None),
+    "e2m3": (6, None),
+    "e3m2": (6, None),
+}
+
+
+def _small_float_table(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """All values of a sign-exponent-mantissa code without infinities (OCP MX v1.0, section 5.3), float32."""
+    bias = (1 << (exponent_bits - 1)) - 1
+    codes = np.arange(1 << (1 + exponent_bits + mantissa_bits))
+    mantissa = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    magnitude = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
+    sign = np.where(codes >> (exponent_bits + mantissa_bits), -1.0, 1.0)
+    return (sign * magnitude).astype(np.float32)
+
+
+TABLES: dict[str, np.ndarray] = {
+    "e2m1": _small_float_table(2, 1),
+    "e2m3": _small_float_table(2, 3),
+    "e3m2": _small_float_table(3, 2),
+}
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class NarrowFloat(QTensor):
+    """`weight[n, k] = formula(float(code[n, k]), scale[block], global_scale)`.
+
+    Fields:
+      codes: uint8[*stack, N, K] bit patterns of an 8-bit kind, or packed codes [*stack, N, W] of a smaller kind.
+      scales: [*stack, rows, cols] per block (`grouping`): floats, or uint8 bit patterns where `scale_kind` is "e8m0"
+        (2**(byte - 127)) or "e4m3"; or a nested QTensor.
+      global_scale: float32 scalar or [1] per tensor, or None.
+      extras: stored tensors carried for saving or for activation quantization (input_scale, ...).
+      kind: key of `KINDS`.
+      formula: key of `FORMULAS`, the order of roundings.
+    """
+
+    kind_name: ClassVar[str] = "narrow float"
+    data_fields: ClassVar[tuple[str, ...]] = ("codes", "scales", "global_scale", "extras")
+
+    codes: Array
+    scales: Any
+    global_scale: Array | None = None
+    extras: dict[str, Array] = dataclasses.field(default_factory=dict)
+    kind: str = "e4m3fn"
+    scale_kind: str = "float"
+    grouping: Grouping = Grouping("block", 1, 0)
+    formula: str = "f32"
+    dtype: str = "bfloat16"
+    pad: int = 0
+    activation: Any = None
+    source: Source | None = None
+    layout: str = ""
+
+    @classmethod
+    def make(cls, codes: Array, scales: Any, *, kind: str, name: str = "weight", **fields: Any) -> Self:
+        """Builds from bit patterns, one integer per weight [*stack, N, K], and checks that the parts fit.
+
+        Raises:
+          FormatError: unknown kind, scales of the wrong shape or not finite.
+        """
+        if kind not in KINDS:
+            raise FormatError(f"{name}: unknown float kind {kind!r}; known: {', '.join(KINDS)}")
+        width = KINDS[kind][0]
+        packed = codes.astype(np.uint8) if width == 8 else _bits.pack(codes, width)
+        pad = 0 if width == 8 else padding(packed, width, codes.shape[-1])
+        made = cls(packed, scales, kind=kind, pad=pad, **fields)
+        made.check(name)
+        return made
+
+    def check(self, name: str = "weight") -> None:
+        """Raises `FormatError` where the arrays disagree; see `make`."""
+        n, k = self.shape[-2:]
+        if self.formula not in FORMULAS:
+            raise FormatError(f"{name}: unknown dequantization formula {self.formula!r}; known: {', '.join(FORMULAS)}")
+        rows, cols = groups_of(n, self.grouping.rows), groups_of(k, self.grouping.cols)
+        found = tuple(self.scales.shape[-2:])
+        if self.grouping.kind == "block" and found not in ((rows, cols), (1, 1)):
+            raise FormatError(
+                f"{name}: scales of shape {found}, expected ({rows}, {cols}) for a weight of ({n}, {k}) with {self.grouping}"
+            )
+        if self.scale_kind == "float" and not isinstance(self.scales, QTensor):
+            check_finite(self.scales, f"{name}: scales")
+        if self.global_scale is not None:
+            check_finite(self.global_scale, f"{name}: global scale")
+
+    @property
+    def bits(self) -> int:
+        return KINDS[self.kind][0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], _bits.capacity(self.codes, self.bits) - self.pad)
+
+    def describe(self) -> str:
+        return f"{self.kind}, {self.grouping}, {self.scale_kind} scales"
+
+    def unpack(self) -> Array:
+        return row_codes(self.codes, self.bits, self.pad)
+
+    def values(self, dtype: Any = np.float32) -> Array:
+        """The codes as real numbers [*, N, K] (exact in float32, float16 and bfloat16 but for e5m2 and e4m3 in none)."""
+        name = KINDS[self.kind][1]
+        if name is not None:
+            return from_bits(self.codes, name).astype(dtype)
+        xp = namespace(self.codes)
+        return xp.take(xp.asarray(TABLES[self.kind]), self.unpack(), axis=0).astype(dtype)
+
+    def block_scales(self) -> Array:
+        """Scales as real numbers per block, in float32 where they are stored as bit patterns."""
+        scales = dense_value(self.scales)
+        if self.scale_kind == "e8m0":
+            return exact.pow2(scales.astype(np.int32) - 127)
+        if self.scale_kind == "e4m3":
+            return from_bits(scales, "float8_e4m3fn").astype(np.float32)
+        return scales
+
+    def _dense(self) -> Array:
+        shape = self.shape
+        arguments = (self.block_scales(), self.global_scale, np.dtype(self.dtype))
+        dense = FORMULAS[self.formula](self, *arguments, lambda s: expand(s, self.grouping, shape))
+        return namespace(dense).broadcast_to(dense, shape)
+
+    def _rows(self, index: slice) -> Self:
+        if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or isinstance(self.scales, QTensor):
+            return super()._rows(index)
+        scales = self.scales if self.scales.shape[0] == 1 else self.scales[index]
+        return self.replace(codes=self.codes[index], scales=scales, extras={})
+
+
+# formula name -> (tensor, block scales, global scale, dtype, spread) -> weights; `spread` brings block scales to [N, K].
+Formula = Callable[[NarrowFloat, Array, Any, np.dtype, Callable[[Array], Array]], Array]
+
+
+def _f32(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype(float32(code) * float32(scale)), one rounding."""
+    return (t.values() * spread(scale).astype(np.float32)).astype(dtype)
+
+
+def _own(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dt(code) * scale with dt the scale's dtype (dtype where scales are bit patterns), one rounding."""
+    scale = scale if t.scale_kind == "float" else scale.astype(dtype)
+    return exact.cast(t.values(scale.dtype) * spread(scale), dtype)
+
+
+def _global_divide(t: NarrowFloat, scale: Array, global_scale: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype(float32(code) * (float32(scale) / global)): compressed-tensors' NVFP4."""
+    whole = exact.div(scale.astype(np.float32), global_scale.astype(np.float32).reshape(1, 1))
+    return (t.values() * spread(whole)).astype(dtype)
+
+
+def _global_multiply(t: NarrowFloat, scale: Array, global_scale: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype(float32(code) * (float32(scale) * global)), a code of -0 read as +0: modelopt's NVFP4."""
+    whole = scale.astype(np.float32) * global_scale.astype(np.float32).reshape(1, 1)
+    values = t.values()
+    xp = namespace(values)
+    values = xp.where(values == 0, xp.zeros_like(values), values)
+    return (values * spread(whole)).astype(dtype)
+
+
+FORMULAS: dict[str, Formula] = {
+    "f32": _f32,
+    "own": _own,
+    "global_divide": _global_divide,
+    "global_multiply": _global_multiply,
+}
+
+__all__ = ["FORMULAS", "KINDS", "TABLES", "NarrowFloat"]
