@@ -1,0 +1,98 @@
+"""The table of storage formats: `quant_method` -> `Format`. A new format is a module here and its name in `_MODULES`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from jq.errors import UnsupportedError
+from jq.formats.base import Context as Context
+from jq.formats.base import Format as Format
+
+# Module names, in the order in which `detect` is asked for files without a quantization_config.
+_MODULES = (
+    "gptq",
+    "awq",
+    "bitsandbytes",
+    "hqq",
+    "quanto",
+    "eetq",
+    "aqlm",
+    "vptq",
+    "fbgemm_fp8",
+    "fp8",
+    "compressed_tensors",
+    "torchao",
+    "mxfp4",
+    "modelopt",
+    "bitnet",
+    "gguf",
+    "quark",
+    "spqr",
+    "higgs",
+    "fp_quant",
+    "fouroversix",
+    "sinq",
+    "gemma",
+    "metal",
+)
+
+
+@cache
+def table() -> Mapping[str, Format]:
+    """Every format, by name."""
+    found = {}
+    for module in _MODULES:
+        if importlib.util.find_spec(f"jq.formats.{module}") is None:
+            continue
+        fmt = importlib.import_module(f"jq.formats.{module}").FORMAT
+        found[fmt.name] = fmt
+    return found
+
+
+def by_method(method: str, label: str = "config.json") -> Format:
+    """The format of a `quant_method` value.
+
+    Raises:
+      UnsupportedError: no format has it; the message lists those that exist.
+    """
+    for fmt in table().values():
+        if method in fmt.methods:
+            return fmt
+    known = ", ".join(sorted(m for f in table().values() for m in f.methods))
+    raise UnsupportedError(f"{label}: quant_method {method!r} is not known here; known methods: {known}")
+
+
+def detect(checkpoint: Any) -> tuple[Format, dict] | None:
+    """The format and quantization config of a checkpoint, None where it is not quantized.
+
+    Looks at config.json's `quantization_config` (also `compression_config`, its old name), in a nested `text_config`
+    too, then asks each format for its side files (quantize_config.json, quanto_qmap.json, ...).
+    """
+    config = checkpoint.config
+    for holder in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            found = holder.get(key)
+            if found:
+                method = found.get("quant_method") or found.get("method")
+                if method is None:
+                    method = _method_without_name(key, found)
+                return by_method(str(method), f"{checkpoint.label}: {key}"), dict(found)
+    for fmt in table().values():
+        if fmt.detect is not None:
+            found = fmt.detect(checkpoint)
+            if found is not None:
+                return fmt, found
+    return None
+
+
+def _method_without_name(key: str, config: Mapping[str, Any]) -> str:
+    """quant_method of configs that do not name it (old bitsandbytes, old compressed-tensors)."""
+    if config.get("load_in_8bit") or config.get("load_in_4bit"):
+        return "bitsandbytes"
+    if key == "compression_config" or "config_groups" in config or "sparsity_config" in config:
+        return "compressed-tensors"
+    return "None"
