@@ -1,0 +1,99 @@
+"""Activation quantization: what a weight says about it (`Activation`) and its execution with the original's roundings.
+
+A quantized weight that wants quantized inputs carries an `Activation`: the name of a scheme, the carried tensors that
+the scheme reads (static scales, keys of `w.extras`) and static options. A scheme is a function (x [M, K], w) -> y
+[M, N] that quantizes x, multiplies, and rounds as the library that wrote the checkpoint does. The schemes live in
+`jq/activation_schemes/`, a module per family of libraries, and register themselves here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jq.errors import UnsupportedError
+
+Array = Any  # numpy.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """Static description of how the inputs of a weight are quantized. Hashable, equal over layers whenever possible.
+
+    Fields:
+      scheme: key of `SCHEMES`.
+      parameters: keys of `w.extras` that the scheme reads, e.g. ("input_scale",). Numbers of a layer are arrays.
+      options: (name, value) pairs that the scheme reads, hashable.
+    """
+
+    scheme: str
+    parameters: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return dict(self.options).get(key, default)
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{k}={v}" for k, v in self.options)
+        return f"{self.scheme}({shown})" if shown else self.scheme
+
+
+# (x [M, K] of any float dtype, w) -> y [M, N] in x's dtype. M is every token of the call: some schemes look at all rows.
+Scheme = Callable[[jax.Array, Any], jax.Array]
+SCHEMES: dict[str, Scheme] = {}
+
+
+def register(name: str) -> Callable[[Scheme], Scheme]:
+    """Decorator that enters a scheme into `SCHEMES`."""
+
+    def enter(scheme: Scheme) -> Scheme:
+        SCHEMES[name] = scheme
+        return scheme
+
+    return enter
+
+
+@cache
+def _load_schemes() -> None:
+    """Imports every module of `jq.activation_schemes`, which fills `SCHEMES`."""
+    package = importlib.import_module("jq.activation_schemes")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def scheme_of(activation: Activation) -> Scheme:
+    """The function of a description.
+
+    Raises:
+      UnsupportedError: no such scheme.
+    """
+    _load_schemes()
+    if activation.scheme not in SCHEMES:
+        raise UnsupportedError(
+            f"activation quantization {activation.scheme!r} is not known here; known: {', '.join(sorted(SCHEMES))}. "
+            "quantize_activations=False computes with float activations"
+        )
+    return SCHEMES[activation.scheme]
+
+
+def matmul(x: Array, w: Any) -> jax.Array:
+    """`x @ w.T` with the inputs quantized as `w.activation` says.
+
+    Args:
+      x: float[..., K]; all leading axes together are the tokens of one call.
+      w: QTensor [N, K] (no stack axes) with an `activation`.
+
+    Returns:
+      [..., N] in x's dtype.
+    """
+    x = jnp.asarray(x)
+    scheme = scheme_of(w.activation)
+    y = scheme(x.reshape(-1, x.shape[-1]), w)
+    return y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype)
