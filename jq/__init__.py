@@ -1,0 +1,61 @@
+"""Quantized Hugging Face models in JAX: load, run, make, convert and save them, bit for bit."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from jq import errors as errors
+
+__version__ = "0.1.0"
+
+# Public name -> module that has it. Loaded at first use, so that `import jq` stays light.
+_PUBLIC = {
+    "load": "jq.load",
+    "load_state": "jq.state",
+    "State": "jq.state",
+    "save": "jq.state",
+    "quantized": "jq.state",
+    "quantize": "jq.quantize",
+    "convert": "jq.convert",
+    "inspect": "jq.inspect",
+    "matmul": "jq.matmul",
+    "perplexity": "jq.report.perplexity",
+    "Affine": "jq.qtensor",
+    "Codebook": "jq.qtensor",
+    "NarrowFloat": "jq.qtensor",
+    "VectorCodebook": "jq.qtensor",
+    "QTensor": "jq.qtensor",
+}
+_MODULES = ("nn", "qtensor", "bits", "exact", "models", "algorithms", "report")
+
+
+def formats() -> Any:
+    """The table of storage formats: name -> `jq.formats.Format`."""
+    return importlib.import_module("jq.formats").table()
+
+
+def _method(name: str) -> Any:
+    """A quantization method class (`jq.NF4`, ...), found in the table of formats."""
+    for fmt in formats().values():
+        if name in fmt.methods_table:
+            return fmt.methods_table[name]
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _MODULES:
+        return importlib.import_module(f"jq.{name}")
+    elif name[:1].isupper() and (method := _method(name)) is not None:
+        value = method
+    else:
+        raise AttributeError(f"module 'jq' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    methods = [m for fmt in formats().values() for m in fmt.methods_table]
+    return sorted({*globals(), *_PUBLIC, *_MODULES, *methods})

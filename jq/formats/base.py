@@ -36,14 +36,18 @@ class Context:
       config: the whole config.json ({} where there is none).
       shapes: shape of every stored tensor, by name.
       dtypes: stored dtype of every tensor, by name.
+      kinds: a container's own type name of each tensor (GGUF).
       metadata: safetensors metadata of all shards, merged.
+      objects: plain values of a torch file, by dotted name.
       label: file or directory for messages.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    objects: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = "checkpoint"
 
     @property
@@ -71,6 +75,10 @@ class Format:
       methods_table: name -> method class that quantizes to this format (`jq.NF4`, ...).
       group: optional (names, options, context) -> {prefix: {suffix: stored name}} for formats whose names do not
         follow prefix + "." + suffix.
+      join: (prefix, suffix) -> stored name, the inverse of `group`.
+      parameter: whether a prefix is a parameter (stacked experts), whose State key gets no ".weight".
+      metadata: optional (tensors of the State) -> safetensors metadata that newly quantized tensors need.
+      deferrable: `load` never returns None, so a lazy State may put it off.
       evidence: "reference" (held against files of the original library) or "source" (from its source alone).
     """
 
@@ -85,6 +93,10 @@ class Format:
     detect: Callable[[Any], dict | None] | None = None
     methods_table: Mapping[str, type] = dataclasses.field(default_factory=dict)
     group: Callable[[list[str], Any, Context], dict[str, dict[str, str]]] | None = None
+    join: Callable[[str, str], str] = lambda prefix, suffix: f"{prefix}.{suffix}"
+    parameter: Callable[[str], bool] = lambda prefix: False
+    metadata: Callable[[Mapping[str, Any]], dict[str, str]] | None = None
+    deferrable: bool = True
     evidence: str = "reference"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,15 @@ class QTensor:
 
     kind_name: ClassVar[str] = ""
     data_fields: ClassVar[tuple[str, ...]] = ()
+
+    if TYPE_CHECKING:  # fields that every subclass declares
+        codes: Array
+        extras: dict[str, Array]
+        dtype: str
+        pad: int
+        activation: Any
+        source: Source | None
+        layout: str
 
     @property
     def bits(self) -> int:
@@ -193,7 +202,7 @@ def stack(tensors: list[Any] | tuple[Any, ...]) -> Any:
     return jax.tree.map(lambda *leaves: namespace(*leaves).stack(leaves), *tensors)
 
 
-def expand(params: Array, grouping: Grouping, shape: tuple[int, int], g_idx: Array | None = None) -> Array:
+def expand(params: Array, grouping: Grouping, shape: tuple[int, ...], g_idx: Array | None = None) -> Array:
     """Brings one parameter per group to one per weight, [N, K] (or a shape that broadcasts to it).
 
     Args:

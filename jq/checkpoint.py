@@ -1,0 +1,283 @@
+"""A checkpoint directory (or file, or hub id): its config, its stored tensors by name, its side files; and the way back.
+
+Reading is by memory map, tensor by tensor. Writing goes to a hidden directory beside the target, which then takes the
+target's place in one rename, so that a process killed at any moment leaves the old directory or the new one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jq import safetensors_file, torch_file
+from jq.errors import CheckpointError
+from jq.safetensors_file import Entry, parse_json
+from jq.torch_file import TorchTensor
+
+# Safetensors files that lie beside a checkpoint and are no part of it.
+NOT_WEIGHTS = ("reference.safetensors", "activations.safetensors", "adapter_model.safetensors")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", ".bin.index.json")
+MAX_SIDE_FILE_BYTES = 64_000_000
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; nothing but headers is in memory.
+
+    Fields:
+      path: directory or file.
+      config: config.json, {} where there is none.
+      entries: stored tensors by name.
+      files: file name that holds each tensor.
+      metadata: safetensors metadata by file name.
+      side_files: contents of the other files of the directory by name, config.json left out.
+      objects: plain values of a torch file by dotted name.
+      container: "safetensors", "torch" or "gguf".
+    """
+
+    path: Path
+    config: dict[str, Any]
+    entries: Mapping[str, Entry | TorchTensor]
+    files: Mapping[str, str]
+    metadata: Mapping[str, Mapping[str, str]]
+    side_files: Mapping[str, bytes]
+    objects: Mapping[str, Any]
+    container: str
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    @property
+    def merged_metadata(self) -> dict[str, str]:
+        return {k: v for file in self.metadata.values() for k, v in file.items()}
+
+    def entry(self, name: str) -> Entry:
+        """dtype, shape and place of a tensor."""
+        found = self.entries[name]
+        return found.entry if isinstance(found, TorchTensor) else found
+
+    def read(self, name: str) -> np.ndarray:
+        """A read-only view of a stored tensor, in its stored dtype."""
+        return self.entries[name].read()
+
+    def side_json(self, name: str) -> dict[str, Any] | None:
+        """A side file as a JSON object, None where it is not there."""
+        raw = self.side_files.get(name)
+        return None if raw is None else parse_json(raw, self.path / name, "file")
+
+
+def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
+    """A local directory or file: the path itself, or the snapshot of a Hugging Face hub id.
+
+    Raises:
+      CheckpointError: neither a path nor a hub id that can be reached.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path
+    text = str(path_or_id)
+    if text.count("/") > 1 or text.startswith((".", "/", "~")):
+        raise CheckpointError(f"{text}: no such file or directory")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(text, revision=revision, ignore_patterns=["*.onnx", "*.h5", "*.msgpack"])
+        )
+    except Exception as e:  # the hub's client raises many kinds; each means the same here
+        raise CheckpointError(
+            f"{text}: no such directory, and the hub did not give it ({type(e).__name__}: {e}). Check the name, the "
+            "network, or HF_HUB_OFFLINE"
+        ) from e
+
+
+def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) -> Checkpoint:
+    """Opens a checkpoint and checks its headers.
+
+    Raises:
+      CheckpointError: nothing to read, or a damaged, incomplete or hostile file; the message names it.
+    """
+    path = resolve(path_or_id, revision)
+    folder = path if path.is_dir() else path.parent
+    weights = find_weights(path)
+    suffix = weights[0].suffix
+    if suffix == ".gguf":
+        from jq.formats.gguf_reader import read_gguf
+
+        entries, config, metadata = read_gguf(weights[0])
+        return Checkpoint(
+            path, config, entries, dict.fromkeys(entries, weights[0].name), {weights[0].name: metadata}, {}, {}, "gguf"
+        )
+    config_file = folder / "config.json"
+    config = parse_json(config_file.read_bytes(), config_file, "file") if config_file.is_file() else {}
+    sides = _side_files(folder) if path.is_dir() else {}
+    if suffix == ".safetensors":
+        found, files, metadata_by_file = _read_safetensors(folder, weights)
+        return Checkpoint(path, config, found, files, metadata_by_file, sides, {}, "safetensors")
+    tensors: dict[str, TorchTensor] = {}
+    objects: dict[str, Any] = {}
+    files = {}
+    for file in weights:
+        part, values = torch_file.flatten(torch_file.read(file))
+        _check_unique(tensors, part, file)
+        tensors.update(part)
+        objects.update(values)
+        files.update(dict.fromkeys(part, file.name))
+    if not tensors:
+        raise CheckpointError(f"{weights[0]}: holds no tensors")
+    for name, tensor in tensors.items():
+        safetensors_file.check_name(name, tensor.entry.file)
+    return Checkpoint(path, config, tensors, files, {}, sides, objects, "torch")
+
+
+def find_weights(path: Path) -> list[Path]:
+    """The weight files of a directory in reading order: safetensors first, then torch files, then GGUF."""
+    if path.is_file():
+        return [path]
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{stem}.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (path / stem).is_file():
+            return [path / stem]
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        return _indexed(index)
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf"):
+        found = sorted(f for f in path.glob(pattern) if f.name not in NOT_WEIGHTS and f.name != "training_args.bin")
+        if found:
+            return found if pattern == "*.safetensors" else found[:1] if len(found) == 1 else _one_of(path, found)
+    raise CheckpointError(f"{path}: no *.safetensors, *.bin, *.pt or *.gguf file in it")
+
+
+def _one_of(path: Path, found: list[Path]) -> list[Path]:
+    names = ", ".join(f.name for f in found)
+    raise CheckpointError(f"{path}: several weight files ({names}) and no index; give the path of the one to read")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Shards that an index file names; each must be a plain file name in the same directory."""
+    weight_map = parse_json(index.read_bytes(), index, "index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map")
+    files = []
+    for name in dict.fromkeys(weight_map.values()):
+        if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or "\\" in name:
+            raise CheckpointError(f"{index}: shard name {name!r} is not a plain file name; refused")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: shard {name!r} is missing; the download is incomplete")
+        files.append(index.parent / name)
+    return files
+
+
+def _read_safetensors(
+    folder: Path, weights: list[Path]
+) -> tuple[dict[str, Entry], dict[str, str], dict[str, dict[str, str]]]:
+    entries: dict[str, Entry] = {}
+    files: dict[str, str] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for file in weights:
+        part, meta = safetensors_file.read_header(file)
+        _check_unique(entries, part, file)
+        entries.update(part)
+        files.update(dict.fromkeys(part, file.name))
+        metadata[file.name] = meta
+    for index in folder.glob("*.safetensors.index.json"):
+        weight_map = parse_json(index.read_bytes(), index, "index").get("weight_map", {})
+        if not {files[n] for n in files} & set(weight_map.values()):
+            continue
+        for name, file_name in weight_map.items():
+            if files.get(name) != file_name:
+                raise CheckpointError(f"{index}: {name}: should be in {file_name!r}, found in {files.get(name)!r}")
+    return entries, files, metadata
+
+
+def _check_unique(have: Mapping[str, Any], new: Mapping[str, Any], file: Path) -> None:
+    twice = sorted(have.keys() & new.keys())
+    if twice:
+        raise CheckpointError(f"{file}: {twice[0]}: stored in another file too ({len(twice)} such tensors)")
+
+
+def _side_files(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if (
+            not file.is_file()
+            or file.name.startswith(".")
+            or file.name == "config.json"
+            or file.name.endswith(WEIGHT_SUFFIXES)
+        ):
+            continue
+        if file.stat().st_size <= MAX_SIDE_FILE_BYTES:
+            found[file.name] = file.read_bytes()
+    return found
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary directory that takes `target`'s place when the block ends well, and vanishes when it does not."""
+    target = target.expanduser().absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: is a file, a directory is written there")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        os.chmod(temporary, 0o755)
+        yield temporary
+        if not target.exists():
+            os.rename(temporary, target)
+        else:
+            _exchange(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swaps two directories; atomic on Linux (renameat2), two renames elsewhere."""
+    at_cwd, rename_exchange = -100, 2
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), rename_exchange) == 0
+    except (OSError, AttributeError):
+        done = False
+    if not done:
+        aside = old.with_name(f".{old.name}.old")
+        os.rename(old, aside)
+        os.rename(new, old)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+Stored = tuple[str, tuple[np.dtype, tuple[int, ...]], Callable[[], np.ndarray]]
+
+
+def shard(tensors: list[Stored], files: Mapping[str, str], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[Stored]]:
+    """Distributes tensors over files: where `files` names one it is kept, else up to `max_bytes` a file."""
+    if any(name in files for name, _, _ in tensors):
+        last = next(iter(files.values()))
+        placed: dict[str, list[Stored]] = {}
+        for item in tensors:
+            last = files.get(item[0], last)
+            placed.setdefault(last, []).append(item)
+        return placed
+    groups: list[list[Stored]] = [[]]
+    size = 0
+    for item in tensors:
+        nbytes = int(np.prod(item[1][1], dtype=np.int64)) * item[1][0].itemsize
+        if groups[-1] and size + nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}

@@ -1,0 +1,117 @@
+"""`matmul(x, w)`: activations times a quantized (or dense) weight, on the best path that the device has."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq import exact
+from jq.qtensor import QTensor
+
+Array = Any
+Impl = Literal["jnp", "pallas"] | None
+
+# Rows of x up to which a GPU without a kernel multiplies and reduces instead of calling a dot: XLA fuses
+# dequantization into that form, while a dot makes it write the dense weight to memory first (measured 4 times slower).
+FUSED_ROWS = 3
+
+
+def matmul(x: Array, w: Any, *, impl: Impl = None, quantize_activations: bool = True) -> jax.Array:
+    """`x @ dequantize(w).T`, with the activation quantization that the checkpoint asks for.
+
+    Args:
+      x: float[..., K] (float32, bfloat16 or float16).
+      w: QTensor or dense array [N, K].
+      impl: "jnp" dequantizes in plain JAX; "pallas" asks for the GPU kernel; None takes the kernel where one fits
+        the device and the tensor, and plain JAX else.
+      quantize_activations: False ignores `w.activation`: the weight alone is quantized.
+
+    Returns:
+      [..., N] in x's dtype; products are summed in float32. Differentiable with respect to x.
+
+    Raises:
+      ValueError: shapes that do not fit, or impl="pallas" where no kernel fits (the message says why).
+    """
+    x = jnp.asarray(x)
+    if x.ndim < 1 or len(w.shape) != 2 or x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"matmul: x of shape {x.shape} does not fit a weight of shape {tuple(w.shape)} ([N, K])")
+    if impl not in (None, "jnp", "pallas"):
+        raise ValueError(f"matmul: impl must be None, 'jnp' or 'pallas', got {impl!r}")
+    if not isinstance(w, QTensor):
+        return dense_matmul(x, jnp.asarray(w))
+    if quantize_activations and getattr(w, "activation", None) is not None:
+        from jq import activations
+
+        return activations.matmul(x, w)
+    if impl == "pallas" or (impl is None and _on_gpu()):
+        reason = _kernel_refusal(x, w)
+        if reason is None:
+            import pallas_kernels
+
+            return pallas_kernels.matmul(x, w)
+        if impl == "pallas":
+            raise ValueError(f"matmul: no kernel for {w!r} and x of {x.shape} {x.dtype}: {reason}")
+    return _plain(x, w)
+
+
+def dense_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w.T` for a dense [N, K], summed in float32, in x's dtype.
+
+    Written as a contraction over both last axes: XLA's one-row `x @ w.T` is several times slower on some versions.
+    On the CPU 16-bit operands are widened, since its 16-bit dots are slower and round inside.
+    """
+    if x.dtype != w.dtype:
+        w = exact.cast(w, x.dtype)
+    out = x.dtype
+    if not _on_gpu() and x.dtype in (jnp.bfloat16, jnp.float16):
+        x, w = x.astype(jnp.float32), exact.cast(w, jnp.float32)
+    y = jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.astype(out)
+
+
+@jax.custom_vjp
+def _plain(x: jax.Array, w: QTensor) -> jax.Array:
+    rows = int(np.prod(x.shape[:-1], dtype=np.int64))
+    if _on_gpu() and 0 < rows <= FUSED_ROWS:
+        return _fused_rows(x, w)
+    return dense_matmul(x, w.dequantize())
+
+
+def _fused_rows(x: jax.Array, w: QTensor) -> jax.Array:
+    """Few rows as multiply and reduce, one fusion a row that reads the packed weight once."""
+    flat = x.reshape(-1, x.shape[-1])
+    dense = functools.partial(w.dequantize, x.dtype)
+    rows = [jnp.sum(dense().astype(jnp.float32) * row.astype(jnp.float32), axis=-1) for row in flat]
+    return jnp.stack(rows).reshape(*x.shape[:-1], rows[0].shape[0]).astype(x.dtype)
+
+
+def _forward(x: jax.Array, w: QTensor) -> tuple[jax.Array, QTensor]:
+    return _plain(x, w), w
+
+
+def _backward(w: QTensor, g: jax.Array) -> tuple[jax.Array, None]:
+    dense = w.dequantize(g.dtype)
+    return jax.lax.dot_general(g, dense, (((g.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32).astype(
+        g.dtype
+    ), None
+
+
+_plain.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def _kernel_refusal(x: jax.Array, w: QTensor) -> str | None:
+    """None where a GPU kernel takes the pair, else the reason why not."""
+    try:
+        import pallas_kernels
+    except ImportError as e:
+        return f"pallas_kernels cannot be imported ({e})"
+    return pallas_kernels.supports(w, x)

@@ -1,0 +1,328 @@
+"""`State`: a checkpoint as {name: array | QTensor} plus its config; `load_state` and `save`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq import checkpoint as _checkpoint
+from jq import formats, safetensors_file
+from jq.checkpoint import Checkpoint, open_checkpoint
+from jq.errors import FormatError, JqError, UnsupportedError
+from jq.formats.base import Context, Format, group_by_prefix
+from jq.qtensor import QTensor
+
+Array = Any
+
+
+class State(Mapping[str, Any]):
+    """The tensors of a checkpoint: a quantized module's weight name maps to its QTensor, all else to an array.
+
+    Attributes:
+      config: config.json as a dict (with `quantization_config` where there is one).
+      path: where it came from, or None.
+      files: stored tensor name -> file name, so that saving keeps the shards.
+      metadata: safetensors metadata by file name.
+      side_files: tokenizer and other files that are written beside the weights.
+      container: "safetensors", "torch" or "gguf".
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        config: Mapping[str, Any] | None = None,
+        *,
+        path: Path | None = None,
+        files: Mapping[str, str] | None = None,
+        metadata: Mapping[str, Mapping[str, str]] | None = None,
+        side_files: Mapping[str, bytes] | None = None,
+        container: str = "safetensors",
+        order: list[str] | None = None,
+    ) -> None:
+        self._tensors = dict(tensors)
+        self.config: dict[str, Any] = copy.deepcopy(dict(config or {}))
+        self.path = path
+        self.files = dict(files or {})
+        self.metadata = {k: dict(v) for k, v in (metadata or {}).items()}
+        self.side_files = dict(side_files or {})
+        self.container = container
+        self.order = list(order or [])
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._tensors[name]
+        return value() if isinstance(value, _Deferred) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        kind = self.config.get("model_type", "")
+        return f"State({len(self)} tensors{', ' + kind if kind else ''}{', ' + str(self.path) if self.path else ''})"
+
+    def replace(self, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> State:
+        """The same checkpoint with other tensors (and config); shards and metadata are planned anew."""
+        return State(tensors, self.config if config is None else config, path=self.path, side_files=self.side_files)
+
+    def stored(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor as it is written: (name, numpy array), QTensors through their format's dump."""
+        for name in self:
+            yield from dump_entry(name, self[name])
+
+
+class _Deferred:
+    """A tensor of a lazy State: read again at each access, so that nothing is held."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self.load = load
+
+    def __call__(self) -> Any:
+        return self.load()
+
+
+def module_of(key: str) -> str:
+    """Module path of a State's key: "a.b.weight" -> "a.b"."""
+    return key.removesuffix(".weight")
+
+
+def dump_entry(key: str, value: Any) -> list[tuple[str, np.ndarray]]:
+    """Stored tensors of one State entry: [(stored name, array)]."""
+    if not isinstance(value, QTensor):
+        return [(key, np.asarray(value))]
+    source = value.source
+    if source is None:
+        raise UnsupportedError(
+            f"{key}: a {type(value).__name__} that came from no format cannot be saved; use jq.convert"
+        )
+    fmt = formats.table()[source.format]
+    prefix = module_of(key)
+    if value.layout:
+        from pallas_kernels import layout
+
+        value = layout.restore(value)
+    parts = fmt.dump(value)
+    return [(fmt.join(prefix, suffix), np.asarray(array)) for suffix, array in parts.items()]
+
+
+def load_state(path_or_id: str | os.PathLike, *, lazy: bool = False, revision: str | None = None) -> State:
+    """Loads every tensor of a checkpoint of any architecture.
+
+    Args:
+      path_or_id: directory, weight file, or Hugging Face hub id.
+      lazy: read tensors at each access (memory-mapped) instead of now.
+      revision: of the hub repository.
+
+    Returns:
+      A State. Arrays keep their stored dtype; 64-bit ones stay numpy arrays.
+
+    Raises:
+      CheckpointError: damaged or incomplete files.
+      FormatError: tensors that do not fit the quantization config or each other.
+      UnsupportedError: a quantization method or option that is not read.
+    """
+    return state_of(open_checkpoint(path_or_id, revision), lazy=lazy)
+
+
+def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
+    """`load_state` of an opened checkpoint."""
+    found = formats.detect(ckpt)
+    tensors: dict[str, Any] = {}
+    taken: set[str] = set()
+    if found is not None:
+        fmt, quantization = found
+        context = context_of(ckpt)
+        options = fmt.parse(quantization, context)
+        names = list(ckpt.entries)
+        groups = fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
+        untouched: set[str] = set()
+        for prefix, stored in groups.items():
+            load = _module_loader(ckpt, fmt, prefix, stored, options, context)
+            value = _Deferred(load) if lazy and fmt.deferrable else load()
+            if value is None:
+                untouched.update(stored.values())
+                continue
+            key = prefix if fmt.parameter(prefix) else f"{prefix}.weight"
+            tensors[key] = value
+            taken.update(stored.values())
+        _check_leftovers(ckpt, fmt, taken | untouched)
+        clash = sorted(set(tensors) & (set(ckpt.entries) - taken))
+        if clash:
+            raise FormatError(f"{ckpt.label}: {clash[0]}: stored both quantized and dense; the file contradicts itself")
+    for name in ckpt.entries:
+        if name not in taken:
+            tensors[name] = _Deferred(partial(ckpt.read, name)) if lazy else _hold(ckpt.read(name))
+    return State(
+        tensors,
+        ckpt.config,
+        path=ckpt.path,
+        files=ckpt.files if ckpt.container == "safetensors" else {},
+        metadata=ckpt.metadata if ckpt.container == "safetensors" else {},
+        side_files=ckpt.side_files,
+        container=ckpt.container,
+        order=list(ckpt.entries),
+    )
+
+
+def context_of(ckpt: Checkpoint) -> Context:
+    """What formats may look at beside a module's own tensors."""
+    entries = {name: ckpt.entry(name) for name in ckpt.entries}
+    return Context(
+        config=ckpt.config,
+        shapes={name: e.shape for name, e in entries.items()},
+        dtypes={name: e.dtype for name, e in entries.items()},
+        kinds={name: e.kind for name, e in entries.items() if e.kind},
+        metadata=ckpt.merged_metadata,
+        objects=ckpt.objects,
+        label=ckpt.label,
+    )
+
+
+def _module_loader(
+    ckpt: Checkpoint, fmt: Format, prefix: str, stored: Mapping[str, str], options: Any, context: Context
+) -> Callable[[], QTensor | None]:
+    def load() -> QTensor | None:
+        parts = {suffix: ckpt.read(name) for suffix, name in stored.items()}
+        try:
+            tensor = fmt.load(prefix, parts, options, context)
+        except JqError as e:
+            raise type(e)(f"{ckpt.label}: {e}") from e
+        return None if tensor is None else tensor.arrays(_hold)
+
+    return load
+
+
+def _hold(array: Array) -> Array:
+    """An array of our own: JAX's where it has the dtype, else numpy (64-bit integers lose half in JAX)."""
+    if isinstance(array, jax.Array):
+        return array
+    array = np.asarray(array)
+    if array.dtype.itemsize == 8 or array.dtype.kind == "c":
+        return np.array(array)
+    return jnp.asarray(np.ascontiguousarray(array))
+
+
+def _check_leftovers(ckpt: Checkpoint, fmt: Format, taken: set[str]) -> None:
+    owned = tuple("." + s for s in fmt.suffixes if s not in ("weight", "bias", ""))
+    left = [name for name in ckpt.entries if name not in taken and name.endswith(owned)]
+    if left:
+        raise FormatError(
+            f"{ckpt.label}: {left[0]}: belongs to a {fmt.name} module, but the tensors that go with it "
+            f"({', '.join(fmt.markers)}) are missing ({len(left)} such tensors); the file is incomplete"
+        )
+
+
+def quantized(model_or_state: Any) -> dict[str, QTensor]:
+    """Quantized tensors by module path, e.g. "model.layers.0.self_attn.q_proj"."""
+    if isinstance(model_or_state, Mapping):
+        return {module_of(k): v for k in model_or_state if isinstance(v := model_or_state[k], QTensor)}
+    from jq import nn
+
+    return nn.quantized(model_or_state)
+
+
+def save(model_or_state: Any, path: str | os.PathLike) -> None:
+    """Writes a Hugging Face directory: weights, config.json, tokenizer and other side files.
+
+    Every stored tensor of a loaded checkpoint comes back byte for byte. The directory appears whole or not at all.
+
+    Raises:
+      UnsupportedError: tensors whose format cannot be written (GGUF); the message names what can.
+    """
+    state = model_or_state if isinstance(model_or_state, State) else _state_of_model(model_or_state)
+    _check_writable(state)
+    with _checkpoint.replacing(Path(path)) as folder:
+        write_state(state, folder)
+
+
+def _state_of_model(model: Any) -> State:
+    if isinstance(model, Mapping):
+        return State(model)
+    to_state = getattr(model, "to_state", None)
+    if to_state is None:
+        raise TypeError(
+            f"jq.save takes a model of jq.load, a State or a mapping of tensors, got {type(model).__name__}"
+        )
+    return to_state()
+
+
+def _check_writable(state: State) -> None:
+    if state.container == "gguf":
+        raise UnsupportedError(
+            f"{state.path}: GGUF is read, not written. jq.convert(src, dst, to=...) writes a Hugging Face checkpoint of it"
+        )
+
+
+def write_state(state: State, folder: Path) -> None:
+    """Writes a State's files into an existing directory (not atomic; `save` is)."""
+    items: list[_checkpoint.Stored] = []
+    for key in state:
+        value = state[key]
+        if isinstance(value, QTensor):
+            # Names and shapes first, bytes when they are written: only one module's dump is in memory at a time.
+            cell = _DumpOnce(state, key)
+            items += [(name, (a.dtype, a.shape), cell.reader(name)) for name, a in dump_entry(key, value)]
+        else:
+            array = np.asarray(value) if not isinstance(value, jax.Array) else value
+            items.append((key, (np.dtype(array.dtype), tuple(array.shape)), partial(_as_numpy, state, key)))
+    position = {name: i for i, name in enumerate(state.order)}
+    items.sort(key=lambda item: position.get(item[0], len(position)))
+    placed = _checkpoint.shard(items, state.files)
+    fresh = _fresh_metadata(state)
+    for file, group in placed.items():
+        metadata = state.metadata.get(file) if state.metadata else {"format": "pt", **fresh}
+        safetensors_file.write(folder / file, group, metadata or {})
+    if len(placed) > 1:
+        _write_index(folder, placed)
+    for name, raw in state.side_files.items():
+        (folder / name).write_bytes(raw)
+    if state.config:
+        (folder / "config.json").write_text(json.dumps(state.config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _as_numpy(state: State, key: str) -> np.ndarray:
+    return np.asarray(state[key])
+
+
+class _DumpOnce:
+    """The stored tensors of one module, dumped when the first is asked for and dropped with the last."""
+
+    def __init__(self, state: State, key: str) -> None:
+        self.state, self.key = state, key
+        self.parts: dict[str, np.ndarray] = {}
+
+    def reader(self, name: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            if name not in self.parts:
+                self.parts = dict(dump_entry(self.key, self.state[self.key]))
+            return self.parts.pop(name)
+
+        return read
+
+
+def _fresh_metadata(state: State) -> dict[str, str]:
+    """Metadata that a format wants beside newly quantized tensors (none for most)."""
+    found: dict[str, str] = {}
+    tensors = {k: state[k] for k in state}
+    for name in {v.source.format for v in tensors.values() if isinstance(v, QTensor) and v.source}:
+        hook = formats.table()[name].metadata
+        if hook is not None and not state.metadata:
+            found.update(hook(tensors))
+    return found
+
+
+def _write_index(folder: Path, placed: Mapping[str, list[_checkpoint.Stored]]) -> None:
+    total = sum(int(np.prod(s, dtype=np.int64)) * d.itemsize for group in placed.values() for _, (d, s), _ in group)
+    weight_map = {name: file for file, group in placed.items() for name, _, _ in group}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
