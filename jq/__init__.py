@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import Any
 
 from jq import errors as errors
@@ -54,6 +56,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'jq' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+class _Package(types.ModuleType):
+    """The package, where a public function keeps its name although a submodule has the same one (`jq.matmul`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, types.ModuleType) and (name in _PUBLIC or name == "formats"):
+            return  # the import system binds submodules to the package; `from jq.matmul import ...` needs no binding
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

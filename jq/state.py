@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq import checkpoint as _checkpoint
-from jq import formats, safetensors_file
+from jq import safetensors_file
 from jq.checkpoint import Checkpoint, open_checkpoint
 from jq.errors import FormatError, JqError, UnsupportedError
+from jq.formats import detect, table
 from jq.formats.base import Context, Format, group_by_prefix
 from jq.qtensor import QTensor
 
@@ -105,7 +106,7 @@ def dump_entry(key: str, value: Any) -> list[tuple[str, np.ndarray]]:
         raise UnsupportedError(
             f"{key}: a {type(value).__name__} that came from no format cannot be saved; use jq.convert"
         )
-    fmt = formats.table()[source.format]
+    fmt = table()[source.format]
     prefix = module_of(key)
     if value.layout:
         from pallas_kernels import layout
@@ -136,7 +137,7 @@ def load_state(path_or_id: str | os.PathLike, *, lazy: bool = False, revision: s
 
 def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
     """`load_state` of an opened checkpoint."""
-    found = formats.detect(ckpt)
+    found = detect(ckpt)
     tensors: dict[str, Any] = {}
     taken: set[str] = set()
     if found is not None:
@@ -315,7 +316,7 @@ def _fresh_metadata(state: State) -> dict[str, str]:
     found: dict[str, str] = {}
     tensors = {k: state[k] for k in state}
     for name in {v.source.format for v in tensors.values() if isinstance(v, QTensor) and v.source}:
-        hook = formats.table()[name].metadata
+        hook = table()[name].metadata
         if hook is not None and not state.metadata:
             found.update(hook(tensors))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,20 @@ class Grouping:
         return f"group {cols}" if self.rows == 1 else f"block {rows}x{cols}"
 
 
+class _Common:
+    """Fields that every subclass declares (annotations alone: no dataclass fields of the base)."""
+
+    codes: Array
+    extras: dict[str, Array]
+    dtype: str
+    pad: int
+    activation: Any
+    source: Source | None
+    layout: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class QTensor:
+class QTensor(_Common):
     """A quantized weight [*stack, N, K] = [*stack, out_features, in_features].
 
     Subclasses are frozen dataclasses registered as pytrees by `register`. Data fields hold arrays (numpy or JAX) or
@@ -62,15 +74,6 @@ class QTensor:
 
     kind_name: ClassVar[str] = ""
     data_fields: ClassVar[tuple[str, ...]] = ()
-
-    if TYPE_CHECKING:  # fields that every subclass declares
-        codes: Array
-        extras: dict[str, Array]
-        dtype: str
-        pad: int
-        activation: Any
-        source: Source | None
-        layout: str
 
     @property
     def bits(self) -> int:
