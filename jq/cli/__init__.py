@@ -1,0 +1,82 @@
+"""Command line: `python -m jq` and `jaxq` are the same program.
+
+Each command is a module of this package with one function `run`, whose signature is its options and whose docstring
+is its help. `COMMANDS` is the table; a new command is a new file and a row. Results go to stdout (a table, or JSON with
+`--json`), progress and errors to stderr.
+
+Exit codes: 0 done; 1 failed, with one line that says why; 2 wrong use; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import typer
+
+from jq.errors import JqError
+
+# Name -> module with `run`. The order is that of `--help`: from the first thing to try to the last.
+COMMANDS = {
+    "demo": "jq.cli.demo",
+    "inspect": "jq.cli.inspect",
+    "formats": "jq.cli.formats",
+    "quantize": "jq.cli.quantize",
+    "convert": "jq.cli.convert",
+    "generate": "jq.cli.generate",
+    "eval": "jq.cli.eval",
+    "report": "jq.cli.report",
+}
+
+
+def build() -> typer.Typer:
+    """The program: one typer command for each row of `COMMANDS`."""
+    app = typer.Typer(
+        name="jaxq",
+        help="Quantized Hugging Face models in JAX: load, run, make, convert. Start with: jaxq demo",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+    for name, module in COMMANDS.items():
+        app.command(name)(importlib.import_module(module).run)
+
+    @app.callback()
+    def common() -> None:
+        """Quantized Hugging Face models in JAX: load, run, make, convert. Start with: **jaxq demo**"""
+
+    return app
+
+
+def _fail(text: str) -> int:
+    """Prints a failure as one line on stderr."""
+    print("jaxq: error: " + " ".join(text.split()), file=sys.stderr)
+    return 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    Args:
+      arguments: words after the program's name; None for those of this process.
+    """
+    try:
+        build()(args=arguments, prog_name="jaxq")
+    except SystemExit as stop:  # help, wrong use (2), interruption; typer has printed its own text
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:  # `jaxq inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except JqError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except Exception as error:
+        if os.environ.get("JAXQ_TRACEBACK"):
+            raise
+        kind = type(error).__name__
+        return _fail(f"{kind}: {error} (unexpected; set JAXQ_TRACEBACK=1 to see where it comes from)")
+    return 0
+
