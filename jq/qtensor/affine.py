@@ -36,7 +36,8 @@ class Affine(QTensor):
 
     Fields:
       codes: packed codes, uint32 or uint8 [*stack, N, W] (`jq.bits.pack` order).
-      scales: [*stack, N', groups] for block grouping, [*stack, groups] for flat and strided ones; or a nested QTensor.
+      scales: [*stack, N', groups] for block grouping, [*stack, groups] for flat and strided ones; or a nested QTensor
+        ([*stack, 1, groups] for flat and strided grouping).
       zeros: None (then `zero_point` is the zero of every group); an array like scales; a nested QTensor; or packed
         uint8 words [*stack, N', ceil(groups * zeros_bits / 8)] where `zeros_bits` > 0.
       g_idx: int32[*stack, K], group of each input feature, or None for k // grouping.cols.
@@ -134,15 +135,20 @@ class Affine(QTensor):
     def group_zeros(self) -> Array | None:
         """Zeros one per group, in code units unless the format says otherwise; None where `zero_point` holds."""
         if self.zeros is None or not self.zeros_bits:
-            return dense_value(self.zeros)
+            return self._per_group(self.zeros)
         return _bits.unpack(self.zeros, self.zeros_bits, self.scales.shape[-1])
+
+    def _per_group(self, param: Any) -> Array:
+        """A parameter with its values one per group; a nested one of flat or strided groups is [1, groups]."""
+        value = dense_value(param)
+        return value.reshape(-1) if isinstance(param, QTensor) and self.grouping.kind != "block" else value
 
     def _dense(self) -> Array:
         shape = self.shape
         spread = functools.partial(expand, grouping=self.grouping, shape=shape, g_idx=self.g_idx)
         zeros = self.group_zeros()
         zero = np.int32(self.zero_point) if zeros is None else spread(zeros)
-        dense = FORMULAS[self.formula](self.unpack(), spread(dense_value(self.scales)), zero, np.dtype(self.dtype))
+        dense = FORMULAS[self.formula](self.unpack(), spread(self._per_group(self.scales)), zero, np.dtype(self.dtype))
         return namespace(dense).broadcast_to(dense, shape)
 
     def _rows(self, index: slice) -> Self:
@@ -205,6 +211,22 @@ def _sub_mul(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     return exact.cast(diff * scale, dtype)
 
 
+def _cast_sub_mul(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
+    """(dtype(code) - dtype(zero)) * dtype(scale): scales and zeros are cast to the result's dtype before use."""
+    return (code.astype(dtype) - zero.astype(dtype)) * scale.astype(dtype)
+
+
+def _div(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
+    """dt(code - zero) / scale, dt = the scale's dtype: BitNet, whose scale divides."""
+    return exact.div((code - zero.astype(np.int32)).astype(scale.dtype), scale).astype(dtype)
+
+
+def _f32_mul_add(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
+    """dtype(float32(code) * scale + zero), one rounding in float32 (the product is exact) and one to dtype."""
+    scale, zero = scale.astype(np.float32), zero.astype(np.float32)
+    return exact.mul_add(code.astype(np.float32), scale, zero).astype(dtype)
+
+
 def _f32(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     """dtype(float32(code - zero) * float32(scale))."""
     diff = (code - zero.astype(np.int32)).astype(np.float32) if _is_integer(zero) else code - zero.astype(np.float32)
@@ -233,7 +255,10 @@ def _bnb_int8(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
 
 FORMULAS: dict[str, Formula] = {
     "sub_mul": _sub_mul,
+    "cast_sub_mul": _cast_sub_mul,
+    "div": _div,
     "f32": _f32,
+    "f32_mul_add": _f32_mul_add,
     "mul_sub": _mul_sub,
     "mul_add": _mul_add,
     "fma": _fma,
