@@ -94,6 +94,19 @@ def matmul(x: Array, w: Any) -> jax.Array:
       [..., N] in x's dtype.
     """
     x = jnp.asarray(x)
-    scheme = scheme_of(w.activation)
-    y = scheme(x.reshape(-1, x.shape[-1]), w)
+    scheme_of(w.activation)  # an unknown scheme is an error of the caller, not of the trace
+    y = _matmul_jit(x.reshape(-1, x.shape[-1]), w.without_extras().replace(source=None))
     return y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype)
+
+
+@jax.jit
+def _matmul_jit(x: jax.Array, w: Any) -> jax.Array:
+    return scheme_of(w.activation)(x, w)
+
+
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w.T` with float32 sums and one rounding to x's dtype: x [M, K], w [N, K] of the same dtype."""
+    y = jax.lax.dot_general(
+        x, w, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    return y.astype(x.dtype)

@@ -1,0 +1,195 @@
+"""Activation quantization of compressed-tensors: the input is quantized and dequantized, then multiplied as a float.
+
+After compressed-tensors 0.20.0 (quantization/lifecycle/forward_helpers.py, quantization/utils/helpers.py), whose CPU
+forward is the oracle. Every operation rounds to the input's dtype (bfloat16 in a bfloat16 model): scale, quotient,
+product. Doing the same in float32 changes 2 to 7 % of the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jq import exact
+from jq.activations import product, register
+from jq.errors import UnsupportedError
+from jq.formats.compressed_tensors_config import Args
+
+# `torch.finfo(dtype).eps`: what a scale of zero becomes.
+_EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+_MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}
+# Boundaries between the magnitudes 0 .5 1 1.5 2 3 4 6 of E2M1; a value on a boundary goes to the even code.
+_E2M1_BOUNDS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
+_E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+class Quantized(NamedTuple):
+    """A quantized activation.
+
+    Fields:
+      values: the quantized numbers as floats, shape of x, in x's dtype or float32 (integers, e4m3 or e2m1 values).
+      scales: as the library computes (dynamic) or stores (static) them; NVFP4's local scales are e4m3 values.
+      zeros: zero points or None.
+      dequantized: the input of the product, in x's dtype.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None
+    dequantized: jax.Array
+
+
+@register("compressed_tensors")
+def matmul(x: jax.Array, w: Any) -> jax.Array:
+    """x [M, K] -> [M, N]. Options: "input" and "output" are `Args`; parameters are the stored static scales."""
+    inputs, outputs = w.activation.get("input"), w.activation.get("output")
+    if inputs is not None:
+        x = quantize(x, inputs, _static(w.extras, "input")).dequantized
+    y = product(x, exact.cast(w.dequantize(), x.dtype))
+    if outputs is not None:
+        if w.activation.get("bias"):
+            raise UnsupportedError(
+                "output activations of a layer with bias are quantized after the bias is added, which is not done here; "
+                "quantize_activations=False computes with float activations"
+            )
+        y = quantize(y, outputs, _static(w.extras, "output")).dequantized
+    return y
+
+
+def _static(extras: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The stored parameters of `input` or `output` without that prefix: scale, zero_point, global_scale."""
+    return {k.removeprefix(f"{name}_"): v for k, v in extras.items() if k.startswith(f"{name}_")}
+
+
+def quantize(x: jax.Array, args: Args, static: Mapping[str, Any]) -> Quantized:
+    """Quantizes an activation [..., M, K] as the library's `fake_quantize` does.
+
+    Args:
+      x: bfloat16, float16 or float32.
+      args: how.
+      static: "scale", "zero_point", "global_scale" where they are stored.
+
+    Raises:
+      UnsupportedError: a strategy that the library does not run, or K that is no multiple of the group size.
+    """
+    dtype = x.dtype
+    if args.dynamic is False:
+        scale = jnp.asarray(static["scale"]).astype(dtype).reshape(-1)
+        if args.strategy != "tensor" or scale.size != 1:
+            raise UnsupportedError(f"static activation quantization per {args.strategy} is not done here: {args}")
+        zero = None if args.symmetric else jnp.asarray(static["zero_point"]).reshape(-1)
+        return _apply(x, scale, None if zero is None else zero.astype(dtype), args)
+    if args.strategy == "token":
+        return _apply(x, *_qparams(x, args), args)
+    if args.strategy == "tensor":
+        scale, zero = _qparams(x.reshape(-1), args)
+        return _apply(x, scale, zero, args)
+    if args.strategy not in ("group", "tensor_group") or x.shape[-1] % args.group_size:
+        raise UnsupportedError(f"dynamic activation quantization {args} of {x.shape[-1]} inputs is not done here")
+    groups = x.reshape(*x.shape[:-1], -1, args.group_size)
+    if args.strategy == "tensor_group":
+        found = _nvfp4(groups, static, args)
+    elif args.is_mx:
+        found = _mx(groups, args)
+    else:
+        found = _apply(groups, *_qparams(groups, args), args)
+    zeros = None if found.zeros is None else found.zeros[..., 0]
+    return Quantized(found.values.reshape(x.shape), found.scales[..., 0], zeros, found.dequantized.reshape(x.shape))
+
+
+def _qparams(x: jax.Array, args: Args) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point [..., 1] from the smallest and largest value along the last axis, in x's dtype."""
+    dtype = x.dtype
+    low, high = args.limits
+    smallest = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0)
+    largest = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0)
+    if args.symmetric:
+        scale = exact.div(jnp.maximum(-smallest, largest), jnp.asarray((high - low) / 2, dtype))
+        zero = None
+    else:
+        scale = exact.div(largest - smallest, jnp.asarray(high - low, dtype))
+        shift = exact.div(smallest, jnp.where(scale == 0, jnp.ones_like(scale), scale))
+        zero = jnp.round(jnp.clip(jnp.asarray(low, dtype) - shift, low, high)).astype(dtype)
+        zero = jnp.where(scale == 0, jnp.zeros_like(zero), zero)  # the library's 0 / 0 ends as the integer 0
+    return jnp.where(scale == 0, jnp.asarray(_EPS[str(dtype)], dtype), scale), zero
+
+
+def _apply(x: jax.Array, scale: jax.Array, zero: jax.Array | None, args: Args) -> Quantized:
+    """x / scale (+ zero) -> clamp -> round -> (- zero) * scale, each rounded to x's dtype."""
+    scaled = exact.div(x, scale)
+    if zero is not None:
+        scaled = scaled + zero
+    values = round_to(scaled, args)
+    moved = values if zero is None else values - zero
+    return Quantized(values, scale, zero, moved * scale)
+
+
+def round_to(x: jax.Array, args: Args) -> jax.Array:
+    """Clamps and rounds half to even onto the numbers that `args` can hold; same dtype."""
+    low, high = args.limits
+    x = jnp.clip(x, jnp.asarray(low, x.dtype), jnp.asarray(high, x.dtype))
+    if args.type == "int":
+        return jnp.round(x)
+    if args.num_bits == 8:
+        return x.astype(ml_dtypes.float8_e4m3fn).astype(x.dtype)
+    if args.num_bits == 4:
+        return round_e2m1(x)
+    # E2M3: steps of 1/8 below 2, then 1/4, then 1/2; a step is a power of two, so the quotients are exact.
+    step = jnp.where(jnp.abs(x) < 2, 0.125, jnp.where(jnp.abs(x) < 4, 0.25, 0.5)).astype(x.dtype)
+    return jnp.round(x / step) * step
+
+
+def round_e2m1(x: jax.Array) -> jax.Array:
+    """Nearest of 0 .5 1 1.5 2 3 4 6 with sign, ties to the even code; larger values become 6."""
+    magnitude = jnp.abs(exact.cast(x, jnp.float32))
+    code = jnp.zeros(x.shape, jnp.int32)
+    for i, bound in enumerate(_E2M1_BOUNDS):
+        code += (magnitude >= bound if i % 2 else magnitude > bound).astype(jnp.int32)
+    value = jnp.take(jnp.asarray(_E2M1_VALUES), code)
+    return (jnp.sign(x).astype(jnp.float32) * value).astype(x.dtype)
+
+
+def _mx(x: jax.Array, args: Args) -> Quantized:
+    """Power-of-two scales from the exponent of the largest magnitude; x [..., groups, 32]."""
+    dtype = str(x.dtype)
+    peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    exponent = mx_exponent(peak, args.num_bits)
+    if dtype == "float16":  # 2**exponent underflows in the library's float16, and a scale of zero becomes one
+        exponent = jnp.where(exponent < -24, 0, exponent)
+    # A power of two: multiplying by the inverse is the exact quotient. (2**-127 itself would be flushed to zero.)
+    scaled = (exact.cast(x, jnp.float32) * exact.pow2(-exponent)).astype(x.dtype)
+    values = round_to(scaled, args)
+    scales = exact.pow2(exponent)
+    dequantized = (exact.cast(values, jnp.float32) * scales).astype(x.dtype)
+    return Quantized(values, scales, None, dequantized)
+
+
+def mx_exponent(peak: jax.Array, bits: int) -> jax.Array:
+    """Exponent of an MX scale, int32, -127..128: the exponent of `peak` rounded up from a significand of 1.75.
+
+    Half a step of the element's mantissa is added to the bit pattern, so the carry decides (mxfp_utils.py).
+    """
+    mantissa = _MANTISSA[str(peak.dtype)]
+    width = {7: jnp.int16, 10: jnp.int16, 23: jnp.int32}[mantissa]
+    pattern = jax.lax.bitcast_convert_type(peak, width).astype(jnp.int32)
+    field = (pattern + (1 << (mantissa - (3 if bits == 6 else 1) - 1))) >> mantissa
+    bias = 15 if mantissa == 10 else 127
+    exponent = field - bias - (8 if bits == 8 else 2)
+    return jnp.clip(jnp.where(field == 0, -127, exponent), -127, 128)
+
+
+def _nvfp4(x: jax.Array, static: Mapping[str, Any], args: Args) -> Quantized:
+    """E4M3 scales of groups of 16 under a stored global scale; x [..., groups, 16]."""
+    whole = jnp.asarray(static["global_scale"]).astype(jnp.float32).reshape(-1)
+    peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    local = exact.cast(exact.div(peak, jnp.asarray(args.limits[1], x.dtype)), jnp.float32) * whole
+    scales = jnp.clip(local, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(jnp.float32)
+    scales = jnp.where(scales == 0, jnp.float32(0.125), scales)
+    step = exact.div(scales, whole)
+    values = round_to(exact.div(exact.cast(x, jnp.float32), step), args)
+    return Quantized(values, scales, None, (values * step).astype(x.dtype))
