@@ -8,6 +8,7 @@ import types
 from typing import Any
 
 from jq import errors as errors
+from jq._clash import JSON_TOOL_NAMES, SHADOWED
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"jq.{name}")
     elif name[:1].isupper() and (method := _method(name)) is not None:
         value = method
+    elif name in JSON_TOOL_NAMES:
+        raise AttributeError(SHADOWED.format(name=name))
     else:
         raise AttributeError(f"module 'jq' has no attribute {name!r}")
     globals()[name] = value

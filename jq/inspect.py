@@ -12,9 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jq.formats import detect
 from jq.checkpoint import Checkpoint, open_checkpoint
 from jq.errors import JqError
+from jq.formats import detect
 from jq.formats.base import group_by_prefix
 from jq.qtensor import QTensor
 
@@ -155,13 +155,12 @@ class Summary:
 
 def size_text(count: float) -> str:
     """A number of bytes for people: 1536 -> "1.5 KiB"."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
+    units = ("B", "KiB", "MiB", "GiB")
+    power = 0
+    while count >= 1024 and power + 1 < len(units):
         count /= 1024
-        if count < 1024:
-            break
-    return f"{count:.1f} {unit}"
+        power += 1
+    return f"{count:.{min(power, 1)}f} {units[power]}"
 
 
 def _count(number: int) -> str:

@@ -1,79 +1,30 @@
-"""Options and fixtures that all tests share.
-
-The table of formats (`jaxq formats`, README) is computed from test results. A test that proves a cell says so:
-
-    def test_identity(folder, cell):
-        cell("gptq", "read", "identical bits")   # before the assertions
-        ...
-
-and `pytest --format-results=jq/formats/results/cpu.json` writes what passed, failed and was skipped.
-"""
+"""Settings of the whole suite: CPU unless asked otherwise, `--slow`, and import paths for the shared test modules."""
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
-from collections import Counter
+import importlib.util
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
-COLUMNS = ("read", "write", "identical bits", "identical dequantize", "quantize", "GPU kernel", "torch adapter")
+sys.path.insert(0, str(Path(__file__).parent))
+if not os.environ.get("JAXQ_TEST_GPU"):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run tests marked slow too")
-    parser.addoption("--format-results", metavar="FILE", help="write the results behind the table of formats")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run tests that take minutes")
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wants = {
+        "slow": (config.getoption("--slow"), "takes minutes: --slow runs it"),
+        "gpu": (bool(os.environ.get("JAXQ_TEST_GPU")), "needs a GPU: set JAXQ_TEST_GPU=1 where there is one"),
+        "peers": (importlib.util.find_spec("bitsandbytes") is not None, "needs the original libraries: extra `peers`"),
+    }
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
-
-
-@pytest.fixture
-def cell(request):
-    """cell(format, *columns): this test proves these cells of the table of formats."""
-
-    def record(fmt: str, *columns: str) -> None:
-        unknown = set(columns) - set(COLUMNS)
-        if unknown:
-            raise ValueError(f"unknown columns {sorted(unknown)}; known: {COLUMNS}")
-        request.node.user_properties += [("cell", f"{fmt}/{column}") for column in columns]
-
-    return record
-
-
-class FormatResults:
-    """Counts outcomes for each cell and writes them at the end of the run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.counts: dict[tuple[str, str], Counter] = {}
-
-    def pytest_runtest_logreport(self, report):
-        if not (report.when == "call" or (report.when == "setup" and report.outcome != "passed")):
-            return
-        for key, value in report.user_properties:
-            if key == "cell":
-                fmt, column = value.split("/", 1)
-                self.counts.setdefault((fmt, column), Counter())[report.outcome] += 1
-
-    def pytest_sessionfinish(self):
-        cells: dict[str, dict[str, dict[str, int]]] = {}
-        for (fmt, column), counts in sorted(self.counts.items()):
-            cells.setdefault(fmt, {})[column] = dict(sorted(counts.items()))
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        made = {"commit": commit.stdout.strip(), "python": platform.python_version(), "machine": platform.machine()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"made": made, "cells": cells}, indent=1) + "\n")
-
-
-def pytest_configure(config):
-    path = config.getoption("--format-results")
-    if path:
-        config.pluginmanager.register(FormatResults(Path(path)))
+        for name, (there, reason) in wants.items():
+            if name in item.keywords and not there:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -79,4 +79,3 @@ def main(arguments: list[str] | None = None) -> int:
         kind = type(error).__name__
         return _fail(f"{kind}: {error} (unexpected; set JAXQ_TRACEBACK=1 to see where it comes from)")
     return 0
-

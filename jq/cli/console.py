@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -73,5 +72,3 @@ def progress(title: str) -> Iterator[Advance]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield advance
-
-

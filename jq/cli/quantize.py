@@ -1,0 +1,95 @@
+"""`jaxq quantize`: a float checkpoint in, a quantized one out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jq.cli.console import JsonOption, emit, progress, say
+
+
+def run(
+    source: Annotated[str, typer.Argument(help="Float model: directory, .gguf file, or Hugging Face hub id.")],
+    target: Annotated[Path, typer.Argument(help="Directory to write.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="nf4, fp4, int8, rtn, ...; `jaxq quantize --list`.")
+    ] = "nf4",
+    bits: Annotated[int | None, typer.Option(help="Bits of a code.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights along the input axis that share a scale.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Weights that share an absmax (nf4, fp4).")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero points.")] = None,
+    double_quant: Annotated[
+        bool | None, typer.Option("--double-quant/--single-quant", help="Quantize absmax too (nf4, fp4).")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any option of the method, as key=value.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Module name pattern to leave in float; may be repeated.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text file for methods that calibrate.", exists=True, dir_okay=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples taken from --data.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 512,
+    as_json: JsonOption = False,
+    list_methods: Annotated[
+        bool,
+        typer.Option(
+            "--list", help="List the methods and their options, and stop.", is_eager=True, callback=lambda on: _list(on)
+        ),
+    ] = False,
+) -> None:
+    """Quantize the linear layers of a model and write a Hugging Face checkpoint that its original library loads too.
+
+    Example: jaxq quantize HuggingFaceTB/SmolLM2-135M-Instruct ./SmolLM2-int4 --method rtn --bits 4 --group-size 64
+    """
+    from jq.cli import methods
+
+    scheme = methods.build(
+        method,
+        settings or [],
+        bits=bits,
+        group_size=group_size,
+        block_size=block_size,
+        sym=sym,
+        double_quant=double_quant,
+    )
+    import jq
+    from jq.inspect import inspect
+
+    start = time.perf_counter()
+    with progress("quantize") as advance:
+        if data is None:
+            made = jq.quantize(jq.load_state(source, lazy=True), scheme, skip=skip or None, advance=advance)
+        else:
+            model = jq.load(source)
+            from jq.report.perplexity import tokens_of
+
+            ids = tokens_of(model.tokenizer, data.read_text("utf-8"))[: samples * length]
+            rows = ids[: len(ids) // length * length].reshape(-1, length)
+            made = jq.quantize(model, scheme, data=rows, skip=skip or None, advance=advance)
+    say(f"writing {target}")
+    jq.save(made, target)
+    summary = inspect(target)
+    seconds = time.perf_counter() - start
+    text = f"{summary.headline()}\nquantized and written in {seconds:.1f} s; look at it: jaxq inspect {target}"
+    result = {"method": repr(scheme), "seconds": round(seconds, 2), **summary.to_dict()}
+    emit(result, text, as_json=as_json)
+
+
+def _list(on: bool) -> None:
+    if not on:
+        return
+    import dataclasses
+
+    from jq.cli import methods
+
+    for public in sorted(methods.names().values()):
+        fields = dataclasses.fields(methods.find(public))
+        options = ", ".join(
+            f"{f.name}={f.default!r}" if f.default is not dataclasses.MISSING else f.name for f in fields if f.init
+        )
+        print(f"{public.lower():12} {options}")
+    raise typer.Exit

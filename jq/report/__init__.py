@@ -1,0 +1,1 @@
+"""Figures about models: perplexity, error of each layer, the table of formats."""
