@@ -1,0 +1,137 @@
+"""Arrays between numpy, JAX and torch, without copies where memory allows it.
+
+Three facts decide the code (measured on CPU, torch 2.13, jax 0.10):
+- XLA aliases only memory that is 64-byte aligned and dense; anything else it copies on every call. Tensors read from
+  a safetensors file are not aligned, so packed tensors are brought into aligned memory once, when they are stored.
+- `jax.dlpack.from_dlpack` takes 30-50 us a tensor, the call underneath it 4 us: packed tensors are converted once and
+  the result is remembered for as long as the torch tensor lives.
+- A packed tensor is an integer to torch, whatever it means (a float16 scale is an int16 parameter): nothing in torch,
+  transformers or peft then casts it, asks for its gradient or initialises it. `Leaf.dtype` keeps the meaning.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+try:  # what jax.dlpack.from_dlpack ends in, without its checks
+    from jax._src.lib import _jax
+
+    _import_capsule = _jax.dlpack_managed_tensor_to_buffer
+except (ImportError, AttributeError):  # another jax: the public function is slower, not different
+    _import_capsule = None
+
+ALIGNMENT = 64
+
+_FLOATS = {
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "float8_e4m3fnuz": torch.float8_e4m3fnuz,
+    "float8_e5m2fnuz": torch.float8_e5m2fnuz,
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
+}
+_NUMPY = {dtype: np.dtype(getattr(ml_dtypes, name)) for name, dtype in _FLOATS.items()}
+_CARRIER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """The torch dtype of a numpy dtype or of its name, the ml_dtypes ones included."""
+    name = np.dtype(dtype).name
+    return _FLOATS.get(name) or torch.from_numpy(np.empty(0, np.dtype(dtype))).dtype
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """The numpy dtype of a torch dtype."""
+    return _NUMPY.get(dtype) or torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def array_of(tensor: torch.Tensor) -> np.ndarray:
+    """A numpy view of a dense CPU tensor (a copy of any other)."""
+    tensor = tensor.detach().cpu().contiguous()
+    special = _NUMPY.get(tensor.dtype)
+    if special is None:
+        return tensor.numpy()
+    return tensor.view(_CARRIER[tensor.element_size()]).numpy().view(special)
+
+
+def tensor_of(array: Any) -> torch.Tensor:
+    """A torch tensor in aligned memory with the values and the dtype of a numpy or JAX array.
+
+    Aligned, dense, writable memory is shared, anything else is copied.
+    """
+    if isinstance(array, jax.Array):
+        array = np.asarray(array)
+    dtype = torch_dtype(array.dtype)
+    if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+        flat = array.reshape(-1).view(np.uint8)
+        return torch.from_numpy(flat).view(dtype).reshape(array.shape)
+    out = torch.empty(array.shape, dtype=dtype)
+    if array.size:
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        out.reshape(-1).view(torch.uint8).numpy()[:] = raw
+    return out
+
+
+def carrier_of(array: Any) -> torch.Tensor:
+    """The bits of an array as an integer tensor of the same shape (see the module docstring)."""
+    tensor = tensor_of(array)
+    if tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        return tensor
+    return tensor.view(_CARRIER[tensor.element_size()])
+
+
+def numpy_leaf(tensor: torch.Tensor, dtype: str) -> np.ndarray:
+    """A packed tensor as the numpy array that `carrier_of` was given."""
+    return array_of(tensor).view(np.dtype(dtype))
+
+
+def jax_leaf(tensor: torch.Tensor, dtype: str) -> Any:
+    """A packed tensor as a JAX array (numpy for 64-bit types, which JAX would narrow), converted once."""
+    hit = _converted.get(tensor)
+    # an in-place edit bumps the version, set_data moves the pointer; tensors of inference mode have no version
+    state = (None if tensor.is_inference() else tensor._version, tensor.data_ptr())
+    if hit is None or hit[0] != state:
+        hit = _converted[tensor] = (state, _convert(tensor.detach(), dtype))
+    return hit[1]
+
+
+_converted: Any = WeakTensorKeyDictionary()
+
+
+def _convert(tensor: torch.Tensor, dtype: str) -> Any:
+    if np.dtype(dtype).itemsize == 8:
+        return numpy_leaf(tensor, dtype)
+    return to_jax(tensor.view(torch_dtype(dtype)))
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if XLA can use its memory as it is, else a dense, aligned copy."""
+    tensor = tensor.detach()
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.contiguous().clone()
+
+
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    """A JAX array on the tensor's memory; the caller keeps the tensor unchanged while the array is in use."""
+    tensor = aligned(tensor)
+    if tensor.device.type == "cpu" and _import_capsule is not None:
+        return _import_capsule(torch._C._to_dlpack(tensor), _cpu(), None)
+    return jax.dlpack.from_dlpack(tensor)
+
+
+def from_jax(array: jax.Array) -> torch.Tensor:
+    """A torch tensor on a JAX array's memory; waits until the array is computed."""
+    return torch.utils.dlpack.from_dlpack(array)
+
+
+@functools.cache
+def _cpu() -> Any:
+    return jax.devices("cpu")[0]

@@ -1,0 +1,237 @@
+"""`JqLinear`: a linear layer over a QTensor, in place of `nn.Linear` or GPT-2's `Conv1D`.
+
+Two states. *Stored*: while loading, and for as long as a layer is offloaded to disk, its parameters are the tensors of
+the file (named `stored_0`, `stored_1`, ...; the file's names are mapped by the quantizer). *Packed*: the parameters
+are the arrays of the QTensor (`q_codes`, `q_scales`, ...). `pack` goes from the first to the second.
+
+Packed tensors are parameters, not buffers, and always integers:
+- accelerate offloads parameters, buffers only on request (`offload_buffers=True`); FSDP shards parameters alone;
+- an integer parameter has no gradient, no optimizer takes it, `.to(dtype)`, autocast and peft's preparation for k-bit
+  training leave it alone. Float scales are held as the integers of their bits for that reason.
+`num_parameters()` counts the weights that they stand for (`jq_torch.takeover`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from jq_torch import bridge, ops
+
+
+class Packed(nn.Module):
+    """What packed layers and packed experts have in common: a QTensor held as integer parameters.
+
+    Attributes:
+      origin: how the QTensor is made from stored tensors and back (`jq_torch.headers.Origin`); None after on-the-fly
+        quantization by a method without one.
+    """
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.quantize_activations = True
+        self._skeletons: dict[str, Any] = {}  # role -> QTensor with ops.Leaf in place of arrays
+        self._packed: dict[str, tuple[str, ...]] = {}  # role -> parameter names, in the order of its leaves
+        self._operands: dict[str, tuple[str, ...]] = {}  # role -> names of those that the arithmetic needs
+        self._spec: dict[str, str] = {}
+        self._described: dict[str, str] = {}
+        self._is_hf_initialized = True  # transformers' initialisation must not touch it
+
+    def put(self, role: str, tensor: Any) -> None:
+        """Takes a QTensor in; its arrays become parameters named `<role>_<path in the tensor>`."""
+        self.remove(role)
+        skeleton, tensors = ops.skeleton_of(tensor)
+        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(skeleton)[0]]
+        names = tuple(f"{role}_{_name(path)}" for path in paths)
+        for name, value in zip(names, tensors, strict=True):
+            parameter = nn.Parameter(value, requires_grad=False)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            self.register_parameter(name, parameter)
+        self._skeletons[role], self._packed[role], self._described[role] = skeleton, names, repr(tensor)
+        self._name_operands(role)
+
+    def _name_operands(self, role: str) -> None:
+        slim = arithmetic_part(self._skeletons[role])
+        self._operands[role] = tuple(self._packed[role][leaf.index] for leaf in jax.tree.leaves(slim))
+        active = self.quantize_activations and getattr(slim, "activation", None) is not None
+        self._spec[role] = ops.spec_of(slim, activation=active)
+
+    def reserve(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Room for a stored tensor, on the meta device, for the loader to fill."""
+        empty = torch.empty(shape, dtype=bridge.torch_dtype(dtype), device="meta")
+        self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def remove(self, role: str) -> None:
+        """Forgets a QTensor and its parameters."""
+        for name in self._packed.pop(role, ()):
+            delattr(self, name)
+        for table in (self._skeletons, self._operands, self._spec, self._described):
+            table.pop(role, None)
+
+    def use_activations(self, quantize: bool) -> None:
+        """Whether tensors that say so quantize their activations (False: weight-only)."""
+        self.quantize_activations = quantize
+        for role in self._skeletons:
+            self._name_operands(role)
+
+    def qtensor(self, role: str = "q") -> Any:
+        """The QTensor, with numpy arrays that share the parameters' memory on the CPU."""
+        leaves, tree = jax.tree.flatten(self._skeletons[role])
+        tensors = [getattr(self, name) for name in self._packed[role]]
+        return jax.tree.unflatten(
+            tree, [bridge.numpy_leaf(t, leaf.dtype) for t, leaf in zip(tensors, leaves, strict=True)]
+        )
+
+    def num_weights(self) -> int:
+        """Number of weights that the packed parameters stand for."""
+        raise NotImplementedError
+
+    def operands(self, role: str = "q") -> tuple[list[torch.Tensor], str]:
+        """(packed tensors, spec) for `jq_torch.ops`, without what is carried only for saving."""
+        return [getattr(self, name) for name in self._operands[role]], self._spec[role]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for role in self._skeletons:  # a spec is a name within one process
+            self._name_operands(role)
+
+
+def arithmetic_part(tensor: Any) -> Any:
+    """The QTensor without what is carried only for saving, so that the layers of a model share one spec."""
+    return tensor.without_extras().replace(source=None)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    parts = [str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", p)))) for p in path]
+    return "_".join(parts).replace(".", "_")
+
+
+class JqLinear(Packed, nn.Linear):
+    """A linear layer whose weight is a QTensor.
+
+    It is an `nn.Linear` to `isinstance` (peft's target modules, users' code); `weight` is the dequantized weight, made
+    anew on each access, so that code that reads it gets right numbers. It cannot be assigned.
+
+    Attributes:
+      in_features, out_features, bias: as in nn.Linear.
+      transposed: it replaces a Conv1D, whose weight is [K, N].
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: nn.Parameter | None = None, transposed: bool = False
+    ) -> None:
+        Packed.__init__(self)
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        self.register_parameter("bias", bias)
+        self.origin: Any = None
+        self._keep_dense = False
+        self._dense_cache: torch.Tensor | None = None
+
+    @classmethod
+    def in_place_of(cls, old: nn.Module) -> JqLinear:
+        """An empty layer with the features and the bias of an `nn.Linear` or `Conv1D`."""
+        if isinstance(old, nn.Linear):
+            return cls(old.in_features, old.out_features, bias=old.bias)
+        k, n = old.weight.shape  # type: ignore[union-attr,misc]
+        return cls(int(k), int(n), bias=old.bias, transposed=True)  # type: ignore[arg-type]
+
+    def num_weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def is_packed(self) -> bool:
+        return "q" in self._packed
+
+    def _stored_parts(self) -> dict[str, np.ndarray]:
+        return {suffix: bridge.array_of(getattr(self, name)) for suffix, name in self.origin.stored.items()}
+
+    def pack(self) -> dict[str, np.ndarray] | None:
+        """Stored tensors -> QTensor.
+
+        Returns:
+          None, or the stored tensors where the format says that the layer is not quantized.
+
+        Raises:
+          FormatError: stored tensors that contradict each other.
+        """
+        parts = self._stored_parts()
+        tensor = self.origin.load(parts)
+        if tensor is None:
+            return parts
+        for name in self.origin.stored.values():
+            delattr(self, name)
+        self.put("q", tensor)
+        return None
+
+    def dump(self, path: str) -> list[tuple[str, np.ndarray]]:
+        """[(name, array)] as the file had them, under the layer's path in the model."""
+        parts = self.origin.format.dump(self.qtensor()) if self.is_packed else self._stored_parts()
+        return [(path + self.origin.local(suffix), np.asarray(array)) for suffix, array in parts.items()]
+
+    def keep_dense(self) -> None:
+        """Keeps the dequantized weight from the first use on (`enable(packed=False)`)."""
+        self._keep_dense = True
+
+    def operands(self, role: str = "q") -> tuple[list[torch.Tensor], str]:
+        if self.is_packed:
+            return super().operands(role)
+        # on disk: hooks bring the stored tensors for the length of one call
+        skeleton, tensors = ops.skeleton_of(arithmetic_part(self.origin.load(self._stored_parts())))
+        active = self.quantize_activations and getattr(skeleton, "activation", None) is not None
+        return tensors, ops.spec_of(skeleton, activation=active)
+
+    def to_float(self, weight: torch.Tensor) -> nn.Module:
+        """An `nn.Linear` (or Conv1D) with the given dense weight [N, K] and this layer's bias."""
+        with torch.device("meta"):
+            new: Any = (
+                Conv1D(self.out_features, self.in_features)
+                if self.transposed
+                else nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+            )
+        new.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight.contiguous())
+        new.bias = self.bias if self.bias is None else nn.Parameter(self.bias.detach().to(weight.dtype))
+        new._is_hf_initialized = True
+        return new.train(self.training)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The dense weight [out_features, in_features]; dtype None for the format's own."""
+        packed, spec = self.operands()
+        if dtype is None:
+            dtype = bridge.torch_dtype(ops.own_dtype(spec))
+        return ops.dense(packed, spec, dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        dense = self.dequantize()
+        return dense.T if self.transposed else dense
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """None: computes in the dtype of its input."""
+        return None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self._keep_dense and not ops.quantizes_activations(self._spec["q"]):
+            y = nn.functional.linear(x, self._dense_weight(x.dtype))
+        else:
+            packed, spec = self.operands()
+            y = ops.linear(x, packed, spec, self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        held = self._dense_cache
+        if held is None or held.dtype != dtype or held.device != self._parameters[self._packed["q"][0]].device:
+            self._dense_cache = held = self.dequantize(dtype)
+        return held
+
+    def extra_repr(self) -> str:
+        what = self._described.get("q", "not packed")
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {what}"

@@ -1,0 +1,157 @@
+"""The torch operators: `jq::linear` and its gradient.
+
+One operator serves every format: it takes the packed tensors of a QTensor and a short string, its *spec*, that names
+the static rest (`spec_of`). torch.compile, torch.export and autograd see an operator with a shape rule; the arithmetic
+is `jq`'s own, so that both frameworks compute the same numbers.
+
+Weight-only tensors are dequantized by one compiled JAX program and multiplied by torch. Tensors whose activations are
+quantized go through `jq.matmul`, with the number of tokens padded to a power of two, so that few programs are compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+import jq
+from jq_torch import bridge
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Stands for an array in a QTensor without arrays: the index of its tensor and its dtype."""
+
+    index: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a spec names: the pytree of a QTensor, the dtypes of its leaves, and how to multiply with it."""
+
+    tree: Any
+    dtypes: tuple[str, ...]
+    activation: bool
+
+
+_specs: dict[Static, str] = {}
+_statics: dict[str, Static] = {}
+
+
+def spec_of(skeleton: Any, *, activation: bool) -> str:
+    """The spec of a QTensor whose arrays are `Leaf`s; equal QTensors of different layers get the same one.
+
+    Args:
+      skeleton: QTensor with `Leaf` in place of arrays; only the tree and the dtypes count.
+      activation: quantize the activations as the tensor says.
+    """
+    leaves, tree = jax.tree.flatten(skeleton)
+    static = Static(tree, tuple(leaf.dtype for leaf in leaves), activation)
+    spec = _specs.get(static)
+    if spec is None:
+        spec = _specs[static] = f"{type(skeleton).__name__}-{len(_specs)}"
+        _statics[spec] = static
+    return spec
+
+
+def own_dtype(spec: str) -> str:
+    """dtype of the dequantized weight of a spec."""
+    static = _statics[spec]
+    return jax.tree.unflatten(static.tree, [None] * len(static.dtypes)).dtype
+
+
+def quantizes_activations(spec: str) -> bool:
+    return _statics[spec].activation
+
+
+def bucket(tokens: int) -> int:
+    """Number of rows that a program is compiled for: the next power of two, above 4096 the next multiple of it."""
+    if tokens > 4096:
+        return -(-tokens // 4096) * 4096
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
+@functools.lru_cache(maxsize=1024)
+def _dense_program(spec: str, dtype: str) -> Any:
+    tree = _statics[spec].tree
+    return jax.jit(lambda leaves: jax.tree.unflatten(tree, leaves).dequantize(dtype))
+
+
+@functools.lru_cache(maxsize=1024)
+def _matmul_program(spec: str) -> Any:
+    tree = _statics[spec].tree
+    return jax.jit(lambda x, leaves: jq.matmul(x, jax.tree.unflatten(tree, leaves)).astype(x.dtype))
+
+
+def _leaves(packed: list[torch.Tensor], spec: str) -> list[Any]:
+    return [bridge.jax_leaf(t, d) for t, d in zip(packed, _statics[spec].dtypes, strict=True)]
+
+
+def dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> torch.Tensor:
+    """The dequantized weight [*stack, N, K], rounded as the original library rounds, then cast to `dtype`."""
+    name = bridge.numpy_dtype(dtype).name
+    return bridge.from_jax(_dense_program(spec, name)(_leaves(packed, spec)))
+
+
+def _linear(x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int) -> torch.Tensor:
+    if not _statics[spec].activation:
+        return torch.nn.functional.linear(x, dense(packed, spec, x.dtype))
+    rows = x.reshape(-1, x.shape[-1])
+    tokens = rows.shape[0]
+    if tokens == 0:
+        return x.new_empty((*x.shape[:-1], out_features))
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, bucket(tokens) - tokens))
+    y = bridge.from_jax(_matmul_program(spec)(bridge.to_jax(padded), _leaves(packed, spec)))
+    return y[:tokens].reshape(*x.shape[:-1], out_features)
+
+
+def _linear_dx(dy: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int) -> torch.Tensor:
+    return torch.matmul(dy, dense(packed, spec, dy.dtype))
+
+
+_library = torch.library.Library("jq", "DEF")  # define + impl costs 2 us a call, torch.library.custom_op 10
+_library.define("linear(Tensor x, Tensor[] packed, str spec, int out_features) -> Tensor")
+_library.define("linear_dx(Tensor dy, Tensor[] packed, str spec, int in_features) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    _library.impl("linear", _linear, _key)
+    _library.impl("linear_dx", _linear_dx, _key)
+
+
+@torch.library.register_fake("jq::linear", lib=_library)
+def _(x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("jq::linear_dx", lib=_library)
+def _(dy: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int) -> torch.Tensor:
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, packed, spec, _ = inputs
+    ctx.save_for_backward(*packed)
+    ctx.spec, ctx.in_features = spec, x.shape[-1]
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+    """Gradient for x alone, through the dequantized weight: rounding of activations counts as the identity."""
+    packed = list(ctx.saved_tensors)
+    dx = torch.ops.jq.linear_dx(dy.contiguous(), packed, ctx.spec, ctx.in_features)
+    return dx, [None] * len(packed), None, None
+
+
+torch.library.register_autograd("jq::linear", _backward, setup_context=_setup, lib=_library)
+
+linear = torch.ops.jq.linear.default
+
+
+def skeleton_of(tensor: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Splits a QTensor into its static part (with `Leaf`s) and the integer tensors that hold its bits."""
+    leaves, tree = jax.tree.flatten(tensor)
+    infos = [Leaf(i, np.dtype(a.dtype).name) for i, a in enumerate(leaves)]
+    return jax.tree.unflatten(tree, infos), [bridge.carrier_of(a) for a in leaves]

@@ -1,0 +1,312 @@
+"""What of a checkpoint goes where in a transformers model, decided from the headers before any tensor is read.
+
+transformers only reports tensors without a module and initialises modules without tensors at random. `Plan` finds
+both from names and shapes alone and raises, naming the tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from jq import checkpoint as jq_checkpoint
+from jq import state, torch_file
+from jq.checkpoint import Checkpoint
+from jq.errors import CheckpointError, FormatError, JqError, UnsupportedError
+from jq.formats import by_method, table
+from jq.formats.base import Context, Format, group_by_prefix
+
+# Scales of a quantized KV cache and of quantized attention: kept beside the attention module and written back.
+CARRIED = re.compile(r"\.(k_scale|v_scale|q_scale|k_zero_point|v_zero_point|k_global_scale|v_global_scale|prob_scale)$")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """How a module's QTensor is made from the tensors of the file, and back.
+
+    Fields:
+      format: the storage format.
+      prefix: name of the module in the file.
+      names: {suffix: stored name}.
+      stored: {suffix: parameter name in the module while it holds the stored tensors}.
+      options, context: what `format.load` takes; None after pickling, when only `dump` is needed.
+    """
+
+    format: Format
+    prefix: str
+    names: Mapping[str, str]
+    stored: Mapping[str, str]
+    options: Any = None
+    context: Context | None = None
+
+    def load(self, parts: Mapping[str, np.ndarray]) -> Any:
+        """The QTensor of the module, None where the format says that it is not quantized after all."""
+        if self.context is None:
+            raise RuntimeError(f"{self.prefix}: unpickled while it held stored tensors; load the model again")
+        try:
+            return self.format.load(self.prefix, dict(parts), self.options, self.context)
+        except JqError as e:
+            raise type(e)(f"{self.context.label}: {e}") from e
+
+    def local(self, suffix: str) -> str:
+        """A stored name without the module's, separator included: ".qweight", "_blocks"."""
+        name = self.names.get(suffix) or self.format.join(self.prefix, suffix)
+        return name[len(self.prefix) :]
+
+    def __deepcopy__(self, memo: Any) -> Origin:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _unpickle, (self.format.name, self.prefix, dict(self.names), dict(self.stored))
+
+
+def _unpickle(name: str, prefix: str, names: dict[str, str], stored: dict[str, str]) -> Origin:
+    return Origin(table()[name], prefix, names, stored)
+
+
+class JqRenaming(WeightRenaming):
+    """Maps stored names to parameters by a table, instead of by patterns. Saving does not go through it."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: Mapping[str, str]) -> None:
+        super().__init__("jq_never_in_a_name", "jq_never_in_a_name")
+        self.table = dict(table)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        found = self.table.get(source_key)
+        return (source_key, None) if found is None else (found, "jq")
+
+    def reverse_transform(self) -> JqRenaming:
+        return JqRenaming({})
+
+    def was_used(self) -> bool:
+        return False
+
+    def __deepcopy__(self, memo: Any) -> JqRenaming:
+        return self
+
+
+def open_files(files: Iterable[str]) -> Checkpoint:
+    """The checkpoint that transformers resolved to these files, with the config and side files of their directory."""
+    paths = [Path(f) for f in files]
+    folder = paths[0].parent
+    config_file = folder / "config.json"
+    config = jq_checkpoint.parse_json(config_file.read_bytes(), config_file, "file") if config_file.is_file() else {}
+    sides = jq_checkpoint._side_files(folder)
+    if paths[0].suffix == ".safetensors":
+        entries, names, metadata = jq_checkpoint._read_safetensors(folder, paths)
+        return Checkpoint(folder, config, entries, names, metadata, sides, {}, "safetensors")
+    tensors: dict[str, Any] = {}
+    objects: dict[str, Any] = {}
+    for path in paths:
+        part, values = torch_file.flatten(torch_file.read(path))
+        tensors.update(part)
+        objects.update(values)
+    return Checkpoint(folder, config, tensors, dict.fromkeys(tensors, paths[0].name), {}, sides, objects, "torch")
+
+
+class Plan:
+    """Which module takes which tensors of a checkpoint.
+
+    Attributes:
+      modules: {module path: Origin} of linear layers.
+      experts: {module path of fused experts: {(expert, projection): Origin}}; expert None for tensors stored stacked.
+      table: {stored name: parameter path} for the loader.
+      carried: {module path: {name: stored name}} of tensors that are only kept.
+      biases: {module path: stored name} of biases for layers that the model builds without one.
+      metadata: safetensors metadata of the file.
+    """
+
+    def __init__(self, model: Any, ckpt: Checkpoint, quantization: Mapping[str, Any], method: str) -> None:
+        self.model, self.ckpt, self.label = model, ckpt, ckpt.label
+        self.format = by_method(method, f"{ckpt.label}: quantization_config")
+        self.context = dataclasses.replace(
+            state.context_of(ckpt),
+            config={**(ckpt.config or model.config.to_dict()), "quantization_config": quantization},
+        )
+        self.options = self._parse(quantization)
+        self.metadata = {k: v for k, v in ckpt.merged_metadata.items() if k != "format"}
+        self.modules: dict[str, Origin] = {}
+        self.experts: dict[str, dict[tuple[int | None, str], Origin]] = {}
+        self.table: dict[str, str] = {}
+        self.carried: dict[str, dict[str, str]] = {}
+        self.biases: dict[str, str] = {}
+        self._meta = model.state_dict()
+        self._paths = dict(model.named_modules())
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        names = list(ckpt.entries)
+        groups = (
+            self.format.group(names, self.options, self.context)
+            if self.format.group
+            else group_by_prefix(names, self.format.markers, self.format.suffixes)
+        )
+        self.groups = groups
+        grouped = {name for stored in groups.values() for name in stored.values()}
+        self.loose = [name for name in names if name not in grouped]  # everything that is an ordinary tensor
+        for prefix, stored in groups.items():
+            self._place(prefix, stored)
+        self._place_loose()
+
+    def _parse(self, quantization: Mapping[str, Any]) -> Any:
+        try:
+            return self.format.parse(quantization, self.context)
+        except JqError as e:
+            raise type(e)(f"{self.label}: {e}") from e
+
+    def resolve(self, key: str) -> tuple[str, str | None]:
+        """A stored name as the model's own, and the pattern of the model's converter that takes it, if one does."""
+        return rename_source_key(key, self._renamings, self._converters, self.model.base_model_prefix, self._meta)
+
+    def _place(self, prefix: str, stored: Mapping[str, str]) -> None:
+        if self._ignored(next(iter(stored.values()))):
+            return
+        origin = Origin(
+            self.format,
+            prefix,
+            dict(stored),
+            {s: "stored_" + (re.sub(r"\W", "_", s) or "tensor") for s in stored},
+            self.options,
+            self.context,
+        )
+        key = prefix if self.format.parameter(prefix) else f"{prefix}.weight"
+        target, pattern = self.resolve(key)
+        path, _, _parameter = target.rpartition(".")
+        if pattern is not None or self._is_experts(path):
+            self._place_expert(origin, key, target, pattern)
+            return
+        if path not in self._paths:
+            raise CheckpointError(
+                f"{self.label}: {next(iter(stored.values()))}: the model ({type(self.model).__name__}) has no module "
+                f"{path!r} to take it; config.json and the weights disagree"
+            )
+        self.modules[path] = origin
+        for suffix, name in stored.items():
+            self.table[name] = f"{path}.{origin.stored[suffix]}"
+
+    def _is_experts(self, path: str) -> bool:
+        module = self._paths.get(path)
+        return module is not None and hasattr(module, "num_experts") and not hasattr(module, "in_features")
+
+    def _place_expert(self, origin: Origin, key: str, target: str, pattern: str | None) -> None:
+        from jq_torch.experts import role_of
+
+        path = target.rpartition(".")[0]
+        if not self._is_experts(path):
+            raise UnsupportedError(
+                f"{self.label}: {key}: the model merges this weight with others into {target}, which packed tensors "
+                "cannot be; only experts of a mixture are kept apart"
+            )
+        found = re.search(r"\.experts\.(\d+)\.", key)
+        expert = int(found.group(1)) if found else None
+        role = role_of(key)
+        self.experts.setdefault(path, {})[expert, role] = origin
+        slot = role if expert is None else f"{role}_{expert}"
+        stored = {suffix: f"{slot}_{name}" for suffix, name in origin.stored.items()}
+        self.experts[path][expert, role] = dataclasses.replace(origin, stored=stored)
+        for suffix, name in origin.names.items():
+            self.table[name] = f"{path}.{stored[suffix]}"
+
+    def _place_loose(self) -> None:
+        """Biases that the model lacks, tensors that are only carried; packed tensors without a module raise."""
+        owned = tuple("." + s for s in self.format.suffixes if s not in ("weight", "bias", ""))
+        for name in self.loose:
+            target, pattern = self.resolve(name)
+            if target in self._meta or pattern is not None or self._ignored(name):
+                continue
+            path, _, last = target.rpartition(".")
+            if path not in self._paths and f"{self.model.base_model_prefix}.{path}" in self._paths:
+                path = f"{self.model.base_model_prefix}.{path}"
+            if last == "bias" and path in self.modules:
+                self.biases[path] = name
+                self.table[name] = f"{path}.bias"
+            elif (CARRIED.search(name) or self._scales_of_activation(path, last)) and path in self._paths:
+                self.carried.setdefault(path, {})[last] = name
+                self.table[name] = f"{path}.{last}"
+            elif name.endswith(owned):
+                raise CheckpointError(
+                    f"{self.label}: {name}: belongs to a {self.format.name} module, but no module of the model takes "
+                    f"it, or the tensors that go with it ({', '.join(self.format.markers)}) are missing"
+                )
+
+    def _scales_of_activation(self, path: str, last: str) -> bool:
+        """AWQ's `act.scales`: the input of the layer after an activation function is divided by them."""
+        return last == "scales" and path.endswith(".act") and self.format.name == "awq"
+
+    @functools.cached_property
+    def _unexpected(self) -> re.Pattern[str] | None:
+        patterns = list(self.model._keys_to_ignore_on_load_unexpected or [])
+        return re.compile("|".join(f"({p})" for p in patterns)) if patterns else None
+
+    def _ignored(self, name: str) -> bool:
+        """Tensors that the model class itself says it does not use (multi-token prediction layers, ...)."""
+        return self._unexpected is not None and self._unexpected.search(name) is not None
+
+    def is_activation(self, path: str) -> bool:
+        """Whether a carried tensor is AWQ's scales of an activation function."""
+        return "scales" in self.carried.get(path, {}) and path.endswith(".act")
+
+    def renamed_table(self) -> dict[str, str]:
+        """`table` by the names that the model's own renamings make of the stored ones: ours comes after them."""
+        found = {}
+        for name, target in self.table.items():
+            for renaming in self._renamings:
+                name, _ = renaming.rename_source_key(name)
+            found[name] = target
+        return found
+
+    @functools.cached_property
+    def kept_dtypes(self) -> set[str]:
+        """Parameters that keep the stored dtype."""
+        return set(self.table.values())
+
+    def entry(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """(shape, dtype) of a stored tensor."""
+        found = self.ckpt.entry(name)
+        return found.shape, found.dtype
+
+    def check_complete(self, model: Any) -> None:
+        """Raises where a parameter of the prepared model has no tensor in the file.
+
+        Heads outside the base model that are not its output layer (a new classifier) are left to transformers, which
+        initialises them as for any float checkpoint.
+        """
+        have = set(self.table.values())
+        for name in self.loose:
+            target, pattern = self.resolve(name)
+            have.add(target)
+            for converter in self._converters if pattern is not None else ():
+                if pattern in converter.source_patterns:
+                    first = converter.target_patterns[0]
+                    have |= {target.replace(first, other) for other in converter.target_patterns}
+        tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+        optional = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or []]
+        head = model.get_output_embeddings()
+        for key in model.state_dict():
+            if key in have or key in tied or any(p.search(key) for p in optional):
+                continue
+            module = self._paths.get(key.rpartition(".")[0])
+            inside = key.startswith(model.base_model_prefix + ".") or not hasattr(model, model.base_model_prefix)
+            if inside or (head is not None and module is head):
+                raise CheckpointError(
+                    f"{self.label}: {key}: not in the file; the module would be left with random numbers. "
+                    "The download is incomplete, or config.json belongs to another model"
+                )
+
+
+def explain_shape(origin: Origin, found: tuple[int, ...], expected: tuple[int, ...]) -> FormatError:
+    label = origin.context.label if origin.context is not None else ""
+    return FormatError(
+        f"{label}: {origin.prefix}: the stored tensors describe a weight of shape {found}, the model's layer has "
+        f"{expected} (out_features, in_features); config.json and the weights disagree"
+    )

@@ -1,0 +1,263 @@
+"""`JqQuantizer`: one HfQuantizer for every method that `jq.formats` knows.
+
+It goes by what the file holds: `Plan` reads the headers, every quantized layer is replaced by a `JqLinear` with room
+for exactly the stored tensors, transformers' loader fills them, and `jq.formats` makes QTensors of them. Saving asks
+the same format for the stored tensors again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from jq.errors import UnsupportedError
+from jq_torch import bridge, configs, onthefly
+from jq_torch.activation import ScaledActivation
+from jq_torch.linear import JqLinear, Packed
+from jq_torch.plan import JqRenaming, Plan, explain_shape, open_files
+from jq_torch.settings import Settings, current
+
+logger = logging.get_logger(__name__)
+
+
+class JqQuantizer(HfQuantizer):
+    """Loads, quantizes, runs and saves models of every method; see the module docstring.
+
+    Attributes:
+      settings: as `jq_torch.enable` was called when the model was loaded.
+      plan: what of the file goes where, while and after loading a quantized checkpoint.
+    """
+
+    requires_calibration = False
+    requires_parameters_quantization = False
+    required_packages: list[str] = ["jax"]
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.settings: Settings = current()
+        self.plan: Plan | None = None
+        self.method = None if self.pre_quantized else onthefly.method_of(quantization_config)
+        self._targets: dict[str, Any] = {}
+
+    @property
+    def method_name(self) -> str:
+        """quant_method as the file says it."""
+        found = _file_dict(self.quantization_config)
+        name = found.get("quant_method") or configs.method_of(found) or self.quantization_config.quant_method
+        return str(getattr(name, "value", name))
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises where the request cannot be met; may be called twice and changes nothing."""
+        if device_map is not None and importlib.util.find_spec("accelerate") is None:
+            raise ImportError("device_map needs the package accelerate: pip install accelerate")
+        if isinstance(device_map, Mapping) and not self.pre_quantized and "disk" in device_map.values():
+            raise ValueError(
+                "quantizing while loading cannot put layers on disk; quantize and save the model first, then load the "
+                "result with this device_map"
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return device_map
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        return max_memory
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes a weight will take once it is quantized while loading."""
+        return None if self.method is None else onthefly.bits_of(self.method) / 8
+
+    def update_tp_plan(self, config: Any) -> Any:
+        return config
+
+    def update_ep_plan(self, config: Any) -> Any:
+        return config
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Packed layers have no `weight` to shard: their entries leave the plan, each process holds them whole."""
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            self._targets = onthefly.targets(model, self.quantization_config, self.method)
+            return model
+        if not checkpoint_files:
+            raise UnsupportedError(
+                "from_pretrained(state_dict=...) with a quantized config: packed tensors are read from the files of "
+                "the checkpoint; pass its directory"
+            )
+        ckpt = open_files(checkpoint_files)
+        quantization = _file_dict(self.quantization_config)
+        self.plan = plan = Plan(model, ckpt, quantization, self.method_name)
+        self._replace_linears(model, plan)
+        if plan.experts:
+            from jq_torch import experts
+
+            experts.replace(model, plan)
+        for path, names in plan.carried.items():
+            module = model.get_submodule(path)
+            if plan.is_activation(path):
+                module = ScaledActivation(module)
+                model.set_submodule(path, module)
+            for name, stored in names.items():
+                shape, dtype = plan.entry(stored)
+                module.register_buffer(name, torch.empty(shape, dtype=bridge.torch_dtype(dtype), device="meta"))
+        plan.check_complete(model)
+        return model
+
+    def _replace_linears(self, model: Any, plan: Plan) -> None:
+        tied = getattr(model, "all_tied_weights_keys", {})
+        for path, origin in plan.modules.items():
+            old = model.get_submodule(path)
+            if not isinstance(old, (nn.Linear, Conv1D)):
+                raise UnsupportedError(
+                    f"{plan.label}: {origin.prefix}: quantized, but the model's module is a {type(old).__name__}; "
+                    "linear layers and experts can be packed"
+                )
+            layer = JqLinear.in_place_of(old)
+            layer.origin = origin
+            if path in plan.biases:
+                shape, dtype = plan.entry(plan.biases[path])
+                empty = torch.empty(shape, dtype=bridge.torch_dtype(dtype), device="meta")
+                layer.bias = nn.Parameter(empty)
+            for suffix, name in origin.stored.items():
+                layer.reserve(name, *plan.entry(origin.names[suffix]))
+            model.set_submodule(path, layer)
+            if tied.pop(f"{path}.weight", None) is not None:  # packed although the config calls it tied
+                model.config.get_text_config().tie_word_embeddings = False
+                model.config.tie_word_embeddings = False
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """The model's own renamings, then ours by table. 5.17 calls it without `model`."""
+        if self.plan is None:
+            return weight_conversions
+        return [*weight_conversions, JqRenaming(self.plan.renamed_table())]
+
+    def get_weight_conversions(self) -> list[Any]:
+        return []
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Packed tensors keep the dtype of the file, whatever `_keep_in_fp32_modules` says of their layer."""
+        if self.plan is not None and converter.target_patterns[0] in self.plan.kept_dtypes:
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self._targets
+
+    def get_quantize_ops(self) -> Any:
+        return onthefly.Quantize(self)
+
+    def pack(self, model: Any) -> None:
+        """Makes QTensors of the stored tensors that are in memory."""
+        for path, module in list(model.named_modules()):
+            if isinstance(module, Packed):
+                self._pack_one(model, path, module)
+
+    def _pack_one(self, model: Any, path: str, module: Packed) -> None:
+        if module.is_packed or any(p.device.type == "meta" for p in module.parameters(recurse=False)):
+            return  # already done, or on disk: then every call packs what the hooks bring
+        if not isinstance(module, JqLinear):
+            module.pack()
+        else:
+            dense = module.pack()
+            if dense is not None:
+                model.set_submodule(path, self._float_layer(module, dense))
+                return
+            found = module.qtensor().shape
+            if tuple(found) != (module.out_features, module.in_features):
+                raise explain_shape(module.origin, found, (module.out_features, module.in_features))
+        module.use_activations(self.settings.quantize_activations)
+        if not self.settings.packed:
+            module.keep_dense()
+
+    def _float_layer(self, module: JqLinear, parts: Mapping[str, Any]) -> nn.Module:
+        """A layer that its format calls not quantized after all; whatever lies beside the weight is carried."""
+        tensors = {s: bridge.tensor_of(a) for s, a in parts.items()}
+        weight = tensors.pop("weight")
+        return module.to_float(weight)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.pack(model)
+        if self.method is not None:
+            onthefly.finish(self, model)
+        if getattr(self.quantization_config, "dequantize", False):
+            self._dequantize(model, model.config.dtype)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, JqLinear):
+                wanted = dtype or (module.bias.dtype if module.bias is not None else model.dtype)
+                new: nn.Module = module.to_float(module.dequantize(wanted))
+            elif isinstance(module, Packed):
+                new = module.to_float(dtype)  # type: ignore[operator]
+            else:
+                continue
+            hook = getattr(module, "_hf_hook", None)
+            model.set_submodule(path, new)
+            if hook is not None:
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(new, hook)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The state dict with the file's own tensors in place of packed parameters, and the file's metadata."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        state = dict(model.state_dict())
+        for path, module in model.named_modules():
+            if not isinstance(module, Packed):
+                continue
+            for name, _ in module.named_parameters(recurse=False):
+                if name != "bias":
+                    state.pop(f"{path}.{name}", None)
+            with _materialised(module):
+                for name, array in module.dump(path):
+                    state[name] = bridge.tensor_of(array)
+        metadata = dict(self.plan.metadata) if self.plan is not None else onthefly.metadata(self, model)
+        return state, metadata
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters (peft) train on the packed base; the base itself has no gradient."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _file_dict(config: Any) -> dict[str, Any]:
+    """quantization_config as the file has it."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    return config.to_dict()
+
+
+def _materialised(module: nn.Module) -> Any:
+    """Brings the tensors of an offloaded module into memory for the length of a `with` block."""
+    from contextlib import nullcontext
+
+    if getattr(module, "_hf_hook", None) is None:
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module, "cpu")

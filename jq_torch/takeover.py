@@ -1,0 +1,185 @@
+"""Taking over transformers' tables of quantization methods, and giving them back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from transformers import modeling_utils
+from transformers.quantizers import auto
+from transformers.utils import quantization_config as hf
+
+from jq.errors import UnsupportedError
+from jq.formats import by_method, table
+from jq_torch import configs, lora, settings, sources
+from jq_torch.linear import Packed
+from jq_torch.quantizer import JqQuantizer
+
+_MISSING = object()
+
+
+def methods() -> list[str]:
+    """Methods that can be taken over: transformers' mapping keys and those that only jq reads."""
+    known = {m for fmt in table().values() for m in fmt.methods}
+    found = set()
+    for name in known:
+        found |= {"bitsandbytes_4bit", "bitsandbytes_8bit"} if name == "bitsandbytes" else {name}
+    return sorted(found)
+
+
+class Enabled:
+    """The state between `enable` and `disable`; as a context manager it disables on leaving."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Puts back everything that this `enable` changed; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+        if self in _stack:
+            _stack.remove(self)
+
+    def put(self, table: dict, key: Any, value: Any) -> None:
+        """table[key] = value, undone by `close`."""
+        before = table.get(key, _MISSING)
+        table[key] = value
+        self._undo.append(lambda: table.pop(key, None) if before is _MISSING else table.__setitem__(key, before))
+
+    def patch(self, owner: Any, name: str, value: Any) -> None:
+        """owner.name = value, undone by `close`."""
+        before = vars(owner).get(name, _MISSING)
+        setattr(owner, name, value)
+
+        def undo() -> None:
+            if before is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        self._undo.append(undo)
+
+    def after(self, action: Callable[[], None]) -> None:
+        self._undo.append(action)
+
+
+_stack: list[Enabled] = []
+
+
+def enable(*names: str, quantize_activations: bool = True, packed: bool = True) -> Enabled:
+    """Lets jq load, run and save quantized models behind `transformers`.
+
+    Args:
+      names: methods to take over, as `methods()` lists them ("bitsandbytes" means both of its kinds); none: all.
+      quantize_activations: False computes with float activations where a checkpoint quantizes them (weight-only).
+      packed: False keeps a dequantized copy of each weight from its first use on: faster, more memory.
+
+    Returns:
+      An object to use in a `with` statement, which ends the takeover; without one it lasts until `disable()`.
+
+    Raises:
+      UnsupportedError: a name that is no method of jq.
+    """
+    wanted = _expand(names)
+    state = Enabled()
+    before = settings.use(settings.Settings(quantize_activations, packed))
+    state.after(lambda: _restore(before))
+    for key in wanted:
+        original = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(key)
+        config = configs.StoredConfig if original is None else configs.replacement(original)
+        state.put(auto.AUTO_QUANTIZER_MAPPING, key, JqQuantizer)
+        state.put(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, key, config)
+        if original is not None and config is not original:
+            for module in (hf, transformers):
+                state.patch(module, config.__name__, config)
+    if not names:
+        state.put(auto.AUTO_QUANTIZER_MAPPING, "jq", JqQuantizer)
+        state.put(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "jq", configs.JqConfig)
+        state.patch(auto.AutoHfQuantizer, "supports_quant_method", staticmethod(_supports(auto.AutoHfQuantizer)))
+    _patch_models(state)
+    sources.patch(state)
+    lora.patch(state)
+    _stack.append(state)
+    return state
+
+
+def disable() -> None:
+    """Ends every takeover; models that are loaded stay usable."""
+    while _stack:
+        _stack[-1].close()
+
+
+def _expand(names: tuple[str, ...]) -> list[str]:
+    known = methods()
+    if not names:
+        return known
+    wanted: list[str] = []
+    for name in names:
+        found = [k for k in known if k == name or (name == "bitsandbytes" and k.startswith("bitsandbytes_"))]
+        if not found:
+            raise UnsupportedError(f"enable: {name!r} is not a method of jq; known: {', '.join(known)}")
+        wanted += found
+    return wanted
+
+
+def _restore(before: settings.Settings) -> None:
+    settings.use(before)
+
+
+def _supports(owner: Any) -> Callable[[dict], bool]:
+    """`supports_quant_method` that raises for an unknown method: the original warns and loads random weights."""
+    original = owner.supports_quant_method
+
+    @functools.wraps(original)
+    def supports(quantization_config_dict: dict) -> bool:
+        if not isinstance(quantization_config_dict, dict):
+            quantization_config_dict = quantization_config_dict.to_dict()
+        if not original(quantization_config_dict):
+            by_method(str(quantization_config_dict.get("quant_method")), "config.json: quantization_config")
+            raise UnsupportedError(
+                f"config.json: quant_method {quantization_config_dict.get('quant_method')!r} is not enabled"
+            )
+        return True
+
+    return supports
+
+
+def _patch_models(state: Enabled) -> None:
+    """What transformers asks a model about its parameters, and when it attaches offload hooks."""
+    owner = next(c for c in modeling_utils.PreTrainedModel.__mro__ if "num_parameters" in vars(c))
+    if getattr(owner.num_parameters, "_jq", False):
+        return
+    original = owner.num_parameters
+
+    @functools.wraps(original)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        total = original(self, only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+        if only_trainable:
+            return total
+        for module in self.modules():
+            if isinstance(module, Packed):
+                total += module.num_weights() - sum(
+                    p.numel() for n, p in module.named_parameters(recurse=False) if n != "bias"
+                )
+        return total
+
+    num_parameters._jq = True  # type: ignore[attr-defined]
+    state.patch(owner, "num_parameters", num_parameters)
+    dispatch = getattr(modeling_utils, "accelerate_dispatch", None)
+    if dispatch is not None:
+
+        @functools.wraps(dispatch)
+        def packed_dispatch(model: Any, hf_quantizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(hf_quantizer, JqQuantizer):
+                hf_quantizer.pack(model)  # before the hooks take note of each parameter
+            return dispatch(model, hf_quantizer, *args, **kwargs)
+
+        state.patch(modeling_utils, "accelerate_dispatch", packed_dispatch)
