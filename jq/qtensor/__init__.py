@@ -5,5 +5,6 @@ from jq.qtensor.base import Grouping as Grouping
 from jq.qtensor.base import QTensor as QTensor
 from jq.qtensor.base import Source as Source
 from jq.qtensor.base import stack as stack
+from jq.qtensor.blocks import Blocks as Blocks
 from jq.qtensor.codebook import Codebook as Codebook
 from jq.qtensor.narrow_float import NarrowFloat as NarrowFloat

@@ -243,6 +243,12 @@ def _mul_add(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     return exact.cast(exact.mul_add(scale, code.astype(scale.dtype), zero.astype(scale.dtype)), dtype)
 
 
+def _f32_mul_add(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
+    """dtype(float32(scale * code) + float32(zero)): GGUF's Q4_1 and Q5_1."""
+    scale, zero = scale.astype(np.float32), zero.astype(np.float32)
+    return exact.mul_add(scale, code.astype(np.float32), zero).astype(dtype)
+
+
 def _fma(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     """code * scale + zero with one rounding to the scale's dtype."""
     return exact.cast(exact.fma(code, scale, zero, scale.dtype), dtype)
@@ -261,6 +267,7 @@ FORMULAS: dict[str, Formula] = {
     "f32_mul_add": _f32_mul_add,
     "mul_sub": _mul_sub,
     "mul_add": _mul_add,
+    "f32_mul_add": _f32_mul_add,
     "fma": _fma,
     "bnb_int8": _bnb_int8,
 }

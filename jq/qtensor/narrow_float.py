@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
+import ml_dtypes
 import numpy as np
 
 from jq import bits as _bits
@@ -56,6 +57,16 @@ TABLES: dict[str, np.ndarray] = {
 }
 
 
+def _ue4m3_table() -> np.ndarray:
+    """Values float32[256] of ggml's unsigned e4m3: the sign bit is ignored and 0x7f, not 0xff, reads as 0."""
+    values = (np.arange(256) & 0x7F).astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values[0x7F], values[0xFF] = 0.0, 480.0  # ggml tests for 0x7f before it drops the sign (gguf 0.19.0, quants.py)
+    return values
+
+
+UE4M3 = _ue4m3_table()
+
+
 @register
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class NarrowFloat(QTensor):
@@ -64,7 +75,7 @@ class NarrowFloat(QTensor):
     Fields:
       codes: uint8[*stack, N, K] bit patterns of an 8-bit kind, or packed codes [*stack, N, W] of a smaller kind.
       scales: [*stack, rows, cols] per block (`grouping`): floats, or uint8 bit patterns where `scale_kind` is "e8m0"
-        (2**(byte - 127)) or "e4m3"; or a nested QTensor.
+        (2**(byte - 127)), "e4m3", or "ue4m3" (e4m3 as ggml reads it); or a nested QTensor.
       global_scale: float32 scalar or [1] per tensor, or None.
       extras: stored tensors carried for saving or for activation quantization (input_scale, ...).
       kind: key of `KINDS`.
@@ -149,6 +160,9 @@ class NarrowFloat(QTensor):
             return exact.pow2(scales.astype(np.int32) - 127)
         if self.scale_kind == "e4m3":
             return from_bits(scales, "float8_e4m3fn").astype(np.float32)
+        if self.scale_kind == "ue4m3":
+            xp = namespace(scales)
+            return xp.take(xp.asarray(UE4M3), scales.astype(np.int32), axis=0)
         return scales
 
     def _dense(self) -> Array:
@@ -194,7 +208,20 @@ def _global_multiply(t: NarrowFloat, scale: Array, global_scale: Any, dtype: np.
     return (values * spread(whole)).astype(dtype)
 
 
+def _gguf(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype((2 * code) * (scale / 2)), a code of -0 read as +0: ggml holds e2m1 values doubled and scales halved.
+
+    The halved e8m0 scale 2**(byte - 128) is finite for every byte, so that 0 times it is 0.
+    """
+    half = exact.pow2(t.scales.astype(np.int32) - 128) if t.scale_kind == "e8m0" else scale * np.float32(0.5)
+    values = t.values()
+    xp = namespace(values)
+    doubled = xp.where(values == 0, xp.zeros_like(values), values) * np.float32(2)
+    return (doubled * spread(half)).astype(dtype)
+
+
 FORMULAS: dict[str, Formula] = {
+    "gguf": _gguf,
     "f32": _f32,
     "own": _own,
     "global_divide": _global_divide,
