@@ -102,11 +102,3 @@ def matmul(x: Array, w: Any) -> jax.Array:
 @jax.jit
 def _matmul_jit(x: jax.Array, w: Any) -> jax.Array:
     return scheme_of(w.activation)(x, w)
-
-
-def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x @ w.T` with float32 sums and one rounding to x's dtype: x [M, K], w [N, K] of the same dtype."""
-    y = jax.lax.dot_general(
-        x, w, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
-    return y.astype(x.dtype)

@@ -135,3 +135,38 @@ def pow2(exponent: Array) -> Array:
     bits = xp.where(exponent >= -126, normal, subnormal)
     bits = xp.where(exponent > 127, np.int32(0x7F800000), xp.where(exponent < -149, 0, bits)).astype(np.int32)
     return bits.view(np.float32) if xp is np else jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def mul_pow2(x: Array, exponent: Array, dtype: Any) -> Array:
+    """`x * 2**exponent` rounded once to `dtype` (float32, bfloat16 or float16), subnormal results included.
+
+    As a product of floats would be: 2**128 and above is infinity (so 0 times it is NaN).
+
+    Args:
+      x: float32, zero or normal (no subnormals), or not finite.
+      exponent: int32, broadcasts to x.
+    """
+    dtype = np.dtype(dtype)
+    if _is_numpy(x, exponent):
+        with np.errstate(invalid="ignore", over="ignore"):
+            return (x * pow2(exponent)).astype(dtype)
+    exponent = jnp.broadcast_to(exponent, x.shape)
+    pattern = jax.lax.bitcast_convert_type(x, jnp.int32)
+    sign, magnitude = pattern & jnp.int32(-(2**31)), pattern & jnp.int32(0x7FFFFFFF)
+    field = magnitude >> 23
+    moved = field + exponent
+    normal = magnitude + (exponent << 23)
+    # A subnormal result: the significand shifted right to the last place that the result's dtype keeps.
+    kept = 16 if dtype == jnp.bfloat16 else 0
+    drop = jnp.clip(1 - moved + kept, 1, 31)
+    significand = (magnitude & jnp.int32(0x7FFFFF)) | jnp.int32(1 << 23)
+    low, rest = significand >> drop, significand & ((1 << drop) - 1)
+    half = 1 << (drop - 1)
+    up = (rest > half) | ((rest == half) & ((low & 1) == 1))
+    subnormal = (low + up.astype(jnp.int32)) << kept
+    result = jnp.where(moved >= 1, normal, subnormal)
+    infinite = (moved >= 255) | (exponent >= 128)
+    result = jnp.where(infinite, jnp.int32(0x7F800000), result)
+    result = jnp.where(field == 0, jnp.where(exponent >= 128, jnp.int32(0x7FC00000), 0), result)
+    result = jnp.where(field == 255, magnitude, result)
+    return jax.lax.bitcast_convert_type(result | sign, jnp.float32).astype(dtype)

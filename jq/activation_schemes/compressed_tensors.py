@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 
 from jq import exact
-from jq.activations import product, register
+from jq.activations import register
 from jq.errors import UnsupportedError
 from jq.formats.compressed_tensors_config import Args
+from jq.matmul import dense_matmul
 
 # `torch.finfo(dtype).eps`: what a scale of zero becomes.
 _EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
@@ -50,7 +51,7 @@ def matmul(x: jax.Array, w: Any) -> jax.Array:
     inputs, outputs = w.activation.get("input"), w.activation.get("output")
     if inputs is not None:
         x = quantize(x, inputs, _static(w.extras, "input")).dequantized
-    y = product(x, exact.cast(w.dequantize(), x.dtype))
+    y = dense_matmul(x, w.dequantize())
     if outputs is not None:
         if w.activation.get("bias"):
             raise UnsupportedError(

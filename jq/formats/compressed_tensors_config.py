@@ -254,7 +254,7 @@ def _block(value: Any, strategy: str, label: str) -> tuple[int, int] | None:
 
 
 def _actorder(value: Any, label: str) -> str:
-    """"group" (g_idx in the file) or "" (nothing in the file: null, false, "weight", "static")."""
+    """ "group" (g_idx in the file) or "" (nothing in the file: null, false, "weight", "static")."""
     name = {True: "group", False: "", None: ""}.get(value, value) if not isinstance(value, str) else value.lower()
     found = {"": "", "weight": "", "static": "", "group": "group", "dynamic": "group"}.get(str(name))
     if found is None:

@@ -8,3 +8,4 @@ from jq.qtensor.base import stack as stack
 from jq.qtensor.blocks import Blocks as Blocks
 from jq.qtensor.codebook import Codebook as Codebook
 from jq.qtensor.narrow_float import NarrowFloat as NarrowFloat
+from jq.qtensor.sparse import Sparse as Sparse

@@ -20,6 +20,7 @@ from jq.qtensor.base import (
     Grouping,
     QTensor,
     Source,
+    codes_shape,
     dense_value,
     expand,
     groups_of,
@@ -35,7 +36,7 @@ class Affine(QTensor):
     """`weight[n, k] = formula(code[n, k], scale, zero)`, mostly `(code - zero) * scale`.
 
     Fields:
-      codes: packed codes, uint32 or uint8 [*stack, N, W] (`jq.bits.pack` order).
+      codes: packed codes, uint32 or uint8 [*stack, N, W] (`jq.bits.pack` order), or a nested `Sparse` of integers.
       scales: [*stack, N', groups] for block grouping, [*stack, groups] for flat and strided ones; or a nested QTensor
         ([*stack, 1, groups] for flat and strided grouping).
       zeros: None (then `zero_point` is the zero of every group); an array like scales; a nested QTensor; or packed
@@ -117,7 +118,7 @@ class Affine(QTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.codes.shape[:-1], _bits.capacity(self.codes, self.code_bits) - self.pad)
+        return codes_shape(self.codes, self.code_bits, self.pad)
 
     @property
     def group_size(self) -> int:
@@ -152,7 +153,8 @@ class Affine(QTensor):
         return namespace(dense).broadcast_to(dense, shape)
 
     def _rows(self, index: slice) -> Self:
-        if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or isinstance(self.scales, QTensor):
+        nested = isinstance(self.scales, QTensor) or isinstance(self.codes, QTensor)
+        if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or nested:
             return super()._rows(index)
 
         def cut(a: Any) -> Any:
@@ -243,12 +245,6 @@ def _mul_add(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     return exact.cast(exact.mul_add(scale, code.astype(scale.dtype), zero.astype(scale.dtype)), dtype)
 
 
-def _f32_mul_add(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
-    """dtype(float32(scale * code) + float32(zero)): GGUF's Q4_1 and Q5_1."""
-    scale, zero = scale.astype(np.float32), zero.astype(np.float32)
-    return exact.mul_add(scale, code.astype(np.float32), zero).astype(dtype)
-
-
 def _fma(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     """code * scale + zero with one rounding to the scale's dtype."""
     return exact.cast(exact.fma(code, scale, zero, scale.dtype), dtype)
@@ -267,7 +263,6 @@ FORMULAS: dict[str, Formula] = {
     "f32_mul_add": _f32_mul_add,
     "mul_sub": _mul_sub,
     "mul_add": _mul_add,
-    "f32_mul_add": _f32_mul_add,
     "fma": _fma,
     "bnb_int8": _bnb_int8,
 }

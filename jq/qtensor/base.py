@@ -249,8 +249,18 @@ def dense_value(param: Any) -> Array:
     return param._dense() if isinstance(param, QTensor) else param
 
 
-def row_codes(codes: Array, bits: int, pad: int, *, signed: bool = False) -> Array:
+def row_codes(codes: Any, bits: int, pad: int, *, signed: bool = False) -> Array:
+    """Integer codes of packed rows, or of a nested `Sparse` (whose integers are what they mean, sign included)."""
+    if isinstance(codes, QTensor):
+        return codes.unpack()
     return _bits.unpack(codes, bits, _bits.capacity(codes, bits) - pad, signed=signed)
+
+
+def codes_shape(codes: Any, bits: int, pad: int) -> tuple[int, ...]:
+    """Shape [*stack, N, K] of packed rows or of a nested `Sparse`."""
+    if isinstance(codes, QTensor):
+        return codes.shape
+    return (*codes.shape[:-1], _bits.capacity(codes, bits) - pad)
 
 
 def padding(codes: Array, bits: int, in_features: int) -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -19,6 +22,7 @@ from jq.qtensor.base import (
     Grouping,
     QTensor,
     Source,
+    codes_shape,
     dense_value,
     expand,
     from_bits,
@@ -73,7 +77,8 @@ class NarrowFloat(QTensor):
     """`weight[n, k] = formula(float(code[n, k]), scale[block], global_scale)`.
 
     Fields:
-      codes: uint8[*stack, N, K] bit patterns of an 8-bit kind, or packed codes [*stack, N, W] of a smaller kind.
+      codes: uint8[*stack, N, K] bit patterns of an 8-bit kind, or packed codes [*stack, N, W] of a smaller kind; or a
+        nested `Sparse` of bit patterns.
       scales: [*stack, rows, cols] per block (`grouping`): floats, or uint8 bit patterns where `scale_kind` is "e8m0"
         (2**(byte - 127)), "e4m3", or "ue4m3" (e4m3 as ggml reads it); or a nested QTensor.
       global_scale: float32 scalar or [1] per tensor, or None.
@@ -137,7 +142,7 @@ class NarrowFloat(QTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.codes.shape[:-1], _bits.capacity(self.codes, self.bits) - self.pad)
+        return codes_shape(self.codes, self.bits, self.pad)
 
     def describe(self) -> str:
         return f"{self.kind}, {self.grouping}, {self.scale_kind} scales"
@@ -149,7 +154,7 @@ class NarrowFloat(QTensor):
         """The codes as real numbers [*, N, K] (exact in float32, float16 and bfloat16 but for e5m2 and e4m3 in none)."""
         name = KINDS[self.kind][1]
         if name is not None:
-            return from_bits(self.codes, name).astype(dtype)
+            return from_bits(dense_value(self.codes), name).astype(dtype)
         xp = namespace(self.codes)
         return xp.take(xp.asarray(TABLES[self.kind]), self.unpack(), axis=0).astype(dtype)
 
@@ -172,7 +177,8 @@ class NarrowFloat(QTensor):
         return namespace(dense).broadcast_to(dense, shape)
 
     def _rows(self, index: slice) -> Self:
-        if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or isinstance(self.scales, QTensor):
+        nested = isinstance(self.scales, QTensor) or isinstance(self.codes, QTensor)
+        if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or nested:
             return super()._rows(index)
         scales = self.scales if self.scales.shape[0] == 1 else self.scales[index]
         return self.replace(codes=self.codes[index], scales=scales, extras={})
@@ -184,13 +190,39 @@ Formula = Callable[[NarrowFloat, Array, Any, np.dtype, Callable[[Array], Array]]
 
 def _f32(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
     """dtype(float32(code) * float32(scale)), one rounding."""
+    if t.scale_kind == "e8m0":
+        return _mul_pow2(t, dtype, spread)
     return (t.values() * spread(scale).astype(np.float32)).astype(dtype)
 
 
 def _own(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
     """dt(code) * scale with dt the scale's dtype (dtype where scales are bit patterns), one rounding."""
+    if t.scale_kind == "e8m0":
+        return _mul_pow2(t, dtype, spread)
     scale = scale if t.scale_kind == "float" else scale.astype(dtype)
     return exact.cast(t.values(scale.dtype) * spread(scale), dtype)
+
+
+def _mul_pow2(t: NarrowFloat, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype(code * 2**exponent), one rounding, results below the smallest normal number included.
+
+    XLA:CPU flushes those to zero, so there they are put together from bits where a scale is that small.
+    """
+    values = t.values()
+    exponent = dense_value(t.scales).astype(np.int32) - 127
+    if namespace(values, exponent) is np:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return (values * spread(exact.pow2(exponent))).astype(dtype)
+
+    def plain(values: Array, exponent: Array) -> Array:
+        return (values * spread(exact.pow2(exponent))).astype(dtype)
+
+    def careful(values: Array, exponent: Array) -> Array:
+        tiny = exponent < -108  # the smallest value of an 8-bit float is 2**-16
+        bits = functools.partial(exact.mul_pow2, dtype=dtype)
+        return jax.lax.cond(jnp.any(tiny), lambda v, e: bits(v, spread(e)), plain, values, exponent)
+
+    return jax.lax.platform_dependent(values, exponent, cpu=careful, default=plain)
 
 
 def _global_divide(t: NarrowFloat, scale: Array, global_scale: Any, dtype: np.dtype, spread: Callable) -> Array:
