@@ -1,0 +1,1 @@
+"""Quantization algorithms: arrays in, arrays out; no files, configs or models."""

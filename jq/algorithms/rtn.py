@@ -1,0 +1,66 @@
+"""Rounding to nearest with a scale (and a zero point) per group of input features.
+
+The range of a group always contains 0, as in GPTQ's `Quantizer.find_params`. Two deliberate differences to it: a
+symmetric group is symmetric even when all its weights have one sign (there the original halves the scale and clips),
+and codes are rounded against the scale as it is stored (float16, say), not against its float32 value, so that the
+error is at most half a stored step.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+
+from jq.algorithms import blocks
+
+
+def parameters(
+    w: np.ndarray, *, bits: int, group_size: int, sym: bool, scale_dtype: str, name: str = "weight"
+) -> tuple[np.ndarray, np.ndarray | int]:
+    """Scales and zero points.
+
+    Args:
+      w: float[N, K].
+      group_size: inputs per scale, -1 for K; the last group may be short.
+
+    Returns:
+      scales scale_dtype[N, groups] and zeros: int32[N, groups], or the one zero point 2**(bits-1) where `sym`.
+
+    Raises:
+      ValueError: weights that are not finite, or scales that overflow `scale_dtype`.
+    """
+    if w.ndim != 2:
+        raise ValueError(f"{name}: expected a weight [out_features, in_features], got shape {w.shape}")
+    low, high = blocks.group_ranges(w, group_size)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ValueError(f"{name}: holds values that are not finite; nothing can be rounded to them")
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    top = (1 << bits) - 1
+    width = np.maximum(high, -low) * 2 if sym else high - low
+    with np.errstate(over="ignore", under="ignore"):
+        scales = (width / np.float32(top)).astype(np.dtype(scale_dtype))
+    # An all-zero group, or one so small that its scale rounds to 0: any scale stores it, 1 divides without a warning.
+    scales = np.where(scales == 0, np.ones((), scales.dtype), scales)
+    if not np.isfinite(scales.astype(np.float32)).all():
+        raise ValueError(
+            f"{name}: scales up to {width.max() / top:.3g} overflow {scale_dtype}; use scale_dtype='bfloat16'"
+        )
+    if sym:
+        return scales, 1 << (bits - 1)
+    zeros = np.clip(np.rint(-low / scales.astype(np.float32)), 0, top).astype(np.int32)
+    return scales, zeros
+
+
+def codes(w: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, *, bits: int, group_size: int) -> np.ndarray:
+    """clip(round(w / scale) + zero): uint8[N, K], half to even, computed in float32."""
+    k = w.shape[1]
+    size = k if group_size == -1 else min(group_size, k)
+    group = np.arange(k) // size
+    out = np.empty(w.shape, np.uint8)
+    step = max(1, (1 << 22) // max(k, 1))
+    for start in range(0, w.shape[0], step):
+        rows = slice(start, start + step)
+        zero = zeros if isinstance(zeros, int) else zeros[rows][:, group]
+        quotient = np.rint(w[rows].astype(np.float32) / scales[rows].astype(np.float32)[:, group])
+        out[rows] = np.clip(quotient + zero, 0, (1 << bits) - 1)
+    return out

@@ -1,0 +1,224 @@
+"""The quantization_config of GPTQ checkpoints: reading it (config.json or AutoGPTQ's quantize_config.json), writing it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jq.errors import FormatError, UnsupportedError
+from jq.formats.base import Context, warn_once
+
+WORDS = ("int8", "int16", "int32", "int64")
+
+# Config keys that record how a checkpoint was made, or choose a kernel; they change no stored number.
+_HARMLESS = frozenset(
+    "quant_method method format checkpoint_format bits wbits w_bit group_size q_group_size desc_act static_groups sym "
+    "lm_head dynamic pack_dtype true_sequential damp_percent damp_auto_increment mse act_group_aware model_seqlen dataset "
+    "batch_size tokenizer block_name_to_quantize module_name_preceding_first_block cache_block_outputs pad_token_id "
+    "max_input_length model_name_or_path model_file_base_name is_marlin_format use_exllama exllama_config "
+    "disable_exllama use_cuda_fp16 modules_in_block_to_quantize meta backend hyb_act quantizer pack_impl hessian "
+    "fallback gptaq foem mock_quantization offload_to_disk offload_to_disk_path hyperparameters autoround_version data_type".split()  # noqa: SIM905
+)
+_REFUSED = {
+    "rotation": "the inputs of each layer are rotated",
+    "adapter": "a low-rank adapter is added to each layer",
+    "activation": "activations are quantized too",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a quantization_config says about the stored numbers.
+
+    Fields:
+      bits, group_size, sym: defaults of all modules; group_size -1 = all of K.
+      rules: (pattern, overrides) of `dynamic`, skips first; overrides None = not quantized.
+      planar: format gptq_p.
+      zeros: "v2" (as is), "v1-word" (minus one on whole words) or "v1-field" (minus one per field).
+      word: dtype of the stored words.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    rules: tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...] = ()
+    planar: bool = False
+    zeros: str = "v1-field"
+    word: str = "int32"
+
+    def of(self, module: str) -> Options:
+        """The options of one module after `dynamic`: the first pattern that matches from the start of its name."""
+        for pattern, overrides in self.rules:
+            if re.match(pattern, module):
+                return self if overrides is None else dataclasses.replace(self, **dict(overrides))
+        return self
+
+
+def first(config: Mapping[str, Any], *keys: str, default: Any = None) -> Any:
+    """The first of several spellings of a key that a config has."""
+    return next((config[k] for k in keys if config.get(k) is not None), default)
+
+
+def whole_number(value: Any, name: str, label: str) -> int:
+    """A config value that must be an integer (JSON writers store 4.0 and "4" too)."""
+    try:
+        number = int(value)
+        if number != float(value):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise FormatError(f"{label}: quantization_config.{name} is {value!r}, expected an integer") from None
+    return number
+
+
+def parse(config: Mapping[str, Any], context: Context) -> Options:
+    """Reads quantization_config (or quantize_config.json).
+
+    Raises:
+      FormatError: no or impossible bits or group_size, a pattern that is no regular expression.
+      UnsupportedError: a kernel's own storage (marlin, bitblas), rotated inputs, adapters.
+    """
+    label = context.label
+    bits = first(config, "bits", "wbits", "w_bit")
+    if bits is None:
+        raise FormatError(
+            f"{label}: the checkpoint has GPTQ tensors (*.qweight), but neither config.json (quantization_config.bits) nor "
+            "quantize_config.json says how many bits they have; add one of the two files"
+        )
+    storage = str(first(config, "checkpoint_format", "format", default="gptq")).lower()
+    if config.get("is_marlin_format") or config.get("quant_method") == "marlin":
+        storage = "marlin"
+    if storage not in ("gptq", "gptq_v2", "gptq_p"):
+        raise UnsupportedError(
+            f"{label}: GPTQ checkpoint_format {storage!r} is a kernel's own order; formats read here: gptq, gptq_v2, "
+            "gptq_p. Export it again with GPT-QModel as gptq_v2"
+        )
+    for key, why in _REFUSED.items():
+        if config.get(key):
+            raise UnsupportedError(
+                f"{label}: quantization_config.{key} = {config[key]!r}: {why}, which is not done here"
+            )
+    for key in config:
+        if key not in _HARMLESS and key not in _REFUSED:
+            warn_once(label, f"unknown GPTQ option {key!r} is ignored")
+    word = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
+    if word not in WORDS:
+        raise UnsupportedError(f"{label}: quantization_config.pack_dtype {word!r}, expected one of {', '.join(WORDS)}")
+    options = Options(
+        bits=_checked_bits(whole_number(bits, "bits", label), storage == "gptq_p", label),
+        group_size=_checked_group(first(config, "group_size", "q_group_size", default=128), label),
+        sym=bool(first(config, "sym", default=True)),
+        planar=storage == "gptq_p",
+        zeros="v2" if storage != "gptq" else "v1-word" if _by_gptqmodel(config) else "v1-field",
+        word=word,
+    )
+    return dataclasses.replace(options, rules=_rules(config.get("dynamic"), options, label))
+
+
+def _checked_bits(bits: int, planar: bool, label: str) -> int:
+    allowed = (2, 3, 4, 5, 6, 7, 8) if planar else (2, 3, 4, 8)
+    if bits not in allowed:
+        raise UnsupportedError(f"{label}: GPTQ with {bits} bits; this storage has {', '.join(map(str, allowed))}")
+    return bits
+
+
+def _checked_group(value: Any, label: str) -> int:
+    size = whole_number(value, "group_size", label)
+    if size != -1 and size < 1:
+        raise FormatError(f"{label}: quantization_config.group_size is {size}, expected -1 or a positive number")
+    return size
+
+
+def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
+    """Whether GPT-QModel wrote the file: its v1 zeros are shifted by one on whole words."""
+    meta = config.get("meta")
+    quantizer = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    names = [quantizer] if isinstance(quantizer, str) else quantizer if isinstance(quantizer, list) else []
+    return any(str(name).lower().startswith("gptqmodel") for name in names)
+
+
+def _rules(dynamic: Any, base: Options, label: str) -> tuple:
+    if not dynamic:
+        return ()
+    if not isinstance(dynamic, Mapping):
+        raise FormatError(f"{label}: quantization_config.dynamic is {type(dynamic).__name__}, expected an object")
+    skips, changes = [], []
+    for key, overrides in dynamic.items():
+        pattern = key[2:] if key[:2] in ("+:", "-:") else key
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise FormatError(
+                f"{label}: quantization_config.dynamic pattern {key!r} is no regular expression: {e}"
+            ) from e
+        if key.startswith("-:") or overrides is False:
+            skips.append((pattern, None))
+        else:
+            changes.append((pattern, _overrides(overrides or {}, base, f"{label}: dynamic {key!r}")))
+    return tuple(skips + changes)  # GPT-QModel moves skips to the front
+
+
+def _overrides(found: Mapping[str, Any], base: Options, label: str) -> tuple[tuple[str, Any], ...]:
+    changed: dict[str, Any] = {}
+    bits, group = first(found, "bits", "w_bit"), first(found, "group_size", "q_group_size")
+    if bits is not None:
+        changed["bits"] = _checked_bits(whole_number(bits, "bits", label), base.planar, label)
+    if group is not None:
+        changed["group_size"] = _checked_group(group, label)
+    if found.get("sym") is not None:
+        changed["sym"] = bool(found["sym"])
+    method = first(found, "method", "quant_method", "checkpoint_format", "format")
+    if method is not None and str(method).lower() not in ("gptq", "gptq_v2", "gptq_p"):
+        raise UnsupportedError(f"{label}: method {method!r} beside GPTQ in one checkpoint is not read here")
+    for key, why in _REFUSED.items():
+        if found.get(key):
+            raise UnsupportedError(f"{label}: {key} = {found[key]!r}: {why}, which is not done here")
+    return tuple(sorted(changed.items()))
+
+
+def detect(checkpoint: Any) -> dict | None:
+    """The config of files without one in config.json: AutoGPTQ's quantize_config.json, or {} where tensors alone tell."""
+    if not any(name.endswith(".qzeros") for name in checkpoint.entries):
+        return None
+    for name in ("quantize_config.json", "quant_config.json"):
+        found = checkpoint.side_json(name)
+        if found is not None:
+            method = str(first(found, "quant_method", "method", default="gptq"))
+            return dict(found) if method in ("gptq", "marlin") else None
+    words = {str(checkpoint.entry(n).dtype) for n in checkpoint.entries if n.endswith(".qweight")}
+    return {} if words == {"int32"} else None
+
+
+def config_of(
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    storage: str,
+    desc_act: bool = False,
+    skip: Any = (),
+    lm_head: bool = False,
+) -> dict[str, Any]:
+    """A quantization_config that GPT-QModel, Optimum and transformers read.
+
+    Args:
+      skip: names of linear modules that stay float; they become `-:` rules of `dynamic`.
+    """
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": desc_act,
+        "sym": sym,
+        "checkpoint_format": storage,
+        "format": storage,
+        "lm_head": lm_head,
+        "true_sequential": True,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": ["jaxq"]},
+    }
+    rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in skip if name != "lm_head"}
+    if rules:
+        config["dynamic"] = rules
+    return config
