@@ -33,7 +33,7 @@ def pack_slabs(codes: np.ndarray, bits: int, per: int, *, high_first: bool, dtyp
     rows = -(-codes.shape[0] // per)
     packed = np.zeros((rows, codes.shape[1]), dtype)
     for i in range(per):
-        slab = codes[i * rows : (i + 1) * rows].astype(dtype)
+        slab: np.ndarray = codes[i * rows : (i + 1) * rows].astype(dtype)
         place = per - 1 - i if high_first else i
         packed[: len(slab)] |= slab << packed.dtype.type(bits * place)
     return packed
