@@ -69,7 +69,10 @@ def dense_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     out = x.dtype
     if not _on_gpu() and x.dtype in (jnp.bfloat16, jnp.float16):
         x, w = x.astype(jnp.float32), exact.cast(w, jnp.float32)
-    y = jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    # float32 means float32: the default precision on a GPU is TF32.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
     return y.astype(out)
 
 

@@ -65,6 +65,9 @@ class State(Mapping[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own would read the tensor
+
     def __len__(self) -> int:
         return len(self._tensors)
 

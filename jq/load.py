@@ -1,0 +1,126 @@
+"""`jq.load`: a checkpoint as a model that runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq.errors import CheckpointError
+from jq.models import family_of, kv_cache
+from jq.models.causal_lm import CausalLM
+from jq.models.decoder import Decoder
+from jq.models.origin import Origin
+from jq.models.reader import Reader
+from jq.models.spec import DecoderSpec
+from jq.nn import Linear
+from jq.state import State, load_state
+
+
+def load(
+    path_or_id: str | os.PathLike | State,
+    *,
+    dtype: Any = None,
+    packed: bool | None = None,
+    quantize_activations: bool = True,
+    kv_cache: str | None = None,
+    revision: str | None = None,
+) -> CausalLM:
+    """Loads a checkpoint as a model.
+
+    Args:
+      path_or_id: directory, weight file, Hugging Face hub id, or a State.
+      dtype: compute dtype. None: float32 on the CPU (16-bit products are slower there), else the checkpoint's.
+      packed: compute from packed weights. None: as is fastest. On the CPU each quantized weight is dequantized once and
+        computes as a dense array; the packed tensor stays beside it for saving, so memory is the dense model in `dtype`
+        plus the quantized checkpoint (SmolLM2-135M NF4: 538 MB + 76 MB). `packed=True` holds the packed weights and the
+        dense embedding, and dequantizes in each product, several times slower. On a GPU packed is the default.
+      quantize_activations: execute the activation quantization that the checkpoint asks for (also that of its cache);
+        False: weights only, activations stay float.
+      kv_cache: None (as the checkpoint says, else the compute dtype), "bfloat16", "int8", "float8_e4m3", ...
+      revision: of the hub repository.
+
+    Returns:
+      The model; `model(ids)`, `model.generate(...)`, `model.stream(...)`, `model.tokenizer`, `jq.save(model, path)`.
+
+    Raises:
+      UnsupportedError: a model family that has no decoder here (`jq.load_state` reads any architecture).
+      CheckpointError: tensors missing, left over, or of a wrong shape. No weight is ever made up.
+      FormatError: quantized tensors that do not fit their config.
+    """
+    state = path_or_id if isinstance(path_or_id, State) else load_state(path_or_id, lazy=True, revision=revision)
+    return build(state, dtype=dtype, packed=packed, quantize_activations=quantize_activations, kv_cache_dtype=kv_cache)
+
+
+def build(
+    state: State,
+    *,
+    dtype: Any = None,
+    packed: bool | None = None,
+    quantize_activations: bool = True,
+    kv_cache_dtype: str | None = None,
+) -> CausalLM:
+    """The model of a State; see `load`. Tensors are taken one after the other, so a lazy State is never whole in memory."""
+    label = str(state.path or "state")
+    spec = family_of(state.config, label).spec(state.config)
+    on_cpu = jax.default_backend() == "cpu"
+    compute = np.dtype(dtype) if dtype is not None else np.dtype(np.float32) if on_cpu else _own_dtype(state.config)
+    read = Reader(
+        state,
+        spec,
+        dtype=compute,
+        packed=(not on_cpu) if packed is None else packed,
+        quantize_activations=quantize_activations,
+        label=label,
+    )
+    cache_dtype = _cache_dtype(state, kv_cache_dtype, compute, quantize_activations)
+    body = Decoder(read, "model", spec, cache_dtype)
+    lm_head = _output(read, spec)
+    return CausalLM(body, lm_head, spec, Origin(state, read.stored, read.kept, _extra(read)))
+
+
+def _output(read: Reader, spec: DecoderSpec) -> Linear | None:
+    """The output matrix; None where it is tied to the embedding.
+
+    A stored lm_head is used even where config.json says tied: quantized checkpoints of tied models store one of their
+    own, and transformers does not tie either where both are in the file.
+    """
+    if spec.tied and "lm_head.weight" not in read.state:
+        return None
+    return read.linear("lm_head", (spec.vocab_size, spec.hidden_size))
+
+
+def _extra(read: Reader) -> dict[str, Any]:
+    """Tensors beside the modules' that saving needs.
+
+    Raises:
+      CheckpointError: tensors that the family does not know: running without them would be another model.
+    """
+    known = [n for n in read.state if n.endswith((".k_scale", ".v_scale", ".q_scale", ".prob_scale"))]
+    left = read.leftovers(tuple(known))
+    if left:
+        shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+        raise CheckpointError(
+            f"{read.label}: {shown}: stored, but no part of a {read.spec.family} decoder. The file and config.json "
+            "disagree; jq.load_state reads the tensors as they are"
+        )
+    return {n: read.state[n] for n in read.state if n not in read.used}
+
+
+def _cache_dtype(state: State, asked: str | None, compute: np.dtype, quantize_activations: bool) -> str:
+    if asked is not None:
+        return kv_cache.dtype_name(asked)
+    own = None
+    if quantize_activations:
+        config = dict(state.config.get("quantization_config") or state.config.get("compression_config") or {})
+        own = kv_cache.scheme_of(config)
+    return own or kv_cache.dtype_name(compute)
+
+
+def _own_dtype(config: Mapping[str, Any]) -> np.dtype:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return np.dtype(jnp.dtype(name))

@@ -1,0 +1,103 @@
+"""Where a loaded model came from: what `jq.save` and the tokenizer need and no compiled function sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jq.models import tokenizer as _tokenizer
+from jq.nn import Embedding, Linear, modules
+from jq.state import State
+
+
+class Origin:
+    """Config, files and stored dtypes of a loaded model.
+
+    A static attribute of `CausalLM`. It takes no part in any computation, so all Origins are equal: models of equal
+    structure share their compiled functions.
+
+    Args:
+      state: the checkpoint; only its files, metadata and order are kept, no tensors.
+      stored: stored dtype of each dense tensor of the model.
+      kept: stored arrays that the compute dtype cannot hold: name -> (stored, compute array).
+      extra: stored tensors that no module took (name -> value).
+    """
+
+    def __init__(
+        self,
+        state: State,
+        stored: Mapping[str, np.dtype],
+        kept: Mapping[str, tuple[Any, Any]],
+        extra: Mapping[str, Any],
+    ) -> None:
+        self.config = dict(state.config)
+        self.names = list(state)
+        self.shell = State(
+            {},
+            state.config,
+            path=state.path,
+            files=state.files,
+            metadata=state.metadata,
+            side_files=state.side_files,
+            container=state.container,
+            order=state.order,
+        )
+        self.stored, self.kept, self.extra = dict(stored), dict(kept), dict(extra)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return hash(Origin)
+
+    def __deepcopy__(self, memo: Any) -> Origin:
+        return self
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        base = {k: self.config[k] for k in keys if self.config.get(k) is not None}
+        raw = self.shell.side_files.get("generation_config.json")
+        return base | {k: v for k, v in json.loads(raw).items() if v is not None} if raw else base
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return _tokenizer.load(self.shell.path, self.shell.side_files)
+
+    def state_of(self, model: Any) -> State:
+        """The State of a model: its tensors under the stored names, each in its stored dtype."""
+        found = dict(self.extra)
+        for path, module in modules(model):
+            if isinstance(module, Linear | Embedding) and module.quantized is not None:
+                found[f"{path}.weight"] = module.quantized
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            name = ".".join(map(str, path))
+            found.setdefault(name, self._restored(name, variable.get_value()))
+        order = [n for n in self.names if n in found] + [n for n in found if n not in self.names]
+        shell = self.shell
+        return State(
+            {n: found[n] for n in order},
+            self.config,
+            path=shell.path,
+            files=shell.files,
+            metadata=shell.metadata,
+            side_files=shell.side_files,
+            container=shell.container,
+            order=shell.order,
+        )
+
+    def _restored(self, name: str, array: Any) -> Any:
+        """A dense tensor in its stored dtype: the stored array where it is still the one that was loaded."""
+        stored, compute = self.kept.get(name, (None, None))
+        if stored is not None and compute is array:
+            return stored
+        dtype = self.stored.get(name)
+        if dtype is None or array.dtype == dtype:
+            return array
+        # In numpy: XLA's CPU backend flushes denormals in casts to 16 bits' neighbours.
+        return np.asarray(array).astype(dtype)

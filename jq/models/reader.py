@@ -1,0 +1,140 @@
+"""Hands a checkpoint's tensors to modules by name, checks shapes, and keeps account of what was used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq.errors import CheckpointError
+from jq.models.spec import DecoderSpec
+from jq.nn import Embedding, Linear, RMSNorm, linear_of, lossless
+from jq.qtensor import QTensor
+
+# Stored by old transformers versions; recomputed from config.json.
+IGNORED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+class Reader:
+    """Reads modules from a State.
+
+    Args:
+      state: name -> array or QTensor.
+      spec: of the decoder (norm epsilon and offset).
+      dtype: compute dtype.
+      packed: compute linear layers from their packed weights.
+      quantize_activations: execute activation quantization.
+      label: file or directory for messages.
+
+    Attributes:
+      kept: stored arrays that the compute dtype cannot hold exactly: name -> (stored array, compute array).
+      stored: stored dtype of each dense tensor.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        spec: DecoderSpec,
+        *,
+        dtype: Any,
+        packed: bool,
+        quantize_activations: bool,
+        label: str,
+    ) -> None:
+        self.state, self.spec, self.label = state, spec, label
+        self.dtype, self.packed, self.quantize_activations = np.dtype(dtype), packed, quantize_activations
+        self.used: set[str] = set()
+        self.kept: dict[str, tuple[Any, Any]] = {}
+        self.stored: dict[str, np.dtype] = {}
+
+    def linear(self, path: str, shape: tuple[int, int], bias: bool = False) -> Linear:
+        """The layer `path` with a weight of `shape`; a stored bias is used even where none is required."""
+        weight = self.take(f"{path}.weight", shape)
+        name = f"{path}.bias"
+        offset = self.array(name, shape[:1]) if bias or name in self.state else None
+        if isinstance(weight, QTensor):
+            return linear_of(
+                _computing(weight) if self.packed else weight,
+                offset,
+                dtype=self.dtype,
+                packed=self.packed,
+                quantize_activations=self.quantize_activations,
+            )
+        return Linear(self._compute(f"{path}.weight", weight), offset)
+
+    def embedding(self, path: str, shape: tuple[int, int]) -> Embedding:
+        weight = self.take(f"{path}.weight", shape)
+        if isinstance(weight, QTensor):
+            return Embedding(weight.dequantize(self.dtype), packed=weight)
+        return Embedding(self._compute(f"{path}.weight", weight))
+
+    def norm(self, path: str, width: int) -> RMSNorm:
+        return RMSNorm(self.array(f"{path}.weight", (width,)), self.spec.norm_eps, self.spec.norm_offset)
+
+    def array(self, name: str, shape: tuple[int, ...]) -> jax.Array:
+        """A dense tensor in the compute dtype."""
+        value = self.take(name, shape)
+        if isinstance(value, QTensor):
+            raise CheckpointError(f"{self.label}: {name}: is quantized, expected a dense tensor of {shape}")
+        return self._compute(name, value)
+
+    def optional(self, name: str, shape: tuple[int, ...]) -> Any:
+        """An `nnx.Param` of a tensor that may be absent (scalars may be stored as () or (1,)); else None."""
+        from flax import nnx
+
+        if name not in self.state:
+            return None
+        value = self.take(name, None)
+        if tuple(np.shape(value)) not in (shape, ()):
+            raise CheckpointError(f"{self.label}: {name}: found shape {tuple(np.shape(value))}, expected {shape}")
+        return nnx.Param(self._compute(name, value))
+
+    def take(self, name: str, shape: tuple[int, ...] | None) -> Any:
+        """The stored tensor.
+
+        Raises:
+          CheckpointError: it is missing, or its shape is another.
+        """
+        if name not in self.state:
+            near = sorted(k for k in self.state if k.startswith(name.rsplit(".", 2)[0] + "."))[:6]
+            raise CheckpointError(
+                f"{self.label}: {name}: missing, and no weight is ever made up. "
+                + (f"Beside it there are {', '.join(near)}" if near else "Nothing with this prefix is stored")
+            )
+        value = self.state[name]
+        self.used.add(name)
+        if shape is not None and tuple(value.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{self.label}: {name}: found shape {tuple(value.shape)}, expected {tuple(shape)} from config.json"
+            )
+        return value
+
+    def leftovers(self, ignored: tuple[str, ...] = ()) -> list[str]:
+        """Tensors that no module took and that cannot be ignored."""
+        return [n for n in self.state if n not in self.used and n not in ignored and not n.endswith(IGNORED)]
+
+    def _compute(self, name: str, value: Any) -> jax.Array:
+        """The array in the compute dtype; the stored one is kept where the way back would lose bits."""
+        stored = np.dtype(value.dtype)
+        self.stored[name] = stored
+        array = _cast(jnp.asarray(value), self.dtype)
+        if not lossless(stored, self.dtype) or (stored != self.dtype and bool(_has_nan(array))):
+            self.kept[name] = (np.asarray(value), array)
+        return array
+
+
+@jax.jit
+def _has_nan(array: jax.Array) -> jax.Array:
+    return jnp.any(jnp.isnan(array))
+
+
+def _cast(array: jax.Array, dtype: Any) -> jax.Array:
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
+def _computing(weight: QTensor) -> QTensor:
+    """Hook for the layout of the device's kernels."""
+    return weight

@@ -1,0 +1,60 @@
+"""The tokenizer of a checkpoint, through transformers (which needs no torch for it), loaded when first asked for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jq.errors import UnsupportedError
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load(path: Path | None, side_files: Mapping[str, bytes]) -> Any:
+    """A transformers tokenizer from a checkpoint's directory or from the files that a State carries.
+
+    Raises:
+      UnsupportedError: no tokenizer files.
+    """
+    names = set(side_files) | ({p.name for p in path.iterdir()} if path is not None and path.is_dir() else set())
+    if not names & set(FILES):
+        raise UnsupportedError(
+            f"{path or 'this model'}: has no tokenizer files ({', '.join(FILES)}); generate takes lists of token ids too"
+        )
+    from transformers import AutoTokenizer
+
+    if path is not None and path.is_dir() and any((path / f).exists() for f in FILES):
+        return AutoTokenizer.from_pretrained(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, raw in side_files.items():
+            (Path(folder) / name).write_bytes(raw)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages: [{"role": ..., "content": ...}, ...]."""
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def encode(tokenizer: Any, prompt: Any) -> list[int]:
+    """Token ids of a text, or of a conversation through the chat template."""
+    if is_chat(prompt):
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt)["input_ids"])
+
+
+class TextStream:
+    """Turns growing token lists into pieces of text; holds back what may still change (half a character)."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.given = tokenizer, ""
+
+    def push(self, text: str, last: bool) -> str:
+        """The new part of `text`, the decoded answer so far."""
+        if not last and text.endswith("\ufffd"):
+            return ""
+        piece, self.given = text[len(self.given) :], text
+        return piece

@@ -1,0 +1,229 @@
+"""Flax NNX modules over quantized weights: `Linear`, `Embedding`, `RMSNorm`, and `replace_linears` for any NNX model.
+
+Weights are [out_features, in_features] as checkpoints store them (`nnx.Linear` holds the transpose). A quantized
+weight sits in a `QVar`, which no `nnx.Param` filter sees, so codes stay out of gradients and optimizers.
+
+A `Linear` holds its weight once, or twice where that is faster: a dense copy that computes, and beside it the packed
+tensor that `jq.save` and `jq.quantized` use, in a `Packed` variable. Compiled functions leave `Packed` out.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jq.errors import UnsupportedError
+from jq.matmul import matmul
+from jq.qtensor import QTensor
+
+Array = Any  # numpy.ndarray | jax.Array
+
+
+class QVar(nnx.Variable):
+    """A quantized tensor that computes."""
+
+
+class Packed(nnx.Variable):
+    """A quantized tensor that is kept for saving while a dense copy computes."""
+
+
+class Linear(nnx.Module):
+    """y = x @ weight.T + bias.
+
+    Args:
+      weight: QTensor or array [N, K].
+      bias: array [N] or None.
+      packed: the quantized tensor that a dense `weight` was made from, kept for saving.
+      quantize_activations: execute the activation quantization that a QTensor describes.
+    """
+
+    def __init__(
+        self,
+        weight: Any,
+        bias: Array | None = None,
+        *,
+        packed: QTensor | None = None,
+        quantize_activations: bool = True,
+    ) -> None:
+        self.weight = QVar(weight) if isinstance(weight, QTensor) else nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.packed = None if packed is None else Packed(packed)
+        self.quantize_activations = quantize_activations
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.get_value().shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.get_value().shape[-1]
+
+    @property
+    def quantized(self) -> QTensor | None:
+        """The quantized weight, None where there is none."""
+        weight = self.weight.get_value() if self.packed is None else self.packed.get_value()
+        return weight if isinstance(weight, QTensor) else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: float[..., K] -> float[..., N] in x's dtype."""
+        y = product(x, self.weight.get_value(), quantize_activations=self.quantize_activations)
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of a table [V, D]. A quantized table computes as a dense copy; `packed` keeps it for saving."""
+
+    def __init__(self, weight: Array, *, packed: QTensor | None = None) -> None:
+        self.weight = nnx.Param(weight)
+        self.packed = None if packed is None else Packed(packed)
+
+    @property
+    def quantized(self) -> QTensor | None:
+        return None if self.packed is None else self.packed.get_value()
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """int[...] -> float[..., D]. Ids outside the table give NaN (JAX would clamp them silently)."""
+        return jnp.take(self.weight.get_value(), ids, axis=0, mode="fill")
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """The tied output matrix: float[..., D] -> float[..., V]."""
+        return product(x, self.weight.get_value())
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), computed in float32, in the order of transformers' Llama norm."""
+
+    def __init__(self, weight: Array, eps: float, offset: float = 0.0) -> None:
+        self.weight = nnx.Param(weight)
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight.get_value()
+        if self.offset:  # Gemma multiplies in float32, Llama after the cast
+            return (wide * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
+        return weight.astype(x.dtype) * wide.astype(x.dtype)
+
+
+def product(x: jax.Array, weight: Any, *, quantize_activations: bool = True) -> jax.Array:
+    """x [..., K] times weight [N, K], a QTensor or an array: [..., N] in x's dtype."""
+    return matmul(x, weight, quantize_activations=quantize_activations)
+
+
+def linear_of(
+    weight: QTensor,
+    bias: Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    packed: bool = False,
+    quantize_activations: bool = True,
+) -> Linear:
+    """A `Linear` over a quantized weight, in the form that computes best.
+
+    Args:
+      weight: QTensor [N, K].
+      bias: array [N] or None.
+      dtype: compute dtype of a dense copy.
+      packed: compute from the packed tensor and hold nothing else. False: dequantize once and keep the packed tensor
+        for saving; a weight with activation quantization that is executed always stays packed.
+      quantize_activations: execute the activation quantization that the tensor describes.
+    """
+    active = quantize_activations and getattr(weight, "activation", None) is not None
+    if packed or active:
+        return Linear(weight, bias, quantize_activations=quantize_activations)
+    return Linear(weight.dequantize(dtype), bias, packed=weight, quantize_activations=quantize_activations)
+
+
+def modules(model: nnx.Module) -> Iterable[tuple[str, nnx.Module]]:
+    """(path, module) of all submodules; a path is "model.layers.0.self_attn.q_proj"."""
+    for path, module in nnx.iter_modules(model):
+        yield ".".join(map(str, path)), module
+
+
+def quantized(model: nnx.Module) -> dict[str, QTensor]:
+    """The quantized tensors of a model by module path."""
+    found = {}
+    for path, module in modules(model):
+        value = module.quantized if isinstance(module, Linear | Embedding) else None
+        if value is not None:
+            found[path] = value
+    return found
+
+
+def replace_linears(
+    model: nnx.Module,
+    method: Any,
+    *,
+    skip: Iterable[str] | Callable[[str], bool] = (),
+    packed: bool = True,
+    dtype: Any = None,
+) -> list[str]:
+    """Quantizes every linear layer of an NNX module in place (`nnx.Linear` and dense `jq.nn.Linear`).
+
+    Args:
+      model: any NNX module; layers are found wherever they sit.
+      method: what quantizes a weight: an object with `.quantize(weight [N, K]) -> QTensor`, such as `jq.NF4()`.
+      skip: paths that stay as they are, as names, shell patterns ("*.lm_head") or a function path -> bool.
+      packed: see `linear_of`.
+      dtype: compute dtype of dense copies, None for the dtype of each layer's weight.
+
+    Returns:
+      The paths that were replaced, in order.
+
+    Raises:
+      UnsupportedError: the module itself is a linear layer (there is no parent to put the new one into).
+    """
+    skipped = skip if callable(skip) else _matcher(tuple(skip))
+    # A list first: the walk must not meet its own replacements.
+    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear | Linear)]
+    names = []
+    for path, layer in found:
+        name = ".".join(map(str, path))
+        if skipped(name) or (isinstance(layer, Linear) and layer.quantized is not None):
+            continue
+        if not path:
+            raise UnsupportedError("replace_linears: the module is itself a linear layer; quantize its parent")
+        weight, bias = _dense_parts(layer)
+        q = method.quantize(weight)
+        new = linear_of(q, bias, dtype=dtype or weight.dtype, packed=packed)
+        _set(model, path, new)
+        names.append(name)
+    return names
+
+
+def _dense_parts(layer: Any) -> tuple[Array, Array | None]:
+    """Weight [N, K] and bias of a dense layer."""
+    if isinstance(layer, nnx.Linear):
+        return layer.kernel.get_value().T, None if layer.bias is None else layer.bias.get_value()
+    return layer.weight.get_value(), None if layer.bias is None else layer.bias.get_value()
+
+
+def _set(model: Any, path: tuple[Any, ...], value: nnx.Module) -> None:
+    parent = model
+    for key in path[:-1]:
+        parent = parent[key] if isinstance(key, int) else getattr(parent, key)
+    if isinstance(path[-1], int):
+        parent[path[-1]] = value
+    else:
+        setattr(parent, path[-1], value)
+
+
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    def matches(name: str) -> bool:
+        return any(name == p or name.endswith("." + p) or fnmatch.fnmatchcase(name, p) for p in patterns)
+
+    return matches
+
+
+def lossless(stored: Any, compute: Any) -> bool:
+    """Whether every value of dtype `stored` survives a cast to `compute` and back."""
+    stored, compute = np.dtype(stored), np.dtype(compute)
+    return stored == compute or (compute == np.float32 and str(stored) in ("float16", "bfloat16"))
