@@ -36,6 +36,10 @@ def say(text: str) -> None:
 Advance = Callable[[int, int, str], None]
 
 
+def _silent(done: int, total: int, note: str = "") -> None:
+    """The progress of a run that nobody watches."""
+
+
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Advance]:
     """A progress bar on stderr with an estimate of the time left; silent where stderr is not a terminal.
@@ -44,7 +48,7 @@ def progress(title: str) -> Iterator[Advance]:
       advance(done, total, note): sets the bar; may be called from any loop, any number of times.
     """
     if not sys.stderr.isatty():
-        yield lambda done, total, note="": None
+        yield _silent
         return
     from rich.console import Console
     from rich.progress import (

@@ -94,3 +94,14 @@ def tokens_of(tokenizer: Any, text: str) -> np.ndarray:
     if hasattr(tokenizer, "get_vocab_size"):  # the tokenizers library's own class
         return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
     return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+
+
+def of_path(
+    path: str, *, windows: int, window: int = 1024, text: str | None = None, advance: Advance | None = None
+) -> float:
+    """Perplexity of a checkpoint on the first `windows` windows of a text (None: the bundled one)."""
+    import jq
+
+    model = jq.load(path)
+    ids = tokens_of(model.tokenizer, bundled_text() if text is None else text)[: windows * window]
+    return perplexity(model, ids, window=window, advance=advance)
