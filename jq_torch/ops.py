@@ -1,4 +1,4 @@
-"""The torch operators: `jq::linear` and its gradient.
+"""The torch operators: `jq::linear`, `jq::experts` and their gradients.
 
 One operator serves every format: it takes the packed tensors of a QTensor and a short string, its *spec*, that names
 the static rest (`spec_of`). torch.compile, torch.export and autograd see an operator with a shape rule; the arithmetic
@@ -114,10 +114,57 @@ def _linear_dx(dy: torch.Tensor, packed: list[torch.Tensor], spec: str, in_featu
     return torch.matmul(dy, dense(packed, spec, dy.dtype))
 
 
+@functools.lru_cache(maxsize=1024)
+def _expert_program(spec: str, dtype: str) -> Any:
+    tree = _statics[spec].tree
+    return jax.jit(lambda leaves, expert: jax.tree.unflatten(tree, leaves)[expert].dequantize(dtype))
+
+
+@functools.lru_cache(maxsize=1024)
+def _expert_matmul_program(spec: str) -> Any:
+    tree = _statics[spec].tree
+    return jax.jit(lambda x, leaves, expert: jq.matmul(x, jax.tree.unflatten(tree, leaves)[expert]).astype(x.dtype))
+
+
+def _experts(
+    x: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int
+) -> torch.Tensor:
+    """Row s of the result is x[s] times the weight of expert[s]; rows of an expert that is not there are zero."""
+    y = x.new_zeros((x.shape[0], out_features))
+    leaves = _leaves(packed, spec)
+    active, name = _statics[spec].activation, bridge.numpy_dtype(x.dtype).name
+    for e in torch.unique(expert).tolist():
+        if not 0 <= e < packed[0].shape[0]:
+            continue
+        rows = torch.nonzero(expert == e).flatten()
+        if active:
+            padded = torch.nn.functional.pad(x[rows], (0, 0, 0, bucket(len(rows)) - len(rows)))
+            y[rows] = bridge.from_jax(_expert_matmul_program(spec)(bridge.to_jax(padded), leaves, e))[: len(rows)]
+        else:
+            y[rows] = torch.nn.functional.linear(x[rows], bridge.from_jax(_expert_program(spec, name)(leaves, e)))
+    return y
+
+
+def _experts_dx(
+    dy: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int
+) -> torch.Tensor:
+    dx = dy.new_zeros((dy.shape[0], in_features))
+    leaves, name = _leaves(packed, spec), bridge.numpy_dtype(dy.dtype).name
+    for e in torch.unique(expert).tolist():
+        if 0 <= e < packed[0].shape[0]:
+            rows = torch.nonzero(expert == e).flatten()
+            dx[rows] = dy[rows] @ bridge.from_jax(_expert_program(spec, name)(leaves, e))
+    return dx
+
+
 _library = torch.library.Library("jq", "DEF")  # define + impl costs 2 us a call, torch.library.custom_op 10
 _library.define("linear(Tensor x, Tensor[] packed, str spec, int out_features) -> Tensor")
 _library.define("linear_dx(Tensor dy, Tensor[] packed, str spec, int in_features) -> Tensor")
+_library.define("experts(Tensor x, Tensor expert, Tensor[] packed, str spec, int out_features) -> Tensor")
+_library.define("experts_dx(Tensor dy, Tensor expert, Tensor[] packed, str spec, int in_features) -> Tensor")
 for _key in ("CPU", "CUDA"):
+    _library.impl("experts", _experts, _key)
+    _library.impl("experts_dx", _experts_dx, _key)
     _library.impl("linear", _linear, _key)
     _library.impl("linear_dx", _linear_dx, _key)
 
@@ -130,6 +177,16 @@ def _(x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int)
 @torch.library.register_fake("jq::linear_dx", lib=_library)
 def _(dy: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int) -> torch.Tensor:
     return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+@torch.library.register_fake("jq::experts", lib=_library)
+def _(x: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int) -> torch.Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("jq::experts_dx", lib=_library)
+def _(dy: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int) -> torch.Tensor:
+    return dy.new_empty((dy.shape[0], in_features))
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -147,7 +204,23 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd("jq::linear", _backward, setup_context=_setup, lib=_library)
 
+
+def _setup_experts(ctx: Any, inputs: Any, output: Any) -> None:
+    x, expert, packed, spec, _ = inputs
+    ctx.save_for_backward(expert, *packed)
+    ctx.spec, ctx.in_features = spec, x.shape[-1]
+
+
+def _backward_experts(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+    expert, *packed = ctx.saved_tensors
+    dx = torch.ops.jq.experts_dx(dy.contiguous(), expert, packed, ctx.spec, ctx.in_features)
+    return dx, None, [None] * len(packed), None, None
+
+
+torch.library.register_autograd("jq::experts", _backward_experts, setup_context=_setup_experts, lib=_library)
+
 linear = torch.ops.jq.linear.default
+experts = torch.ops.jq.experts.default
 
 
 def skeleton_of(tensor: Any) -> tuple[Any, list[torch.Tensor]]:

@@ -119,7 +119,7 @@ class Plan:
 
     Attributes:
       modules: {module path: Origin} of linear layers.
-      experts: {module path of fused experts: {(expert, projection): Origin}}; expert None for tensors stored stacked.
+      experts: {path of fused experts: {(parameter, part): {expert: Origin}}}; expert None for tensors stored stacked.
       table: {stored name: parameter path} for the loader.
       carried: {module path: {name: stored name}} of tensors that are only kept.
       biases: {module path: stored name} of biases for layers that the model builds without one.
@@ -136,7 +136,7 @@ class Plan:
         self.options = self._parse(quantization)
         self.metadata = {k: v for k, v in ckpt.merged_metadata.items() if k != "format"}
         self.modules: dict[str, Origin] = {}
-        self.experts: dict[str, dict[tuple[int | None, str], Origin]] = {}
+        self.experts: dict[str, dict[tuple[str, int], dict[int | None, Origin]]] = {}
         self.table: dict[str, str] = {}
         self.carried: dict[str, dict[str, str]] = {}
         self.biases: dict[str, str] = {}
@@ -199,21 +199,26 @@ class Plan:
         return module is not None and hasattr(module, "num_experts") and not hasattr(module, "in_features")
 
     def _place_expert(self, origin: Origin, key: str, target: str, pattern: str | None) -> None:
-        from jq_torch.experts import role_of
-
-        path = target.rpartition(".")[0]
+        """Experts: one QTensor for each (parameter, part of it); the model's own converter says which part."""
+        path, _, parameter = target.rpartition(".")
         if not self._is_experts(path):
             raise UnsupportedError(
                 f"{self.label}: {key}: the model merges this weight with others into {target}, which packed tensors "
                 "cannot be; only experts of a mixture are kept apart"
             )
-        found = re.search(r"\.experts\.(\d+)\.", key)
-        expert = int(found.group(1)) if found else None
-        role = role_of(key)
-        self.experts.setdefault(path, {})[expert, role] = origin
-        slot = role if expert is None else f"{role}_{expert}"
+        number = re.search(r"\.experts\.(\d+)\.", key)
+        expert = int(number.group(1)) if number and pattern is not None else None
+        part = 0
+        for converter in self._converters if pattern is not None else ():
+            if pattern in converter.source_patterns:
+                part = converter.source_patterns.index(pattern)
+                plain = {type(op).__name__ for op in converter.operations} <= {"MergeModulelist", "Concatenate"}
+                if not plain:
+                    raise UnsupportedError(f"{self.label}: {key}: experts that the model rearranges while loading")
+        slot = f"{parameter}_{part}" + ("" if expert is None else f"_{expert}")
         stored = {suffix: f"{slot}_{name}" for suffix, name in origin.stored.items()}
-        self.experts[path][expert, role] = dataclasses.replace(origin, stored=stored)
+        placed = dataclasses.replace(origin, stored=stored)
+        self.experts.setdefault(path, {}).setdefault((parameter, part), {})[expert] = placed
         for suffix, name in origin.names.items():
             self.table[name] = f"{path}.{stored[suffix]}"
 

@@ -1,0 +1,217 @@
+"""`JqExperts`: the fused experts of a mixture, packed, in place of a model's own experts module.
+
+transformers 5 holds experts as one dense parameter [E, N, K] for each projection. Files hold them stacked (MXFP4) or,
+mostly, one by one (`experts.3.w1.qweight`). Here every projection is one QTensor with a leading axis E, one operator
+multiplies all tokens by their experts, and saving gives each expert its own names back. A projection that the model
+merges from two stored ones (gate and up) stays two QTensors: not every format can be merged along N.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from jq.errors import FormatError, UnsupportedError
+from jq.qtensor import stack
+from jq_torch import bridge, ops
+from jq_torch.linear import Packed
+from jq_torch.plan import Origin, Plan
+
+Part = tuple[str, int]  # (parameter of the model's module, which of the stored weights that it merges)
+
+
+class JqExperts(Packed):
+    """Packed experts; the call and the gate function are those of the module that it replaces.
+
+    Attributes:
+      origins: {(parameter, part): {expert: Origin}}, expert None where the file holds all experts stacked.
+    """
+
+    def __init__(self, old: nn.Module, origins: dict[Part, dict[int | None, Origin]]) -> None:
+        super().__init__()
+        for name, value in vars(old).items():
+            if not name.startswith("_") and name not in ("training",):
+                setattr(self, name, value)
+        self.kind = type(old)
+        self.packed_parameters = tuple(dict.fromkeys(parameter for parameter, _ in origins))
+        self.num_experts = int(old.num_experts)  # type: ignore[arg-type]
+        self.shapes = {name: tuple(p.shape) for name, p in old.named_parameters(recurse=False)}
+        for name, module in old.named_children():
+            self.add_module(name, module)
+        for name, parameter in old.named_parameters(recurse=False):
+            if name not in self.packed_parameters:
+                self.register_parameter(name, parameter)
+        self.is_transposed = getattr(old, "is_transposed", False)
+        self.is_concatenated = getattr(old, "is_concatenated", True)
+        self.has_gate = getattr(old, "has_gate", True)
+        self.origins = origins
+        if getattr(old, "has_post_expert_norm", False):
+            raise UnsupportedError(f"{type(old).__name__}: packed experts with a norm behind each expert")
+
+    @property
+    def is_packed(self) -> bool:
+        return bool(self._packed)
+
+    def num_weights(self) -> int:
+        dense = {name for name in self.shapes if name not in self.packed_parameters}
+        held = sum(p.numel() for n, p in self.named_parameters(recurse=False) if n in dense)
+        return held + sum(int(np.prod(self.shapes[name])) for name in self.packed_parameters)
+
+    def pack(self) -> None:
+        """Stored tensors -> one QTensor a part."""
+        for part, experts in self.origins.items():
+            tensors = [self._load(experts[e]) for e in _in_order(experts, self.num_experts, part)]
+            for origin in experts.values():
+                for name in origin.stored.values():
+                    delattr(self, name)
+            self.put(_role(part), self._stacked(tensors, experts))
+        for parameter in self.packed_parameters:
+            self._check_shape(parameter)
+
+    def _load(self, origin: Origin) -> Any:
+        tensor = origin.load({s: bridge.array_of(getattr(self, n)) for s, n in origin.stored.items()})
+        if tensor is None:
+            raise FormatError(f"{origin.prefix}: not quantized, while other experts of the layer are")
+        return tensor
+
+    def _stacked(self, tensors: list[Any], experts: dict[int | None, Origin]) -> Any:
+        if None in experts:
+            return tensors[0]
+        try:
+            return stack(tensors)
+        except ValueError as e:
+            first = experts[0]
+            raise UnsupportedError(
+                f"{first.prefix}: the experts of this layer have different bits or groups, they cannot be held as one "
+                f"tensor ({e})"
+            ) from e
+
+    def _check_shape(self, parameter: str) -> None:
+        want = self.shapes[parameter]
+        n, k = (want[2], want[1]) if self.is_transposed else (want[1], want[2])
+        parts = [self.qtensor(_role(p)).shape for p in self.origins if p[0] == parameter]
+        found = (self.num_experts, sum(s[-2] for s in parts), parts[0][-1])
+        if found != (self.num_experts, n, k) or any(s[0] != self.num_experts for s in parts):
+            origin = next(iter(self.origins[parameter, 0].values()))
+            raise FormatError(
+                f"{origin.prefix}: the stored experts have shape {found}, the model's {parameter} is "
+                f"{(self.num_experts, n, k)} (experts, out, in)"
+            )
+
+    def dump(self, path: str) -> list[tuple[str, np.ndarray]]:
+        """[(name, array)] as the file had them, under the module's path in the model."""
+        found = []
+        for part, experts in self.origins.items():
+            whole = self.qtensor(_role(part)) if self.is_packed else None
+            for expert, origin in experts.items():
+                if whole is None:
+                    arrays = {s: bridge.array_of(getattr(self, n)) for s, n in origin.stored.items()}
+                else:
+                    arrays = origin.format.dump(whole if expert is None else whole[expert])
+                local = part[0] if expert is None else origin.prefix.rpartition(".experts.")[2]
+                found += [(f"{path}.{local}{origin.local(s)}", np.asarray(a)) for s, a in arrays.items()]
+        return found
+
+    def keep_dense(self) -> None:
+        """Experts stay packed: the dense form of all of them is what packing is there to avoid."""
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model's own module with dequantized parameters."""
+        with torch.device("meta"):
+            new = self.kind(self.config)  # type: ignore[call-arg]
+        for name, parameter in self.named_parameters(recurse=False):
+            if name in self.shapes:
+                setattr(new, name, parameter)
+        for parameter in self.packed_parameters:
+            parts = [self.dequantize(p, dtype) for p in self.origins if p[0] == parameter]
+            dense = torch.cat(parts, dim=1)
+            new_weight = dense.transpose(1, 2).contiguous() if self.is_transposed else dense
+            setattr(new, parameter, nn.Parameter(new_weight))
+        return new.train(self.training)
+
+    def dequantize(self, part: Part, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Dense weights [E, N, K] of one part."""
+        packed, spec = self.operands(_role(part))
+        return ops.dense(packed, spec, dtype or bridge.torch_dtype(ops.own_dtype(spec)))
+
+    def project(self, x: torch.Tensor, expert: torch.Tensor, parameter: str) -> torch.Tensor:
+        """Rows of x times the weights of their experts, the model's bias included: [S, N]."""
+        outputs = []
+        for part in self.origins:
+            if part[0] == parameter:
+                packed, spec = self.operands(_role(part))
+                rows = self._rows[_role(part)]
+                outputs.append(ops.experts(x, expert, packed, spec, rows))
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        bias = self._parameters.get(f"{parameter}_bias")
+        if bias is None:
+            return y
+        return y + bias[expert.clamp(max=self.num_experts - 1)].to(y.dtype)
+
+    def put(self, role: str, tensor: Any) -> None:
+        super().put(role, tensor)
+        self.__dict__.setdefault("_rows", {})[role] = int(tensor.shape[-2])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+        *,
+        router_indices: torch.Tensor | None = None,
+        routing_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        index = top_k_index if top_k_index is not None else router_indices
+        weights = top_k_weights if top_k_weights is not None else routing_weights
+        assert index is not None and weights is not None
+        tokens, chosen = index.shape
+        x = hidden_states.repeat_interleave(chosen, dim=0)  # [tokens * chosen, K]
+        expert = index.reshape(-1)
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        h = self.project(x, expert, first)
+        h = self.kind._apply_gate(self, h) if self.has_gate else self.act_fn(h)  # type: ignore[attr-defined]
+        y = self.project(h, expert, "down_proj") * weights.reshape(-1, 1)
+        y = torch.where((expert < self.num_experts)[:, None], y, torch.zeros_like(y))  # E: an expert elsewhere
+        return y.reshape(tokens, chosen, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{role}: {text}" for role, text in self._described.items()) or "not packed"
+
+
+def _role(part: Part) -> str:
+    return f"{part[0]}_{part[1]}"
+
+
+def _in_order(experts: dict[int | None, Origin], count: int, part: Part) -> list[int | None]:
+    if None in experts:
+        return [None]
+    missing = [e for e in range(count) if e not in experts]
+    if missing or len(experts) != count:
+        name = next(iter(experts.values())).prefix
+        raise FormatError(
+            f"{name}: {part[0]}: experts {missing or sorted(map(str, experts))} do not fit {count} experts"
+        )
+    return list(range(count))
+
+
+def replace(model: Any, plan: Plan) -> None:
+    """Puts a `JqExperts` with room for the stored tensors in place of every experts module of the plan."""
+    for path, origins in plan.experts.items():
+        old = model.get_submodule(path)
+        for parameter, _ in origins:
+            if parameter not in ("gate_up_proj", "up_proj", "down_proj"):
+                raise UnsupportedError(f"{plan.label}: {path}.{parameter}: packed, but not a projection that jq knows")
+        if not hasattr(type(old), "_apply_gate") or "config" not in inspect.signature(type(old).__init__).parameters:
+            raise UnsupportedError(f"{plan.label}: {path}: experts of the class {type(old).__name__} cannot be packed")
+        for part, experts in origins.items():
+            _in_order(experts, int(old.num_experts), part)
+        module = JqExperts(old, origins)
+        for experts in origins.values():
+            for origin in experts.values():
+                for suffix, name in origin.stored.items():
+                    module.reserve(name, *plan.entry(origin.names[suffix]))
+        model.set_submodule(path, module)
