@@ -13,13 +13,13 @@ from jq.formats.base import Context, warn_once
 WORDS = ("int8", "int16", "int32", "int64")
 
 # Config keys that record how a checkpoint was made, or choose a kernel; they change no stored number.
-_HARMLESS = frozenset(
+_HARMLESS = (
     "quant_method method format checkpoint_format bits wbits w_bit group_size q_group_size desc_act static_groups sym "
     "lm_head dynamic pack_dtype true_sequential damp_percent damp_auto_increment mse act_group_aware model_seqlen dataset "
     "batch_size tokenizer block_name_to_quantize module_name_preceding_first_block cache_block_outputs pad_token_id "
     "max_input_length model_name_or_path model_file_base_name is_marlin_format use_exllama exllama_config "
     "disable_exllama use_cuda_fp16 modules_in_block_to_quantize meta backend hyb_act quantizer pack_impl hessian "
-    "fallback gptaq foem mock_quantization offload_to_disk offload_to_disk_path hyperparameters autoround_version data_type".split()  # noqa: SIM905
+    "fallback gptaq foem mock_quantization offload_to_disk offload_to_disk_path hyperparameters autoround_version data_type"
 )
 _REFUSED = {
     "rotation": "the inputs of each layer are rotated",
@@ -100,7 +100,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
                 f"{label}: quantization_config.{key} = {config[key]!r}: {why}, which is not done here"
             )
     for key in config:
-        if key not in _HARMLESS and key not in _REFUSED:
+        if key not in _HARMLESS.split() and key not in _REFUSED:
             warn_once(label, f"unknown GPTQ option {key!r} is ignored")
     word = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
     if word not in WORDS:
