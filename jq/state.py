@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,12 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
     if found is not None:
         fmt, quantization = found
         context = context_of(ckpt)
-        options = fmt.parse(quantization, context)
         names = list(ckpt.entries)
-        groups = fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
+        with _format_errors(ckpt, fmt, "quantization config"):
+            options = fmt.parse(quantization, context)
+            groups = (
+                fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
+            )
         untouched: set[str] = set()
         for prefix, stored in groups.items():
             load = _module_loader(ckpt, fmt, prefix, stored, options, context)
@@ -197,13 +201,25 @@ def _module_loader(
 ) -> Callable[[], QTensor | None]:
     def load() -> QTensor | None:
         parts = {suffix: ckpt.read(name) for suffix, name in stored.items()}
-        try:
+        with _format_errors(ckpt, fmt, prefix):
             tensor = fmt.load(prefix, parts, options, context)
-        except JqError as e:
-            raise type(e)(f"{ckpt.label}: {e}") from e
         return None if tensor is None else tensor.arrays(_hold)
 
     return load
+
+
+@contextmanager
+def _format_errors(ckpt: Checkpoint, fmt: Format, what: str) -> Iterator[None]:
+    """Names the file in what a format raises; what it did not foresee is a FormatError too, with its cause."""
+    try:
+        yield
+    except JqError as e:
+        raise type(e)(f"{ckpt.label}: {e}") from e
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as e:
+        raise FormatError(
+            f"{ckpt.label}: {what}: cannot be read as {fmt.name} ({type(e).__name__}: {e}); the config or the tensors "
+            "are damaged or of an unknown variant"
+        ) from e
 
 
 def _hold(array: Array) -> Array:
