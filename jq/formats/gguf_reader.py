@@ -254,7 +254,7 @@ def _other_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
         raise CheckpointError(
             f"{path}: is part of a model of {count} files, but its name does not end in -00001-of-{count:05d}.gguf"
         )
-    name: Callable[[int], str] = lambda i: f"{match[1]}-{i:05d}-of-{count:05d}.gguf"  # noqa: E731
+    name: Callable[[int], str] = lambda i: f"{match[1]}-{i:05d}-of-{count:05d}.gguf"
     if int(match[2]) != 1:
         raise CheckpointError(f"{path}: is part {int(match[2])} of {count}; give the first one, {name(1)}")
     parts = [path.with_name(name(i)) for i in range(2, count + 1)]

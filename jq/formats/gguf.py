@@ -1,0 +1,139 @@
+"""GGUF, llama.cpp's container: read, not written.
+
+`jq.load_state` gives the file's own tensor names, blocks as quantized tensors; `to_huggingface` gives config.json,
+tensors and tokenizer files under Hugging Face's names, which is what `jq.load` uses. The container is read in
+`gguf_reader.py`, blocks become tensors in `gguf_blocks.py`, names and config are in `gguf_config.py`, the tokenizer in
+`gguf_tokenizer.py`. Held against gguf 0.19.0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jq.errors import CheckpointError, UnsupportedError
+from jq.formats.base import Context, Format, Parts
+from jq.formats.gguf_blocks import tensor_of
+from jq.formats.gguf_config import Architecture, architecture_of, full_config, huggingface_name
+from jq.formats.gguf_reader import read_gguf
+from jq.qtensor import QTensor
+from jq.qtensor.codebook import Codebook
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A GGUF has no options: each tensor names its own type."""
+
+
+def _parse(config: Mapping[str, Any], ctx: Context) -> Options:
+    return Options()
+
+
+def _group(names: list[str], options: Options, ctx: Context) -> dict[str, dict[str, str]]:
+    """Every tensor made of blocks, under its whole name."""
+    return {name: {"": name} for name in names if name in ctx.kinds}
+
+
+def _load(prefix: str, parts: Parts, options: Options, ctx: Context) -> QTensor:
+    return tensor_of(parts[""], ctx.kinds[prefix], prefix)
+
+
+def _dump(q: QTensor) -> Parts:
+    raise UnsupportedError("GGUF is read, not written; jq.convert(src, dst, to=...) writes a Hugging Face checkpoint")
+
+
+def _detect(checkpoint: Any) -> dict | None:
+    return {} if checkpoint.container == "gguf" else None
+
+
+def to_huggingface(
+    path: str | os.PathLike, *, packed: bool = False, dtype: Any = np.float16
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, bytes]]:
+    """A GGUF file as a Hugging Face checkpoint: config, tensors by Hugging Face's names, tokenizer files.
+
+    Args:
+      path: the file, or the first of a split one.
+      packed: keep blocks as QTensors (of dtype float32) instead of dense arrays.
+      dtype: of dense arrays; each weight is dequantized in float32 and rounded once. float32 norms are rounded too.
+
+    Returns:
+      config: config.json.
+      tensors: {name: numpy array or QTensor}; rows of q and k are in Hugging Face's order.
+      files: {file name: contents}, tokenizer.json, tokenizer_config.json and chat_template.jinja as far as the
+        metadata gives them.
+
+    Raises:
+      UnsupportedError: an architecture without a mapping.
+      CheckpointError: a damaged file, or metadata that does not describe a model.
+    """
+    from jq.formats.gguf_tokenizer import tokenizer_files
+
+    path = Path(path)
+    entries, _, metadata = read_gguf(path)
+    row = architecture_of(metadata, str(path))
+    config = full_config(metadata, entries, str(path))
+    config["torch_dtype"] = str(np.dtype(dtype))
+    tensors: dict[str, Any] = {}
+    for name, entry in entries.items():
+        target = huggingface_name(name, row, str(path))
+        if target is None:
+            continue
+        raw = entry.read()
+        value = tensor_of(raw, entry.kind, name) if entry.kind else raw
+        value = _hugging_face_rows(value, name, row, config)
+        if row.norm_offset and name.endswith("norm.weight"):
+            value = np.asarray(value, np.float32) - np.float32(row.norm_offset)
+        if not (packed and isinstance(value, QTensor)):
+            value = _dense(value).astype(dtype)
+        if "{}" in target:
+            tensors.update({target.format(e): value[e] for e in range(len(value))})
+        else:
+            tensors[target] = value
+    return config, tensors, tokenizer_files(metadata, str(path))
+
+
+def _dense(value: Any) -> np.ndarray:
+    return np.asarray(value.dequantize()) if isinstance(value, QTensor) else np.asarray(value)
+
+
+def _hugging_face_rows(value: Any, name: str, row: Architecture, config: Mapping[str, Any]) -> Any:
+    """Undoes llama.cpp's order of q and k rows: interleaved rotary pairs (dim/2, 2) -> halves (2, dim/2) of each head."""
+    part = name.split(".")[-2] if name.startswith("blk.") else ""
+    if not row.permuted or part not in ("attn_q", "attn_k"):
+        return value
+    heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+    count = value.shape[-2] if isinstance(value, QTensor) else value.shape[0]
+    if count % (2 * heads):
+        raise CheckpointError(f"{name}: {count} rows are no multiple of 2 x {heads} heads")
+    order = np.arange(count).reshape(heads, count // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+    return take_rows(value, order) if isinstance(value, QTensor) else value[order]
+
+
+def take_rows(tensor: QTensor, order: np.ndarray) -> QTensor:
+    """The rows `order` of a tensor [N, K] made by `tensor_of`: every array but a code table has a row for each of N."""
+    if isinstance(tensor, Codebook):
+        absmax = tensor.absmax
+        absmax = take_rows(absmax, order) if isinstance(absmax, QTensor) else absmax[order]
+        return tensor.replace(codes=tensor.codes[order], absmax=absmax)
+    return tensor.arrays(lambda a: a[order])
+
+
+FORMAT = Format(
+    name="gguf",
+    methods=("gguf",),
+    title="GGUF (llama.cpp): every block type, read only",
+    parse=_parse,
+    markers=(),
+    suffixes=(),
+    load=_load,
+    dump=_dump,
+    detect=_detect,
+    group=_group,
+    join=lambda prefix, suffix: prefix,
+    parameter=lambda prefix: True,
+)
