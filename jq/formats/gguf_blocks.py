@@ -8,6 +8,7 @@ ggml-common.h and gguf 0.19.0, gguf/quants.py, whose `dequantize` gives the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -143,15 +144,15 @@ def _packed(split: Split, widths: dict[str, int]) -> Split:
     return {key: _bits.pack(a, widths[key]) if key in widths else np.ascontiguousarray(a) for key, a in rows.items()}
 
 
-def _nested(codes: np.ndarray, d: np.ndarray, bits: int, per: int, **fields: object) -> Affine:
+def _nested(codes: np.ndarray, d: np.ndarray, bits: int, per: int, **fields: Any) -> Affine:
     """Quantized scales: float32(d * (code - zero_point)), `per` of them for each float16 d."""
     pad = _bits.capacity(codes, bits) - d.shape[-1] * per
     return Affine(
         codes, d, code_bits=bits, grouping=Grouping("block", 1, per), formula="f32", dtype="float32", pad=pad, **fields
-    )  # type: ignore[arg-type]
+    )
 
 
-def _affine(split: Split, bits: int, group: int, source: Source, **fields: object) -> Affine:
+def _affine(split: Split, bits: int, group: int, source: Source, **fields: Any) -> Affine:
     """`d * (code - zero_point)`, or `d * code + m` where the blocks hold a minimum."""
     formula = "f32_mul_add" if "m" in split else "f32"
     return Affine(
@@ -164,10 +165,10 @@ def _affine(split: Split, bits: int, group: int, source: Source, **fields: objec
         dtype="float32",
         source=source,
         **fields,
-    )  # type: ignore[arg-type]
+    )
 
 
-def _k_quant(split: Split, bits: int, group: int, scale_bits: int, source: Source, **fields: object) -> Affine:
+def _k_quant(split: Split, bits: int, group: int, scale_bits: int, source: Source, **fields: Any) -> Affine:
     """K-quants: scales (and minima) are themselves codes, times one float16 per 256 weights."""
     per = 256 // group
     signed = scale_bits == 8
@@ -184,7 +185,7 @@ def _k_quant(split: Split, bits: int, group: int, scale_bits: int, source: Sourc
         dtype="float32",
         source=source,
         **fields,
-    )  # type: ignore[arg-type]
+    )
 
 
 def _iq4(split: Split, group: int, source: Source) -> Codebook:
