@@ -1,0 +1,112 @@
+"""Mixtures of experts: packed, loaded from per-expert files, saved back under the same names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import GPTQ, ids, same, save_pair, tensors_of
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from jq.errors import CheckpointError, FormatError
+from jq_torch.experts import JqExperts
+
+COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+
+
+def mixtral():
+    return MixtralForCausalLM(MixtralConfig(intermediate_size=128, num_local_experts=4, **COMMON))
+
+
+def qwen():
+    config = Qwen3MoeConfig(
+        intermediate_size=128, moe_intermediate_size=64, head_dim=32, num_experts=4, num_experts_per_tok=2, **COMMON
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+FAMILIES = {"mixtral": mixtral, "qwen3_moe": qwen}
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request, tmp_path):
+    torch.manual_seed(0)
+    save_pair(FAMILIES[request.param](), tmp_path, lambda name: ".experts." in name)
+    return tmp_path
+
+
+def test_experts_stay_packed_and_compute_the_same(folder, enabled):
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "packed", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    experts = [m for m in model.modules() if isinstance(m, JqExperts)]
+    assert len(experts) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()).logits, dense(ids()).logits, rtol=1e-4, atol=1e-6)
+    assert model.num_parameters() == dense.num_parameters()
+    assert model.get_memory_footprint() < 0.5 * dense.get_memory_footprint()
+    assert model.generate(ids(batch=1), max_new_tokens=3, do_sample=False).shape == (1, 15)
+
+
+def test_saved_under_the_files_names(folder, enabled):
+    model = AutoModelForCausalLM.from_pretrained(folder / "packed")
+    model.save_pretrained(folder / "saved")
+    want, got = tensors_of(folder / "packed"), tensors_of(folder / "saved")
+    assert want.keys() == got.keys()
+    assert all(same(want[name], got[name]) for name in want)
+
+
+def test_dequantize_gives_the_models_own_experts(folder, enabled):
+    model = AutoModelForCausalLM.from_pretrained(folder / "packed").dequantize()
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    for name, value in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_gradient_reaches_the_input_through_packed_experts(folder, enabled):
+    model = AutoModelForCausalLM.from_pretrained(folder / "packed")
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    found = []
+    for m in (model, dense):
+        embedded = m.get_input_embeddings()(ids()).detach().requires_grad_()
+        m(inputs_embeds=embedded).logits.square().mean().backward()
+        found.append(embedded.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-7)
+
+
+def test_compiles_without_a_break(folder, enabled):
+    model = AutoModelForCausalLM.from_pretrained(folder / "packed")
+    with torch.no_grad():
+        want = model(ids()).logits
+        experts = next(m for m in model.modules() if isinstance(m, JqExperts))
+        compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+        x, index = torch.randn(6, 64), torch.randint(0, 4, (6, 2))
+        weights = torch.rand(6, 2)
+        torch.testing.assert_close(compiled(x, index, weights), experts(x, index, weights))
+        assert torch.isfinite(want).all()
+
+
+def test_a_missing_expert_is_named(folder, enabled):
+    from safetensors.torch import save_file
+
+    tensors = tensors_of(folder / "packed")
+    gone = {n: t for n, t in tensors.items() if ".experts.2." not in n}
+    save_file(gone, folder / "packed" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((FormatError, CheckpointError), match=r"experts.*\[2\]"):
+        AutoModelForCausalLM.from_pretrained(folder / "packed")
+
+
+def test_config_is_kept(folder, enabled):
+    model = AutoModelForCausalLM.from_pretrained(folder / "packed")
+    assert model.config.quantization_config.to_dict() == GPTQ
