@@ -14,6 +14,7 @@ from jq.formats.base import Format as Format
 
 # Module names, in the order in which `detect` is asked for files without a quantization_config.
 _MODULES = (
+    "auto_round",
     "gptq",
     "awq",
     "bitsandbytes",

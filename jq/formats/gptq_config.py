@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jq.errors import FormatError, UnsupportedError
@@ -43,17 +43,25 @@ class Options:
     bits: int
     group_size: int
     sym: bool
-    rules: tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...] = ()
+    rules: Rules = ()
     planar: bool = False
     zeros: str = "v1-field"
     word: str = "int32"
 
     def of(self, module: str) -> Options:
-        """The options of one module after `dynamic`: the first pattern that matches from the start of its name."""
-        for pattern, overrides in self.rules:
-            if re.match(pattern, module):
-                return self if overrides is None else dataclasses.replace(self, **dict(overrides))
-        return self
+        """The options of one module after `dynamic`."""
+        return apply_rules(self, self.rules, module)
+
+
+Rules = tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...]
+
+
+def apply_rules(options: Any, rules: Rules, module: str) -> Any:
+    """Options with the overrides of the first pattern that matches from the start of the module's name."""
+    for pattern, overrides in rules:
+        if re.match(pattern, module):
+            return options if overrides is None else dataclasses.replace(options, **dict(overrides))
+    return options
 
 
 def first(config: Mapping[str, Any], *keys: str, default: Any = None) -> Any:
@@ -105,25 +113,29 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     word = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
     if word not in WORDS:
         raise UnsupportedError(f"{label}: quantization_config.pack_dtype {word!r}, expected one of {', '.join(WORDS)}")
-    options = Options(
-        bits=_checked_bits(whole_number(bits, "bits", label), storage == "gptq_p", label),
-        group_size=_checked_group(first(config, "group_size", "q_group_size", default=128), label),
+    planar = storage == "gptq_p"
+
+    def checked_bits(value: Any, where: str) -> int:
+        allowed = (2, 3, 4, 5, 6, 7, 8) if planar else (2, 3, 4, 8)
+        number = whole_number(value, "bits", where)
+        if number not in allowed:
+            shown = ", ".join(map(str, allowed))
+            raise UnsupportedError(f"{where}: GPTQ with {number} bits; checkpoint_format {storage!r} has {shown}")
+        return number
+
+    return Options(
+        bits=checked_bits(bits, label),
+        group_size=checked_group(first(config, "group_size", "q_group_size", default=128), label),
         sym=bool(first(config, "sym", default=True)),
-        planar=storage == "gptq_p",
+        rules=rules_of(config.get("dynamic"), checked_bits, label),
+        planar=planar,
         zeros="v2" if storage != "gptq" else "v1-word" if _by_gptqmodel(config) else "v1-field",
         word=word,
     )
-    return dataclasses.replace(options, rules=_rules(config.get("dynamic"), options, label))
 
 
-def _checked_bits(bits: int, planar: bool, label: str) -> int:
-    allowed = (2, 3, 4, 5, 6, 7, 8) if planar else (2, 3, 4, 8)
-    if bits not in allowed:
-        raise UnsupportedError(f"{label}: GPTQ with {bits} bits; this storage has {', '.join(map(str, allowed))}")
-    return bits
-
-
-def _checked_group(value: Any, label: str) -> int:
+def checked_group(value: Any, label: str) -> int:
+    """A group size: -1 or positive."""
     size = whole_number(value, "group_size", label)
     if size != -1 and size < 1:
         raise FormatError(f"{label}: quantization_config.group_size is {size}, expected -1 or a positive number")
@@ -138,12 +150,19 @@ def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
     return any(str(name).lower().startswith("gptqmodel") for name in names)
 
 
-def _rules(dynamic: Any, base: Options, label: str) -> tuple:
+def rules_of(dynamic: Any, checked_bits: Callable[[Any, str], int], label: str) -> Rules:
+    """GPT-QModel's `dynamic`: (pattern, overrides) with skips first, as it orders them itself.
+
+    Raises:
+      FormatError: not an object, a pattern that is no regular expression, impossible values.
+      UnsupportedError: another quantization method for some modules.
+    """
     if not dynamic:
         return ()
     if not isinstance(dynamic, Mapping):
         raise FormatError(f"{label}: quantization_config.dynamic is {type(dynamic).__name__}, expected an object")
-    skips, changes = [], []
+    skips: list[tuple[str, None]] = []
+    changes: list[tuple[str, tuple[tuple[str, Any], ...]]] = []
     for key, overrides in dynamic.items():
         pattern = key[2:] if key[:2] in ("+:", "-:") else key
         try:
@@ -155,22 +174,24 @@ def _rules(dynamic: Any, base: Options, label: str) -> tuple:
         if key.startswith("-:") or overrides is False:
             skips.append((pattern, None))
         else:
-            changes.append((pattern, _overrides(overrides or {}, base, f"{label}: dynamic {key!r}")))
-    return tuple(skips + changes)  # GPT-QModel moves skips to the front
+            changes.append((pattern, _overrides(overrides or {}, checked_bits, f"{label}: dynamic {key!r}")))
+    return (*skips, *changes)
 
 
-def _overrides(found: Mapping[str, Any], base: Options, label: str) -> tuple[tuple[str, Any], ...]:
+def _overrides(
+    found: Mapping[str, Any], checked_bits: Callable[[Any, str], int], label: str
+) -> tuple[tuple[str, Any], ...]:
     changed: dict[str, Any] = {}
     bits, group = first(found, "bits", "w_bit"), first(found, "group_size", "q_group_size")
     if bits is not None:
-        changed["bits"] = _checked_bits(whole_number(bits, "bits", label), base.planar, label)
+        changed["bits"] = checked_bits(bits, label)
     if group is not None:
-        changed["group_size"] = _checked_group(group, label)
+        changed["group_size"] = checked_group(group, label)
     if found.get("sym") is not None:
         changed["sym"] = bool(found["sym"])
-    method = first(found, "method", "quant_method", "checkpoint_format", "format")
-    if method is not None and str(method).lower() not in ("gptq", "gptq_v2", "gptq_p"):
-        raise UnsupportedError(f"{label}: method {method!r} beside GPTQ in one checkpoint is not read here")
+    method = first(found, "method", "quant_method")
+    if method is not None and str(method).lower() not in ("gptq", "awq"):
+        raise UnsupportedError(f"{label}: method {method!r} for some modules is not read here")
     for key, why in _REFUSED.items():
         if found.get(key):
             raise UnsupportedError(f"{label}: {key} = {found[key]!r}: {why}, which is not done here")
