@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from jq.errors import UnsupportedError
+from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context as Context
 from jq.formats.base import Format as Format
 
@@ -74,9 +74,12 @@ def detect(checkpoint: Any) -> tuple[Format, dict] | None:
     too, then asks each format for its side files (quantize_config.json, quanto_qmap.json, ...).
     """
     config = checkpoint.config
-    for holder in (config, config.get("text_config") or {}):
+    nested = config.get("text_config")
+    for holder in (config, nested if isinstance(nested, dict) else {}):
         for key in ("quantization_config", "compression_config"):
             found = holder.get(key)
+            if found and not isinstance(found, dict):
+                raise FormatError(f"{checkpoint.label}: {key} must be a JSON object, found {found!r:.60}")
             if found:
                 method = found.get("quant_method") or found.get("method")
                 if method is None:
