@@ -35,7 +35,6 @@ def build() -> typer.Typer:
     app = typer.Typer(
         name="jaxq",
         help="Quantized Hugging Face models in JAX: load, run, make, convert. Start with: jaxq demo",
-        no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
@@ -50,10 +49,10 @@ def build() -> typer.Typer:
     return app
 
 
-def _fail(text: str) -> int:
-    """Prints a failure as one line on stderr."""
+def _fail(text: str, code: int = 1) -> int:
+    """Prints a failure as one line on stderr and gives its exit code."""
     print("jaxq: error: " + " ".join(text.split()), file=sys.stderr)
-    return 1
+    return code
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,10 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
       arguments: words after the program's name; None for those of this process.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        build()(args=arguments, prog_name="jaxq")
-    except SystemExit as stop:  # help, wrong use (2), interruption; typer has printed its own text
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        code = build()(args=words or ["--help"], prog_name="jaxq", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
     except BrokenPipeError:  # `jaxq inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -74,8 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except Exception as error:
+        if hasattr(error, "format_message"):  # wrong use; newer typer has no public name for click's classes
+            return _fail(f"{error.format_message()} (see: jaxq {words[0]} --help)", 2)
         if os.environ.get("JAXQ_TRACEBACK"):
             raise
         kind = type(error).__name__
         return _fail(f"{kind}: {error} (unexpected; set JAXQ_TRACEBACK=1 to see where it comes from)")
-    return 0

@@ -1,0 +1,114 @@
+"""What every command shares: help, exit codes, where output goes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jq.cli import COMMANDS, main
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(jaxq, command):
+    ran = jaxq(command, "--help")
+    assert ran.code == 0
+    assert f"Example: jaxq {command}" in re.sub(r"\s+", " ", ran.out)
+    assert "--json" in ran.out
+
+
+def test_help_lists_all_commands(jaxq):
+    ran = jaxq("--help")
+    assert ran.code == 0
+    assert all(command in ran.out for command in COMMANDS)
+    assert jaxq().out == ran.out
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (["nonsense"], "nonsense"),
+        (["inspect"], "model"),
+        (["inspect", "x", "--what"], "--what"),
+        (["eval", "x", "--window", "1"], "--window"),
+        (["eval", "x", "--text", "/nowhere/text"], "/nowhere/text"),
+        (["quantize", "x", "y", "--method", "nonsense"], "methods"),
+        (["quantize", "x", "y", "--method", "rtn", "--block-size", "64"], "block_size"),
+        (["quantize", "x", "y", "--method", "rtn", "--set", "bits"], "key=value"),
+    ],
+)
+def test_wrong_use_is_exit_code_2(jaxq, words, hint):
+    ran = jaxq(*words)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert hint in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_a_failure_is_one_line_and_exit_code_1(jaxq, tmp_path):
+    ran = jaxq("inspect", tmp_path / "nothing", "--json")
+    assert ran.code == 1
+    assert ran.out == ""
+    assert re.fullmatch(r"jaxq: error: .*nothing: no such file or directory\n", ran.err)
+
+
+def test_a_damaged_file_names_itself(jaxq, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    ran = jaxq("inspect", tmp_path)
+    assert ran.code == 1
+    assert "model.safetensors" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_an_unexpected_failure_is_one_line_too(jaxq, monkeypatch):
+    import jq.report.format_table
+
+    def broken():
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(jq.report.format_table, "rows", broken)
+    ran = jaxq("formats")
+    assert ran.code == 1
+    assert "RuntimeError: two lines" in ran.err
+    assert ran.err.count("\n") == 1
+    monkeypatch.setenv("JAXQ_TRACEBACK", "1")
+    with pytest.raises(RuntimeError):
+        main(["formats"])
+
+
+def test_python_m_jq_is_the_same_program(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "jq", "inspect", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 1
+    assert "no *.safetensors" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_progress_is_off_where_stderr_is_no_terminal(capsys):
+    from jq.cli.console import progress
+
+    with progress("work") as advance:
+        advance(1, 2, "half")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_tells_the_time_left(monkeypatch):
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    from jq.cli.console import progress
+
+    with progress("work") as advance:
+        advance(1, 2, "half")
+    shown = terminal.getvalue()
+    assert "work" in shown and "left" in shown
