@@ -229,7 +229,7 @@ def _hold(array: Array) -> Array:
     array = np.asarray(array)
     if array.dtype.itemsize == 8 or array.dtype.kind == "c":
         return np.array(array)
-    return jnp.asarray(np.ascontiguousarray(array))
+    return jnp.asarray(np.asarray(array, order="C"))  # ascontiguousarray would give a scalar an axis
 
 
 def _check_leftovers(ckpt: Checkpoint, fmt: Format, taken: set[str]) -> None:
