@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq.errors import CheckpointError
+from jq.formats import gguf
 from jq.models import family_of, kv_cache
 from jq.models.causal_lm import CausalLM
 from jq.models.decoder import Decoder
@@ -53,6 +54,8 @@ def load(
       FormatError: quantized tensors that do not fit their config.
     """
     state = path_or_id if isinstance(path_or_id, State) else load_state(path_or_id, lazy=True, revision=revision)
+    if state.container == "gguf":
+        state = gguf.model_state(state)  # Hugging Face's names, config and tokenizer
     return build(state, dtype=dtype, packed=packed, quantize_activations=quantize_activations, kv_cache_dtype=kv_cache)
 
 

@@ -9,20 +9,27 @@ tensors and tokenizer files under Hugging Face's names, which is what `jq.load` 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jq.checkpoint import find_weights
 from jq.errors import CheckpointError, UnsupportedError
 from jq.formats.base import Context, Format, Parts
 from jq.formats.gguf_blocks import tensor_of
 from jq.formats.gguf_config import Architecture, architecture_of, full_config, huggingface_name
 from jq.formats.gguf_reader import read_gguf
+from jq.formats.gguf_tokenizer import tokenizer_files
 from jq.qtensor import QTensor
 from jq.qtensor.codebook import Codebook
+from jq.safetensors_file import Entry
+
+if TYPE_CHECKING:
+    from jq.state import State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,30 +78,56 @@ def to_huggingface(
       UnsupportedError: an architecture without a mapping.
       CheckpointError: a damaged file, or metadata that does not describe a model.
     """
-    from jq.formats.gguf_tokenizer import tokenizer_files
-
     path = Path(path)
+    config, loaders, files = _model(path)
+    config["torch_dtype"] = str(np.dtype(dtype))
+    tensors: dict[str, Any] = {}
+    for name, load in loaders.items():
+        value = load()
+        tensors[name] = value if packed and isinstance(value, QTensor) else _dense(value).astype(dtype)
+    return config, tensors, files
+
+
+def model_state(state: State) -> State:
+    """The State of a GGUF under Hugging Face's names, for `jq.load`: tensors are read at each access.
+
+    Raises:
+      UnsupportedError: an architecture without a mapping.
+    """
+    from jq.state import State, _Deferred
+
+    if state.path is None or "token_embd.weight" not in state:
+        return state
+    config, loaders, files = _model(find_weights(state.path)[0])
+    tensors = {name: _Deferred(load) for name, load in loaders.items()}
+    return State(tensors, config, path=state.path, side_files=files, container="gguf")
+
+
+def _model(path: Path) -> tuple[dict[str, Any], dict[str, Callable[[], Any]], dict[str, bytes]]:
+    """config, a loader for each tensor by Hugging Face's name, tokenizer files."""
     entries, _, metadata = read_gguf(path)
     row = architecture_of(metadata, str(path))
     config = full_config(metadata, entries, str(path))
-    config["torch_dtype"] = str(np.dtype(dtype))
-    tensors: dict[str, Any] = {}
+    config["torch_dtype"] = "bfloat16" if any(e.dtype.name == "bfloat16" for e in entries.values()) else "float16"
+    loaders: dict[str, Callable[[], Any]] = {}
     for name, entry in entries.items():
         target = huggingface_name(name, row, str(path))
         if target is None:
             continue
-        raw = entry.read()
-        value = tensor_of(raw, entry.kind, name) if entry.kind else raw
-        value = _hugging_face_rows(value, name, row, config)
-        if row.norm_offset and name.endswith("norm.weight"):
-            value = np.asarray(value, np.float32) - np.float32(row.norm_offset)
-        if not (packed and isinstance(value, QTensor)):
-            value = _dense(value).astype(dtype)
-        if "{}" in target:
-            tensors.update({target.format(e): value[e] for e in range(len(value))})
-        else:
-            tensors[target] = value
-    return config, tensors, tokenizer_files(metadata, str(path))
+        experts = range(entry.shape[0]) if "{}" in target else [None]
+        for expert in experts:
+            loaders[target.format(expert)] = functools.partial(_tensor, name, entry, row, config, expert)
+    return config, loaders, tokenizer_files(metadata, str(path))
+
+
+def _tensor(name: str, entry: Entry, row: Architecture, config: Mapping[str, Any], expert: int | None) -> Any:
+    """One tensor as Hugging Face has it: QTensor or array, of one expert where experts are stacked."""
+    raw = entry.read() if expert is None else entry.read()[expert]
+    value = tensor_of(raw, entry.kind, name) if entry.kind else raw
+    value = _hugging_face_rows(value, name, row, config)
+    if row.norm_offset and name.endswith("norm.weight"):
+        value = np.asarray(value, np.float32) - np.float32(row.norm_offset)
+    return value
 
 
 def _dense(value: Any) -> np.ndarray:
