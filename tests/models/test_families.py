@@ -1,0 +1,106 @@
+"""Logits and greedy tokens of every family and rope variant, against transformers' own models in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import peer
+
+import jq
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CASES = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", dict(tie_word_embeddings=True)),
+    "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama-head-dim": ("llama", dict(head_dim=32, num_key_value_heads=1)),
+    "llama-no-gqa": ("llama", dict(num_key_value_heads=4)),
+    "llama-rope-linear": ("llama", dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})),
+    "llama-rope-dynamic": (
+        "llama",
+        dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=16),
+    ),
+    "llama-rope-llama3": ("llama", dict(rope_parameters=LLAMA3)),
+    "llama-rope-yarn": ("llama", dict(rope_parameters=YARN)),
+    "llama-rope-yarn-mscale": (
+        "llama",
+        dict(rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 16, "truncate": False}),
+    ),
+    "mistral": ("mistral", dict(sliding_window=None)),
+    "mistral-window": ("mistral", dict(sliding_window=7)),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen3": ("qwen3", dict(head_dim=32)),
+    "qwen3-biases": ("qwen3", dict(head_dim=16, attention_bias=True)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
+    model_type, options = CASES[name]
+    theirs = peer.build(tmp_path, model_type, **options)
+    ours = jq.load(tmp_path)
+    ids = peer.random_ids((2, 24))
+    error = np.abs(np.asarray(ours(ids)) - peer.logits(theirs, ids)).max()
+    assert error < 2e-4, f"max abs error {error:.1e}"
+    np.testing.assert_array_equal(ours.generate(ids, 12), peer.greedy(theirs, ids, 12))
+
+
+def test_old_rope_keys_mean_the_same(tmp_path: Path) -> None:
+    """`rope_theta` and `rope_scaling` of transformers 4, next to `rope_parameters` of 5."""
+    import json
+
+    peer.build(tmp_path, "llama", rope_parameters=LLAMA3)
+    ids = peer.random_ids((1, 40))
+    before = np.asarray(jq.load(tmp_path)(ids))
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    params = config.pop("rope_parameters")
+    config["rope_theta"] = params.pop("rope_theta")
+    config["rope_scaling"] = {"type": params.pop("rope_type"), **params}
+    file.write_text(json.dumps(config))
+    np.testing.assert_array_equal(np.asarray(jq.load(tmp_path)(ids)), before)
+    assert np.abs(before - np.asarray(jq.load(_plain_rope(tmp_path))(ids))).max() > 1e-2, "the scaling does nothing"
+
+
+def _plain_rope(folder: Path) -> Path:
+    import json
+
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("rope_scaling")
+    file.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_stored_16_bit_weights_compute_in_float32(dtype: str, tmp_path: Path) -> None:
+    theirs = peer.build(tmp_path, "llama", dtype=getattr(peer.torch, dtype))
+    ids = peer.random_ids((2, 16))
+    assert np.abs(np.asarray(jq.load(tmp_path)(ids)) - peer.logits(theirs, ids)).max() < 2e-4
+
+
+def test_left_padding_equals_transformers(tmp_path: Path) -> None:
+    theirs = peer.build(tmp_path, "qwen3", head_dim=16)
+    ours = jq.load(tmp_path)
+    ids = peer.random_ids((3, 20))
+    mask = np.ones_like(ids)
+    for row, padding in enumerate((0, 7, 13)):
+        ids[row, :padding] = 0
+        mask[row, :padding] = 0
+    got = np.asarray(ours(ids, attention_mask=mask))
+    want = peer.logits(theirs, ids, attention_mask=peer.torch.tensor(mask))
+    assert np.abs(got - want)[mask.astype(bool)].max() < 2e-4
+    tokens = peer.greedy(theirs, ids, 10, attention_mask=peer.torch.tensor(mask))
+    np.testing.assert_array_equal(ours.generate(ids, 10, attention_mask=mask), tokens)
