@@ -126,6 +126,12 @@ def cast(x: Array, dtype: Any) -> Array:
     return x.astype(dtype)
 
 
+def rounded(x: Array) -> Array:
+    """x, with the rounding of its own 16-bit dtype kept where it is widened later (XLA may drop it)."""
+    digits = {"bfloat16": (8, 7), "float16": (5, 10)}.get(str(x.dtype))
+    return x if digits is None or _is_numpy(x) else jax.lax.reduce_precision(x, *digits)
+
+
 def pow2(exponent: Array) -> Array:
     """2**exponent as float32, exact for -149..127 (`jnp.exp2` is not); bits, so subnormals are right too."""
     xp = np if _is_numpy(exponent) else jnp
