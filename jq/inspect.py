@@ -1,12 +1,14 @@
 """What a checkpoint holds, without loading it: `inspect(path)` -> `Summary`.
 
 Headers say names, shapes and sizes of everything. What a quantized module is (kind, groups, zero points) is only known
-to its format, so one module of each name pattern and set of stored shapes is read; all others like it are counted.
+to its format, which has to see its tensors. Where all quantized modules are small together each is read, one after the
+other; else one of each name pattern and set of stored shapes, and all others like it are counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -17,6 +19,8 @@ from jq.errors import JqError
 from jq.formats import detect
 from jq.formats.base import group_by_prefix
 from jq.qtensor import QTensor
+
+READ_ALL_BYTES = 256 * 2**20  # quantized modules up to this sum are all read: seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +48,7 @@ class Row:
     @property
     def weights(self) -> int:
         """Number of weights of all `count` together."""
-        total = self.count
-        for length in self.shape:
-            total *= length
-        return total
+        return self.count * math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +179,7 @@ def inspect(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Su
       revision: of the hub repository.
 
     Returns:
-      A Summary. Memory use is that of the largest quantized module.
+      A Summary. Memory use is that of the largest quantized module; see above for what is read.
 
     Raises:
       CheckpointError: damaged or incomplete files.
@@ -225,13 +226,15 @@ def _quantized_rows(ckpt: Checkpoint) -> tuple[str, list[Row], set[str]]:
     options = fmt.parse(quantization, context)
     names = list(ckpt.entries)
     groups = fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
-    sorts: dict[tuple, list[str]] = {}
+    size = sum(ckpt.entry(name).nbytes for stored in groups.values() for name in stored.values())
+    alike: dict[tuple, list[str]] = {}
     for prefix, stored in groups.items():
         entries = [(suffix, ckpt.entry(name)) for suffix, name in sorted(stored.items())]
-        sort = (_pattern(prefix), tuple((suffix, e.shape, str(e.dtype), e.kind) for suffix, e in entries))
-        sorts.setdefault(sort, []).append(prefix)
-    rows, taken = [], set()
-    for (pattern, _), prefixes in sorts.items():
+        shapes = tuple((suffix, e.shape, str(e.dtype), e.kind) for suffix, e in entries)
+        alike.setdefault((prefix if size <= READ_ALL_BYTES else _pattern(prefix), shapes), []).append(prefix)
+    rows: dict[tuple, Row] = {}
+    taken: set[str] = set()
+    for prefixes in alike.values():
         first = groups[prefixes[0]]
         parts = {suffix: ckpt.read(name) for suffix, name in first.items()}
         try:
@@ -242,26 +245,35 @@ def _quantized_rows(ckpt: Checkpoint) -> tuple[str, list[Row], set[str]]:
             continue
         stored_names = [name for prefix in prefixes for name in groups[prefix].values()]
         taken.update(stored_names)
-        rows.append(_row(pattern, len(prefixes), tensor, sum(ckpt.entry(name).nbytes for name in stored_names)))
-    return str(quantization.get("quant_method") or fmt.name), rows, taken
+        row = _row(_pattern(prefixes[0]), len(prefixes), tensor, sum(ckpt.entry(name).nbytes for name in stored_names))
+        _add(rows, row)
+    return str(quantization.get("quant_method") or fmt.name), list(rows.values()), taken
 
 
 def _row(pattern: str, count: int, tensor: QTensor, nbytes: int) -> Row:
-    bits = 8.0 * nbytes / max(1, count * tensor.size)
-    return Row(pattern, count, tuple(tensor.shape), tensor.describe(), type(tensor).__name__, bits, nbytes)
+    kind = type(tensor).__name__
+    return Row(pattern, count, tuple(tensor.shape), tensor.describe(), kind, _bits(nbytes, count, tensor.shape), nbytes)
+
+
+def _add(rows: dict[tuple, Row], row: Row) -> None:
+    """Adds a row, or its count and bytes to the row of the same name, shape and kind."""
+    key = (row.name, row.shape, row.kind, row.tensor)
+    have = rows.get(key)
+    if have is not None:
+        count, nbytes = have.count + row.count, have.nbytes + row.nbytes
+        row = dataclasses.replace(have, count=count, nbytes=nbytes, bits_per_weight=_bits(nbytes, count, row.shape))
+    rows[key] = row
+
+
+def _bits(nbytes: int, count: int, shape: tuple[int, ...]) -> float:
+    return 8.0 * nbytes / max(1, count * math.prod(shape))
 
 
 def _dense_rows(ckpt: Checkpoint, taken: set[str]) -> list[Row]:
-    sorts: dict[tuple, tuple[int, int]] = {}
+    rows: dict[tuple, Row] = {}
     for name in ckpt.entries:
-        if name in taken:
-            continue
-        entry = ckpt.entry(name)
-        sort = (_pattern(name), tuple(entry.shape), entry.kind or str(entry.dtype))
-        count, nbytes = sorts.get(sort, (0, 0))
-        sorts[sort] = (count + 1, nbytes + entry.nbytes)
-    rows = []
-    for (pattern, shape, kind), (count, nbytes) in sorts.items():
-        row = Row(pattern, count, shape, kind, "", 0.0, nbytes)
-        rows.append(dataclasses.replace(row, bits_per_weight=8.0 * nbytes / max(1, row.weights)))
-    return rows
+        if name not in taken:
+            e = ckpt.entry(name)
+            kind = e.kind or str(e.dtype)
+            _add(rows, Row(_pattern(name), 1, tuple(e.shape), kind, "", _bits(e.nbytes, 1, e.shape), e.nbytes))
+    return list(rows.values())
