@@ -1,0 +1,61 @@
+"""Codes of a 16-entry table -> its values, two at a time, by a look-up in shared memory.
+
+Arithmetic with byte permutes is limited by the integer units (+37 % at M = 1 on an H100), the load unit is free. The
+table holds all 256 pairs of values; each entry is repeated for the 32 lanes of a warp, so that every lane has a bank
+of its own and no look-up conflicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlib.mlir import ir
+
+from pallas_kernels import ptx
+from pallas_kernels.form import Form
+from pallas_kernels.ptx import Int
+
+order = "natural"
+
+ENTRY = 128  # bytes: one pair for each of 32 lanes
+
+
+def shared_bytes(form: Form) -> int:
+    return 256 * ENTRY
+
+
+def fill(form: Form, dtype: str, base: Int, table: ir.Value, thread: Int, threads: int) -> None:
+    """Writes the pair table; entry b holds (table[b % 16], table[b // 16]).
+
+    Args:
+      base: shared-memory address.
+      table: global address of float32[16].
+      thread, threads: index and number of the threads that share the work.
+    """
+
+    def entry(b: Int, carry: list[Any]) -> list[Any]:
+        low = ptx.load_global(ptx.address(table, b & 15, 4), "f32")
+        high = ptx.load_global(ptx.address(table, b >> 4, 4), "f32")
+        pair = ptx.asm([ptx.i32()], f"cvt.rn.{dtype}x2.f32 $0, $1, $2;", high, low, pure=True)[0]
+        for i in range(0, ENTRY, 16):
+            # neighbouring threads start at different banks
+            at = base + b * ENTRY + ((b * 16 + i) & (ENTRY - 1))
+            ptx.store_shared(at, [pair] * 4)
+        return carry
+
+    ptx.loop(thread, 256, threads, [], entry)
+
+
+def fragment(form: Form, dtype: str, words: Sequence[ir.Value], zero: Any, table: Int) -> list[ir.Value]:
+    """Args:
+    words: four words, one per k16 step.
+    table: shared-memory address of the pair table plus four times the lane.
+    """
+    out = []
+    for word in words:
+        for p in range(4):
+            move = "shl.b32 t, $1, 7;" if p == 0 else f"shr.b32 t, $1, {8 * p - 7};"
+            text = f"{{ .reg .b32 t; {move} and.b32 t, t, 0x7F80; add.u32 t, t, $2; ld.shared.b32 $0, [t]; }}"
+            out.append(ptx.asm([ptx.i32()], text, word, table, pure=True)[0])
+    return out

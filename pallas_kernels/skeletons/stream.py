@@ -1,0 +1,636 @@
+"""Few rows of x (M <= 16): the weight is streamed once, at the speed of the memory.
+
+Every warp is its own pipeline. It owns a ring of buffers in shared memory, fills it by the copy engine (contiguous
+pieces, no tensor map) and feeds `mma.sync` from it, with weights as the A operand decoded in registers and x, resident
+in shared memory, as B. No barrier joins the warps while they stream. K is split over the warps of a cluster; a warp
+sends the partial sums of each tile of 16 rows to the block that owns it (distributed shared memory), which adds them
+in a fixed order, so that repeated runs give equal bits.
+
+Compared with wgmma fed by one producer (the usual design): no warpgroup waits for another one's bytes, the first copies
+leave before anything is set up, and the tail after the last byte is one tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl  # noqa: F401  (registers the lowering)
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+
+from pallas_kernels import ptx
+from pallas_kernels.decode import DECODES, affine
+from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form, Packed
+from pallas_kernels.ptx import Int
+
+SMEM_BYTES = 227 * 1024
+MAX_ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Knobs of the kernel; see `pallas_kernels.select` for how they are chosen.
+
+    Fields:
+      warps: warps of a block, a multiple of 4.
+      cluster: blocks that share the K of a tile.
+      chunks: tiles of 64 along K that one copy brings.
+      ring_bytes: shared memory for the rings of all warps of a block.
+      blocks: blocks to launch; a multiple of `cluster`.
+      hint: ask L2 to evict the weight first.
+    """
+
+    warps: int = 8
+    cluster: int = 2
+    chunks: int = 4
+    ring_bytes: int = 96 * 1024
+    blocks: int = 132
+    hint: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one launch: sizes, and offsets in shared memory."""
+
+    m: int
+    n: int
+    k: int
+    form: Form
+    config: Config
+    dtype: str
+    gathered: bool
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // ROWS)
+
+    @property
+    def k_chunks(self) -> int:
+        return -(-self.k // CHUNK)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a copy: divides the number of chunks, and fits the groups."""
+        for c in range(self.config.chunks, 1, -1):
+            span, group = c * CHUNK, self.form.group
+            if self.k_chunks % c == 0 and (not group or span % group == 0 or group % span == 0):
+                return c
+        return 1
+
+    @property
+    def pieces(self) -> int:
+        return self.k_chunks // self.chunks
+
+    @property
+    def parts(self) -> int:
+        return self.config.warps * self.config.cluster
+
+    @property
+    def clusters(self) -> int:
+        return min(self.config.blocks // self.config.cluster, self.tiles)
+
+    @property
+    def piece_groups(self) -> int:
+        """Groups that one copy touches."""
+        return max(1, self.chunks * CHUNK // self.form.group) if self.form.group else 1
+
+    @property
+    def code_bytes(self) -> int:
+        return self.chunks * self.form.chunk_bytes
+
+    @property
+    def param_offsets(self) -> list[int]:
+        """Offsets of scales and zeros in a stage, and its size at the end."""
+        offsets, at = [], self.code_bytes
+        for kind in self.form.params:
+            offsets.append(at)
+            at += self.piece_groups * ROWS * ITEM_BYTES[kind]
+        return [*offsets, -(-at // 16) * 16]
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.param_offsets[-1]
+
+    @property
+    def stages(self) -> int:
+        """Slots of a warp's ring: what the configuration asks for, less where the work or the memory is smaller."""
+        most = -(-self.pieces // self.parts) * -(-self.tiles // self.clusters)
+        room = (SMEM_BYTES - 4096 - self.fixed_bytes - self.parts * self.partial_bytes) // self.config.warps
+        return max(2, min(min(self.config.ring_bytes // self.config.warps, room) // self.stage_bytes, most))
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Shared memory that does not depend on the length of the rings."""
+        tables = DECODES[self.form.kind].shared_bytes(self.form) + (1024 if self.form.scale == "u8" else 0)
+        return self.m * self.x_pitch + tables
+
+    @property
+    def columns(self) -> int:
+        """Groups of 8 rows of x."""
+        return -(-self.m // 8)
+
+    @property
+    def x_chunks(self) -> int:
+        """Most chunks of x that one block reads."""
+        ends = [
+            ((r + 1) * self.config.warps * self.pieces // self.parts)
+            - (r * self.config.warps * self.pieces // self.parts)
+            for r in range(self.config.cluster)
+        ]
+        return max(ends) * self.chunks
+
+    @property
+    def x_pitch(self) -> int:
+        """Bytes from row to row of x: 16 over a multiple of 128, so that 8 rows lie in different banks."""
+        return self.x_chunks * CHUNK * 2 + 16
+
+    @property
+    def partial_bytes(self) -> int:
+        """One warp's partial sums of a tile."""
+        return ROWS * 4 if self.m == 1 else ROWS * 8 * 4 * self.columns
+
+    @functools.cached_property
+    def layout(self) -> dict[str, int]:
+        """Offsets in shared memory; "owned" is the number of tiles a block adds up at once, "bytes" the whole."""
+        at, out = 0, {}
+
+        def put(name: str, nbytes: int) -> None:
+            nonlocal at
+            out[name] = at
+            at += -(-nbytes // 128) * 128
+
+        put("ring", self.config.warps * self.stages * self.stage_bytes)
+        put("barriers", 8 * (self.config.warps * self.stages + 2))
+        put("x", self.m * self.x_pitch)
+        put("tables", DECODES[self.form.kind].shared_bytes(self.form))
+        put("table2", 1024 if self.form.scale == "u8" else 0)
+        per_tile = self.parts * self.partial_bytes
+        owned = min(-(-self.tiles // self.clusters // self.config.cluster), (SMEM_BYTES - at) // per_tile)
+        out["owned"] = max(owned, 1)
+        put("partials", out["owned"] * per_tile)
+        out["bytes"] = at
+        return out
+
+    def reason(self) -> str | None:
+        """Why this launch is not possible, or None."""
+        if self.m > MAX_ROWS:
+            return f"{self.m} rows of x, at most {MAX_ROWS}"
+        if self.k % 8:
+            return f"in_features {self.k} is not a multiple of 8"
+        if self.layout["bytes"] > SMEM_BYTES:
+            return f"{self.layout['bytes']} bytes of shared memory, {SMEM_BYTES} are there"
+        return None
+
+
+def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = None, layer: jax.Array | None = None):
+    """y = x @ w.T (+ bias), y and x of one 16-bit dtype.
+
+    Args:
+      x: [M, K], bf16 or fp16, M <= 16, K a multiple of 8.
+      bias: [N] float32, or None.
+      layer: int32[1], index into a stacked weight; required if and only if `w` is stacked.
+
+    Returns:
+      [M, N].
+    """
+    (m, k), (n, _) = x.shape, w.shape
+    dtype = {"bfloat16": "bf16", "float16": "f16"}[str(x.dtype)]
+    plan = Plan(m, n, k, w.form, config, dtype, w.perm is not None)
+    if reason := plan.reason():
+        raise ValueError(f"stream.matmul: {reason}")
+    names, arrays = [], []
+    optional = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "perm": w.perm, "bias": bias}
+    for name, array in (*optional.items(), *w.tables.items(), ("layer", layer)):
+        if array is not None:
+            names.append(name)
+            arrays.append(array.reshape(1) if array.ndim == 0 else array)
+    stacked = {name for name in names if layer is not None and name not in ("x", "bias", "layer")}
+    strides = {
+        name: math.prod(a.shape[1:]) * a.dtype.itemsize for name, a in zip(names, arrays, strict=True) if name in stacked
+    }
+
+    def body(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
+        def kernel(ctx: Any, *refs: ir.Value) -> None:
+            del ctx
+            pointers = {name: ptx.global_pointer(r) for name, r in zip([*names, "y"], refs[:-1], strict=True)}
+            if layer is not None:
+                index = Int(ptx.load_global(pointers["layer"], "u32"))
+                for name, stride in strides.items():
+                    wide = ptx.asm([ptx.i64()], "cvt.u64.u32 $0, $1;", index, pure=True)[0]
+                    pointers[name] = ptx.asm(
+                        [ptx.i64()], f"mad.lo.u64 $0, $1, {stride}, $2;", wide, pointers[name], pure=True
+                    )[0]
+            _Kernel(plan, pointers, ptx.shared_pointer(refs[-1])).run()
+
+        kernel(*refs)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
+        grid=(plan.clusters,),
+        grid_names=("cluster",),
+        cluster=(config.cluster,),
+        cluster_names=("rank",),
+        num_threads=config.warps // 4,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        scratch_types=[plgpu.SMEM((plan.layout["bytes"] // 4,), jnp.int32)],
+    )(*arrays)
+
+
+class _Kernel:
+    """Emits the kernel. Methods run while tracing; attributes are values of one thread of the kernel."""
+
+    def __init__(self, plan: Plan, pointers: dict[str, ir.Value], shared: Int):
+        self.plan, self.pointers = plan, pointers
+        c = plan.config
+        self.decode = DECODES[plan.form.kind]
+        self.thread = ptx.special("tid.x")
+        self.lane, self.warp = self.thread & 31, self.thread >> 5
+        self.leader = self.lane == 0
+        self.rank = ptx.special("cluster_ctarank") if c.cluster > 1 else Int(0)
+        self.first_tile = ptx.special("clusterid.x") if c.cluster > 1 else ptx.special("ctaid.x")
+        self.my_tiles = (plan.tiles + plan.clusters - 1 - self.first_tile) // plan.clusters
+        self.part = self.rank * c.warps + self.warp
+        self.begin = self.part * plan.pieces // plan.parts  # first piece of this warp along K
+        self.count = (self.part + 1) * plan.pieces // plan.parts - self.begin
+        at = plan.layout
+        self.ring = shared + at["ring"] + self.warp * (plan.stages * plan.stage_bytes)
+        self.bars = shared + at["barriers"] + self.warp * (plan.stages * 8)
+        self.x_bar = shared + at["barriers"] + c.warps * plan.stages * 8
+        self.sum_bar = self.x_bar + 8
+        self.x, self.tables, self.table2 = shared + at["x"], shared + at["tables"], shared + at["table2"]
+        self.partials = shared + at["partials"]
+        self.policy = ptx.evict_first() if c.hint else None
+        self.block_begin = self.rank * c.warps * plan.pieces // plan.parts  # first piece of this block
+        self.block_end = (self.rank + 1) * c.warps * plan.pieces // plan.parts
+
+    def run(self) -> None:
+        plan, cluster = self.plan, self.plan.config.cluster
+        next_tile, next_piece = self.start_ring()
+        with ptx.when(self.thread == 0):
+            ptx.barrier_init(self.x_bar, 1)
+            ptx.barrier_init(self.sum_bar, 1)
+            ptx.fence_barrier_init()
+        if not plan.gathered:
+            with ptx.when(self.thread == 0):
+                self.copy_x()
+        self.decode.fill(
+            plan.form, plan.dtype, self.tables, self.pointers.get("table"), self.thread, plan.config.warps * 32
+        )
+        if plan.form.scale == "u8":
+            self.fill_table2()
+        if plan.gathered:
+            self.gather_x()
+        elif plan.k % CHUNK:
+            self.pad_x()
+        if cluster > 1:
+            ptx.cluster_arrive()
+            ptx.cluster_wait()
+        else:
+            ptx.sync_block()
+        if not plan.gathered:
+            ptx.barrier_wait(self.x_bar, 0)
+
+        batch = plan.layout["owned"] * cluster  # tiles between two exchanges
+        state = [Int(0), Int(0), next_tile, next_piece]  # slot, parity, and what to fetch next
+        if batch >= -(-plan.tiles // plan.clusters):
+            self.batch(Int(0), self.my_tiles, Int(0), state)
+            return
+
+        def body(first: Int, carry: list[Any]) -> list[Any]:
+            last = ptx.select(first + batch < self.my_tiles, first + batch, self.my_tiles)
+            state = self.batch(first, last, carry[-1], carry[:-1])
+            if cluster > 1:
+                ptx.cluster_arrive()
+                ptx.cluster_wait()
+            else:
+                ptx.sync_block()
+            return [*state, carry[-1] ^ 1]
+
+        # every block of a cluster has the same number of tiles, so all meet at the cluster barrier
+        ptx.loop(0, self.my_tiles, batch, [*state, Int(0)], body)
+
+    # ---- copies
+
+    def start_ring(self) -> tuple[Int, Int]:
+        """Initialises the ring's barriers and sends the first copies; returns the tile and piece to fetch next."""
+        plan = self.plan
+        with ptx.when(self.leader):
+            for i in range(plan.stages):
+                ptx.barrier_init(self.bars + 8 * i, 1)
+            ptx.fence_barrier_init()
+        ptx.sync_warp()
+        tile, piece = Int(0), Int(0)
+        for i in range(plan.stages):
+            self.fetch(Int(i), tile, piece)
+            tile, piece = self.advance(tile, piece)
+        return tile, piece
+
+    def advance(self, tile: Int, piece: Int) -> tuple[Int, Int]:
+        last = (piece + 1) == self.count
+        return tile + ptx.select(last, 1, 0), ptx.select(last, 0, piece + 1)
+
+    def fetch(self, slot: Int, tile: Int, piece: Int) -> None:
+        """Sends the copies of one piece (codes, scales, zeros) into a slot of the ring, if the tile exists."""
+        plan, form = self.plan, self.plan.form
+        exists = ptx.select(tile < self.my_tiles, 1, 0) & ptx.select(self.count == 0, 0, 1)
+        with ptx.when(exists & ptx.select(self.leader, 1, 0) == 1):
+            bar, to = self.bars + slot * 8, self.ring + slot * plan.stage_bytes
+            row = self.first_tile + tile * plan.clusters
+            at = self.begin + piece
+            sizes = [plan.piece_groups * ROWS * ITEM_BYTES[p] for p in form.params]
+            ptx.barrier_expect(bar, plan.code_bytes + sum(sizes))
+            source = ptx.address(self.pointers["codes"], row * plan.pieces + at, plan.code_bytes)
+            ptx.bulk_copy(to, source, plan.code_bytes, bar, self.policy)
+            group = row * form.groups(plan.k) + self.group_of(at)
+            for name, kind, size, offset in zip(("scales", "zeros"), form.params, sizes, plan.param_offsets):
+                source = ptx.address(self.pointers[name], group, ROWS * ITEM_BYTES[kind])
+                ptx.bulk_copy(to + offset, source, size, bar)
+
+    def group_of(self, piece: Int) -> Int:
+        """First group of a piece."""
+        plan, form = self.plan, self.plan.form
+        if not form.group:
+            return Int(0)
+        span = plan.chunks * CHUNK
+        return piece * (span // form.group) if span >= form.group else piece // (form.group // span)
+
+    def copy_x(self) -> None:
+        """One thread: the block's part of every row of x."""
+        plan = self.plan
+        begin = self.block_begin * (plan.chunks * CHUNK)
+        end = self.block_end * (plan.chunks * CHUNK)
+        end = ptx.select(end < plan.k, end, plan.k)
+        nbytes = (end - begin) * 2
+        ptx.barrier_expect(self.x_bar, nbytes * plan.m)
+        with ptx.when(ptx.select(nbytes == 0, 1, 0) == 0):
+            for row in range(plan.m):
+                source = ptx.address(self.pointers["x"], begin + row * plan.k, 2)
+                ptx.bulk_copy(self.x + row * plan.x_pitch, source, nbytes, self.x_bar)
+
+    def pad_x(self) -> None:
+        """Zeros behind the last input, where K is not a multiple of 64 (the codes there are padding)."""
+        plan = self.plan
+        pad = plan.k_chunks * CHUNK - plan.k  # a multiple of 8
+        at = (Int(plan.k) - self.block_begin * (plan.chunks * CHUNK)) * 2
+        is_last = self.block_end == plan.pieces
+        with ptx.when(ptx.select(is_last, 1, 0) & ptx.select(self.thread < plan.m, 1, 0) == 1):
+            for i in range(0, pad * 2, 16):
+                ptx.store_shared(self.x + self.thread * plan.x_pitch + at + i, [0, 0, 0, 0])
+
+    def gather_x(self) -> None:
+        """All threads: x in the order of the codes (act-order), zeros behind the last input."""
+        plan = self.plan
+        begin = self.block_begin * (plan.chunks * CHUNK)
+        width = (self.block_end - self.block_begin) * (plan.chunks * CHUNK)
+
+        def item(i: Int, carry: list[Any]) -> list[Any]:
+            k = begin + i
+            inside = k < plan.k
+            source = Int(ptx.load_global(ptx.address(self.pointers["perm"], ptx.select(inside, k, 0), 4), "u32"))
+            for row in range(plan.m):
+                value = ptx.load_global(ptx.address(self.pointers["x"], source + row * plan.k, 2), "u16")
+                value = ptx.select(inside, value, 0)
+                text = "{ .reg .u16 h; cvt.u16.u32 h, $1; st.shared.u16 [$0], h; }"
+                ptx.asm([], text, self.x + row * plan.x_pitch + i * 2, value)
+            return carry
+
+        ptx.loop(self.thread, width, plan.config.warps * 32, [], item)
+
+    def fill_table2(self) -> None:
+        def item(i: Int, carry: list[Any]) -> list[Any]:
+            value = ptx.load_global(ptx.address(self.pointers["table2"], i, 4), "f32")
+            ptx.store_shared(self.table2 + i * 4, [value])
+            return carry
+
+        ptx.loop(self.thread, 256, self.plan.config.warps * 32, [], item)
+
+    # ---- arithmetic
+
+    def batch(self, first: Int, last: Int, parity: Int, state: list[Int]) -> list[Int]:
+        """Tiles [first, last) of this cluster: partial sums, exchange, sums, output."""
+        plan, cluster = self.plan, self.plan.config.cluster
+        if cluster > 1:
+            # tiles of the batch that this block owns: those with tile % cluster == rank (`first` is a multiple)
+            owned = (last - first + (cluster - 1) - self.rank) // cluster
+            with ptx.when(self.thread == 0):
+                ptx.barrier_expect(self.sum_bar, owned * (plan.parts * plan.partial_bytes))
+        else:
+            owned = last - first
+
+        def tile(t: Int, carry: list[Int]) -> list[Int]:
+            sums, carry = self.tile(t, carry)
+            self.send(t - first, sums)
+            return carry
+
+        state = ptx.loop(first, last, 1, state, tile)
+        if cluster > 1:
+            ptx.barrier_wait(self.sum_bar, parity)
+        else:
+            ptx.sync_block()
+        self.finish(first, owned)
+        return state
+
+    def tile(self, t: Int, state: list[Int]) -> tuple[list[ir.Value], list[Int]]:
+        """This warp's partial sums of tile t: for each 8 rows of x the four accumulators of an m16n8 product."""
+        plan = self.plan
+        n_sums = 4 * plan.columns
+
+        def piece(b: Int, carry: list[Any]) -> list[Any]:
+            sums, (slot, parity, next_tile, next_piece) = carry[:n_sums], carry[n_sums:]
+            nested = self.nested_scales(t, b)
+            ptx.barrier_wait(self.bars + slot * 8, parity)
+            at = self.ring + slot * plan.stage_bytes
+            words = [
+                ptx.load_shared(at + c * plan.form.chunk_bytes + self.lane * (plan.form.bits * 4), "u32", plan.form.bits)
+                for c in range(plan.chunks)
+            ]
+            params = [self.load_params(at, g) for g in range(plan.piece_groups)]
+            ptx.sync_warp()
+            self.fetch(slot, next_tile, next_piece)
+            next_tile, next_piece = self.advance(next_tile, next_piece)
+            wrap = (slot + 1) == plan.stages
+            params = [self.convert_params(p, nested, g) for g, p in enumerate(params)]
+            for c in range(plan.chunks):
+                sums = self.chunk(sums, words[c], params, b * plan.chunks + c, c)
+            return [*sums, ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0), next_tile, next_piece]
+
+        out = ptx.loop(0, self.count, 1, [*(ptx.zero() for _ in range(n_sums)), *state], piece)
+        return out[:n_sums], out[n_sums:]
+
+    def load_params(self, at: Int, group: int) -> list[list[ir.Value]]:
+        """Scales and zeros of one group for rows g and g + 8, as stored."""
+        plan, out = self.plan, []
+        for kind, offset in zip(plan.form.params, plan.param_offsets):
+            size = ITEM_BYTES[kind]
+            where = at + (offset + group * ROWS * size) + (self.lane >> 2) * (2 * size)
+            if kind == "f32":
+                out.append(ptx.load_shared(where, "f32", 2))
+            else:
+                out.append(ptx.load_shared(where, "u16" if kind == "u8" else "u32"))
+        return out
+
+    def nested_scales(self, t: Int, b: Int) -> list[list[ir.Value]]:
+        """Second-level absmax of each group of a piece, for rows g and g + 8 (float32, cached by L1)."""
+        plan = self.plan
+        if plan.form.scale != "u8":
+            return []
+        row = (self.first_tile + t * plan.clusters) * ROWS + (self.lane >> 2)
+        groups = plan.form.groups(plan.k)
+        last = plan.n * groups - 1
+        out = []
+        for g in range(plan.piece_groups):
+            pair = []
+            for half in (0, 8):
+                block = (row + half) * groups + self.group_of(self.begin + b) + g
+                block = ptx.select(block < last, block, last)  # rows of padding
+                pair.append(ptx.load_global(ptx.address(self.pointers["absmax2"], block >> 8, 4), "f32"))
+            out.append(pair)
+        return out
+
+    def convert_params(self, stored: list[list[ir.Value]], nested: list[list[ir.Value]], group: int) -> dict[str, Any]:
+        """float32 scales of rows g and g + 8, and what the zeros need."""
+        form = self.plan.form
+        if form.scale == "u8":
+            offset = ptx.load_global(self.pointers["offset"], "f32")
+            pair = Int(stored[0][0])
+            scales = []
+            for half, second in zip((pair & 255, pair >> 8), nested[group]):
+                value = ptx.load_shared(self.table2 + half * 4, "f32")[0]
+                scales.append(ptx.fma(value, second, offset))
+        else:
+            scales = as_floats(form.scale, stored[0])
+        out: dict[str, Any] = {"scale": scales}
+        if form.zero == "u8" and form.zero_form == "code":
+            out["zero"] = affine.integer_zeros(self.plan.dtype, stored[1][0])
+        elif form.zero:
+            zeros = as_floats(form.zero, stored[1])
+            point = ptx.as_float(_float_bits(form.zero_point))
+            # (code - zero) * scale = (code - point) * scale + shift, and the like; shift meets the sum of x
+            out["shift"] = []
+            for scale, z in zip(scales, zeros):
+                if form.zero_form == "code":
+                    out["shift"].append(ptx.mul(scale, ptx.fma(z, ptx.as_float(_float_bits(-1)), point)))
+                else:
+                    sign = ptx.as_float(_float_bits(-1 if form.zero_form == "minus" else 1))
+                    out["shift"].append(ptx.fma(scale, point, ptx.mul(sign, z)))
+        return out
+
+    def chunk(self, sums: list[Any], words: list[ir.Value], params: list[dict], k_chunk: Int, c: int) -> list[Any]:
+        """Adds the product of a 16 x 64 tile with the rows of x; k_chunk counts from the warp's first one."""
+        plan, form = self.plan, self.plan.form
+        at = ((self.begin - self.block_begin) * plan.chunks + k_chunk) * (CHUNK * 2)
+        x = [self.load_x(at, column) for column in range(plan.columns)]
+        table = self.tables + self.lane * 4
+        steps = 4 if not form.group or form.group >= CHUNK else form.group // 16
+        none = [ptx.zero()] * 4
+        for first in range(0, 4, steps):
+            group = (c * CHUNK + first * 16) // form.group if form.group else 0
+            p = params[min(group, plan.piece_groups - 1)]
+            used = words[first * form.bits // 4 : (first + steps) * form.bits // 4]
+            a = self.decode.fragment(form, plan.dtype, used, p.get("zero"), table)
+            for column in range(plan.columns):
+                part, total = none, none
+                for s in range(steps):
+                    b = x[column][first + s]
+                    part = ptx.mma(a[4 * s : 4 * s + 4], b, part, plan.dtype)
+                    if "shift" in p:
+                        ones = {"bf16": 0x3F803F80, "f16": 0x3C003C00}[plan.dtype]
+                        total = ptx.mma([ones] * 4, b, total, plan.dtype)
+                for i in range(4):
+                    if plan.m == 1 and i % 2:
+                        continue  # column 1 of x does not exist
+                    at_sum = 4 * column + i
+                    sums[at_sum] = ptx.fma(p["scale"][i // 2], part[i], sums[at_sum])
+                    if "shift" in p:
+                        sums[at_sum] = ptx.fma(p["shift"][i // 2], total[i], sums[at_sum])
+        return sums
+
+    def load_x(self, at: Int, column: int) -> list[list[ir.Value]]:
+        """B fragments of the four steps of a chunk; rows of x that do not exist repeat the last one."""
+        plan = self.plan
+        row = (self.lane & 7) + 8 * column
+        row = ptx.select(row < plan.m, row, plan.m - 1)
+        base = self.x + row * plan.x_pitch + (self.lane >> 3) * 16 + at
+        low, high = ptx.load_matrices(base), ptx.load_matrices(base + 64)
+        return [low[:2], low[2:], high[:2], high[2:]]
+
+    # ---- exchange and output
+
+    def send(self, t: Int, sums: list[ir.Value]) -> None:
+        """Partial sums of tile t of the batch to the block that owns it."""
+        plan, cluster = self.plan, self.plan.config.cluster
+        slot = t // cluster if cluster > 1 else t
+        at = self.partials + (slot * plan.parts + self.part) * plan.partial_bytes
+        bar = self.sum_bar
+        if cluster > 1:
+            owner = t % cluster
+            at, bar = ptx.remote(at, owner), ptx.remote(bar, owner)
+
+        def store(address: Int, values: list[ir.Value]) -> None:
+            if cluster > 1:
+                ptx.store_remote(address, values, bar)
+            else:
+                ptx.store_shared(address, values)
+
+        if plan.m == 1:
+            with ptx.when((self.lane & 3) == 0):
+                store(at + (self.lane >> 2) * 8, [sums[0], sums[2]])
+            return
+        for column in range(plan.columns):
+            store(at + column * 512 + self.lane * 16, sums[4 * column : 4 * column + 4])
+
+    def finish(self, first: Int, owned: Int) -> None:
+        """Adds the parts of each owned tile in order and writes y."""
+        plan, cluster = self.plan, self.plan.config.cluster
+
+        def item(i: Int, carry: list[Any]) -> list[Any]:
+            slot, rest = i // (ROWS * plan.m), i % (ROWS * plan.m)
+            row, column = rest % ROWS, rest // ROWS
+            at = self.partials + slot * (plan.parts * plan.partial_bytes)
+            if plan.m == 1:
+                at = at + (row & 7) * 8 + (row >> 3) * 4
+            else:
+                lane = (row & 7) * 4 + ((column & 7) >> 1)
+                at = at + (column >> 3) * 512 + lane * 16 + (row >> 3) * 8 + (column & 1) * 4
+            total = ptx.zero()
+            for p in range(plan.parts):
+                total = ptx.add(total, ptx.load_shared(at + p * plan.partial_bytes, "f32")[0])
+            tile = self.first_tile + (first + slot * cluster + self.rank) * plan.clusters
+            n = tile * ROWS + row
+            with ptx.when(n < plan.n):
+                if "bias" in self.pointers:
+                    total = ptx.add(total, ptx.load_global(ptx.address(self.pointers["bias"], n, 4), "f32"))
+                text = f"{{ .reg .b16 h; cvt.rn.{plan.dtype}.f32 h, $1; st.global.b16 [$0], h; }}"
+                ptx.asm([], text, ptx.address(self.pointers["y"], column * plan.n + n, 2), total)
+            return carry
+
+        ptx.loop(self.thread, owned * (ROWS * plan.m), plan.config.warps * 32, [], item)
+
+
+def as_floats(kind: str, stored: list[ir.Value]) -> list[ir.Value]:
+    """Two stored parameters (rows g and g + 8) as float32."""
+    if kind == "f32":
+        return list(stored)
+    pair = Int(stored[0])
+    if kind == "bf16":
+        return [ptx.as_float(pair << 16), ptx.as_float(pair & 0xFFFF0000)]
+    if kind == "u8":
+        return [
+            ptx.asm([ptx.f32()], "cvt.rn.f32.u32 $0, $1;", half, pure=True)[0] for half in (pair & 255, pair >> 8)
+        ]
+    text = "{{ .reg .b16 lo, hi; mov.b32 {{lo, hi}}, $1; cvt.f32.f16 $0, {}; }}"
+    return [ptx.asm([ptx.f32()], text.format(half), pair, pure=True)[0] for half in ("lo", "hi")]
+
+
+def _float_bits(value: float) -> int:
+    import struct
+
+    return struct.unpack("<I", struct.pack("<f", value))[0]
