@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["format_results", "tiny_checkpoints"]
+
 sys.path.insert(0, str(Path(__file__).parent))
 if not os.environ.get("JAXQ_TEST_GPU"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,4 +1,4 @@
-"""Small checkpoints with a tokenizer, and the command line run in this process."""
+"""Fixtures: a small checkpoint with a tokenizer, and the command line run in this process."""
 
 from __future__ import annotations
 

@@ -1,0 +1,133 @@
+"""Fills the figures of README.md from benchmarks/results and the format tests' results.
+
+    python scripts/readme_figures.py            # rewrites README.md
+    python scripts/readme_figures.py --check    # exit code 1 where it is not up to date
+
+A part of the README between `<!-- figures: NAME -->` and `<!-- end -->` is what `FIGURES[NAME]` returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+NOT_YET = "*Not measured yet.*"
+
+
+def table(header: list[str], rows: list[list[str]], *, right: int = 1) -> str:
+    """A markdown table; columns from `right` on are right-aligned."""
+    line = "|" + "|".join(" --- " if i < right else " ---: " for i in range(len(header))) + "|"
+    return "\n".join(["| " + " | ".join(header) + " |", line, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def made_by(made: dict[str, Any]) -> str:
+    """The line under a table: machine, versions, date, command."""
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if name != "gguf")
+    return (
+        f"\n\n{made['processor']}, {made['cores']} cores, load {made['load_average']}; Python {made['python']}, "
+        f"{versions}; {made['date'][:10]}; `{made['command']}`"
+    )
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def demo() -> str:
+    """What the demo printed."""
+    from jq.inspect import size_text
+
+    found = read("demo")
+    if found is None:
+        return NOT_YET
+    rows = [
+        [
+            row["name"],
+            f"{row['bits_per_weight']:.2f}",
+            size_text(row["file_bytes"]),
+            f"{row['perplexity']:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["format", "bits/weight", "on disk", "perplexity (4 windows)", "tokens/s (CPU)"]
+    answer = f"\n\n> {found['prompt']}\n>\n> **{found['answer'].strip()}**"
+    return table(header, rows) + answer + made_by(found["made"])
+
+
+def cpu_generate() -> str:
+    """Decode speed beside the peers."""
+    found = read("cpu_generate")
+    if found is None:
+        return NOT_YET
+    rows = [[row["peer"], row["method"], f"{row['tokens_per_s']:.1f}"] for row in found["rows"]]
+    return table(["SmolLM2-135M, batch 1", "weights", "tokens/s"], rows, right=2) + made_by(found["made"])
+
+
+def perplexity() -> str:
+    """Perplexity beside transformers + bitsandbytes."""
+    found = read("perplexity")
+    if found is None:
+        return NOT_YET
+    rows = []
+    for row in found["rows"]:
+        peer = "-" if "peer_perplexity" not in row else f"{row['peer_perplexity']:.3f}"
+        cells = [row["method"], f"{row['bits_per_weight']:.2f}", f"{row['perplexity']:.3f}", peer, str(row["windows"])]
+        rows.append(cells)
+    header = ["method", "bits/weight", "perplexity", "of the peer", f"windows of {found['window']}"]
+    return table(header, rows) + f"\n\n`{found['text']}`; " + made_by(found["made"]).lstrip()
+
+
+def formats() -> str:
+    """The table of formats."""
+    from jq.report.format_table import markdown, rows
+
+    return markdown(rows())
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "cpu_generate": cpu_generate,
+    "perplexity": perplexity,
+    "formats": formats,
+}
+
+
+def filled(text: str) -> str:
+    """The README with every figure made anew."""
+
+    def replace(found: re.Match[str]) -> str:
+        name = found.group(1)
+        return f"<!-- figures: {name} -->\n{FIGURES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 where README.md is out of date"
+    )
+    args = parser.parse_args()
+    text = README.read_text("utf-8")
+    new = filled(text)
+    if args.check:
+        if new != text:
+            print("README.md is out of date; run: python scripts/readme_figures.py", file=sys.stderr)
+        return int(new != text)
+    README.write_text(new, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
