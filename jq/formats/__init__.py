@@ -99,4 +99,6 @@ def _method_without_name(key: str, config: Mapping[str, Any]) -> str:
         return "bitsandbytes"
     if key == "compression_config" or "config_groups" in config or "sparsity_config" in config:
         return "compressed-tensors"
+    if "quant_algo" in config or "quantization" in config:
+        return "modelopt"
     return "None"

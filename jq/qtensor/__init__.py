@@ -9,3 +9,4 @@ from jq.qtensor.blocks import Blocks as Blocks
 from jq.qtensor.codebook import Codebook as Codebook
 from jq.qtensor.narrow_float import NarrowFloat as NarrowFloat
 from jq.qtensor.sparse import Sparse as Sparse
+from jq.qtensor.vector_codebook import VectorCodebook as VectorCodebook

@@ -203,6 +203,11 @@ def _own(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable
     return exact.cast(t.values(scale.dtype) * spread(scale), dtype)
 
 
+def _cast(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype(code) * dtype(scale), one rounding after the scale's own cast."""
+    return t.values(dtype) * spread(exact.cast(scale, dtype))
+
+
 def _mul_pow2(t: NarrowFloat, dtype: np.dtype, spread: Callable) -> Array:
     """dtype(code * 2**exponent), one rounding, results below the smallest normal number included.
 
@@ -256,6 +261,7 @@ FORMULAS: dict[str, Formula] = {
     "gguf": _gguf,
     "f32": _f32,
     "own": _own,
+    "cast": _cast,
     "global_divide": _global_divide,
     "global_multiply": _global_multiply,
 }

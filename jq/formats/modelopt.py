@@ -1,0 +1,306 @@
+"""NVIDIA ModelOpt checkpoints (`modelopt`): NVFP4, FP8, INT8 and mixed exports.
+
+  NVFP4        weight uint8 [N, K/2] (E2M1, low nibble = even k), weight_scale float8_e4m3fn [N, K/16],
+               weight_scale_2 float32 [] (a multiplier: amax / 2688), input_scale float32 [] (likewise)
+  FP8          weight float8_e4m3fn [N, K], weight_scale float32 [] or [N] or blocks [N/128, 1, K/128, 1], input_scale []
+  MXFP8        weight float8_e4m3fn, weight_scale uint8 [N, K/32]
+  INT8         weight int8 [N, K], weight_scale float32 [N]
+  KV cache     k_proj.k_scale, v_proj.v_scale: plain arrays of the State
+
+The stored tensors say which of these a layer is; the config (`quantization_config` of config.json, or
+hf_quant_config.json of older exports) says what inputs are quantized to.
+
+Dequantize: NVFP4 dt(float32(value) * (float32(s) * s2)), a code of -0 read as +0; FP8 and INT8 dt(q) * dt(scale), both
+cast to the model's dtype first, one rounding.
+Quantize (NVFP4QTensor, CPU): see `jq.algorithms.narrow.nvfp4_modelopt`.
+
+Source: nvidia-modelopt 0.47.0 torch/quantization/qtensor/{nvfp4,fp8,int8,mxfp8}_tensor.py, torch/export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jq import bits as _bits
+from jq.activations import Activation
+from jq.algorithms import narrow
+from jq.errors import FormatError, UnsupportedError
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.qtensor import Affine, Grouping, NarrowFloat, QTensor, Source
+
+NAME = "modelopt"
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+# Algorithms whose tensors are read. The others multiply inputs by a stored vector first, or pack integers differently.
+ALGORITHMS = (
+    *("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL", "MXFP8"),
+    *("W8A16", "W8A8_SQ_PER_CHANNEL", "W4A8_NVFP4_FP8", "MIXED_PRECISION"),
+)
+WEIGHT_ONLY = ("W4A16_NVFP4", "FP8_PB_WO", "W8A16", "FP8_PB_REAL")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A parsed config: the algorithm, that of single layers where they are mixed, and the model's dtype."""
+
+    algorithm: str = "NVFP4"
+    layers: tuple[tuple[str, str], ...] = ()
+    dtype: str = "bfloat16"
+
+    def of(self, prefix: str) -> str:
+        return dict(self.layers).get(prefix, self.algorithm)
+
+
+def detect(checkpoint: Any) -> dict | None:
+    """The config of an export that has hf_quant_config.json alone."""
+    found = checkpoint.side_json("hf_quant_config.json")
+    if not found or not isinstance(found.get("quantization"), Mapping):
+        return None
+    return {"quant_method": NAME, **found}
+
+
+def parse(config: Mapping[str, Any], context: Context) -> Options:
+    """Reads either form of the config.
+
+    Raises:
+      FormatError: no algorithm named.
+      UnsupportedError: an algorithm whose tensors are not read.
+    """
+    label = f"{context.label}: quantization_config"
+    inner = config.get("quantization") if isinstance(config.get("quantization"), Mapping) else config
+    assert inner is not None
+    algorithm = inner.get("quant_algo") or _from_groups(config.get("config_groups"))
+    if not algorithm:
+        raise FormatError(f"{label}: no quant_algo; it names the algorithm, e.g. 'NVFP4' or 'FP8'")
+    layers = inner.get("quantized_layers") or {}
+    named = {prefix: str(layer.get("quant_algo")) for prefix, layer in layers.items() if isinstance(layer, Mapping)}
+    for name in (str(algorithm), *named.values()):
+        if name not in ALGORITHMS:
+            raise UnsupportedError(
+                f"{label}: quant_algo {name!r} is not read here; those that are: {', '.join(ALGORITHMS)}"
+            )
+    known = {
+        *("quant_method", "quant_algo", "config_groups", "ignore", "producer", "kv_cache_scheme", "quantized_layers"),
+        *("quantization", "group_size", "exclude_modules", "kv_cache_quant_algo", "has_zero_point", "pre_quant_scale"),
+    }
+    for key in sorted((set(config) | set(inner)) - known):
+        warn_once(label, f"key {key!r} is not known and ignored")
+    given = context.config.get("dtype") or context.config.get("torch_dtype")
+    return Options(str(algorithm), tuple(named.items()), context.model_dtype if given else "bfloat16")
+
+
+def _from_groups(groups: Any) -> str | None:
+    """The algorithm of a config that has config_groups alone, by the bits of its weights."""
+    if not isinstance(groups, Mapping) or not groups:
+        return None
+    kinds = {(g.get("weights") or {}).get("num_bits") for g in groups.values() if isinstance(g, Mapping)}
+    return {4: "NVFP4", 8: "FP8"}.get(kinds.pop()) if len(kinds) == 1 else "MIXED_PRECISION"
+
+
+def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
+    """Modules with a one-byte weight and a scale: {prefix: {suffix: stored name}}.
+
+    Raises:
+      FormatError: a scale without its weight, or a float8 weight without its scale.
+      UnsupportedError: layers with a pre_quant_scale, which multiplies inputs.
+    """
+    there, found = set(names), {}
+    for name in names:
+        prefix = name.removesuffix(".weight")
+        if name.endswith(".pre_quant_scale"):
+            raise UnsupportedError(
+                f"{name}: inputs are multiplied by it before they are quantized (AWQ, SVDQuant), which is not done here; "
+                "export without it, or fold it into the layer before"
+            )
+        if name.endswith(".weight_scale") and f"{name.removesuffix('_scale')}" not in there:
+            raise FormatError(f"{name}: no weight beside it; the file is incomplete")
+        if name == prefix or np.dtype(context.dtypes[name]).itemsize != 1:
+            continue
+        if f"{prefix}.weight_scale" not in there:
+            if np.dtype(context.dtypes[name]) == E4M3:
+                raise FormatError(f"{name}: float8 without {prefix}.weight_scale; the file is incomplete")
+            continue
+        found[prefix] = {s: f"{prefix}.{s}" for s in SUFFIXES if f"{prefix}.{s}" in there}
+    return found
+
+
+def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor:
+    """One module's tensors as a QTensor; the dtype of the weight tells the layout."""
+    weight = take(parts, "weight", prefix)
+    if weight.ndim != 2:
+        raise FormatError(
+            f"{prefix}.weight: found shape {weight.shape}, expected two axes; stacked experts are not read"
+        )
+    made: Any
+    if weight.dtype == np.uint8:
+        made = _nvfp4(prefix, parts, weight, options)
+    elif weight.dtype == np.int8:
+        made = _int8(prefix, parts, weight, options)
+    else:
+        expect_dtype(weight, (E4M3, np.uint8, np.int8), f"{prefix}.weight")
+        made = _fp8(prefix, parts, weight, options)
+    extras = {"input_scale": parts["input_scale"]} if "input_scale" in parts else {}
+    made = made.replace(extras=extras, activation=_activation(prefix, made, extras, options))
+    made.check(prefix)
+    return made
+
+
+def _nvfp4(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> NarrowFloat:
+    n, k = weight.shape[0], 2 * weight.shape[1]
+    scale = take(parts, "weight_scale", prefix)
+    expect_dtype(scale, (E4M3,), f"{prefix}.weight_scale")
+    if scale.ndim != 2 or scale.shape[0] != n or not scale.shape[1] or k % scale.shape[1]:
+        raise FormatError(f"{prefix}.weight_scale: found shape {scale.shape}, expected ({n}, {k // 16}): blocks of 16")
+    whole = take(parts, "weight_scale_2", prefix, why="NVFP4 block scales are multiplied by it.")
+    if whole.size != 1 or whole.dtype != np.float32:
+        raise FormatError(f"{prefix}.weight_scale_2: found {whole.dtype} {whole.shape}, expected one float32")
+    return NarrowFloat(
+        np.ascontiguousarray(weight).view(np.uint32 if weight.shape[1] % 4 == 0 else np.uint8),
+        scale.view(np.uint8),
+        whole,
+        kind="e2m1",
+        scale_kind="e4m3",
+        grouping=Grouping("block", 1, k // scale.shape[1]),
+        formula="global_multiply",
+        dtype=options.dtype,
+        source=Source(NAME, (("kind", "nvfp4"),)),
+    )
+
+
+def _fp8(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> NarrowFloat:
+    n, k = weight.shape
+    scale = take(parts, "weight_scale", prefix)
+    name = f"{prefix}.weight_scale"
+    mx = scale.dtype == np.uint8
+    expect_dtype(scale, (np.float32, ml_dtypes.bfloat16, np.float16, np.uint8), name)
+    shape = scale.shape
+    if mx:
+        expect_shape(scale, (n, -(-k // 32)), name, "one exponent for 32 inputs")
+        held, grouping = scale, Grouping("block", 1, 32)
+    elif scale.size == 1:
+        held, grouping = scale.reshape(1, 1), Grouping("block", 0, 0)
+    elif shape in ((n,), (n, 1)):
+        held, grouping = scale.reshape(n, 1), Grouping("block", 1, 0)
+    else:
+        grid = tuple(s for i, s in enumerate(shape) if scale.ndim == 2 or i % 2 == 0)  # [N/128, 1, K/128, 1]
+        if len(grid) != 2 or int(np.prod(grid)) != scale.size:
+            raise FormatError(f"{name}: found shape {shape}, expected one scale, ({n},), or a grid of 128x128 blocks")
+        expect_shape(scale.reshape(grid), (-(-n // 128), -(-k // 128)), name, "blocks of 128x128")
+        held, grouping = scale.reshape(grid), Grouping("block", 128, 128)
+    return NarrowFloat(
+        weight.view(np.uint8),
+        held,
+        kind="e4m3fn",
+        scale_kind="e8m0" if mx else "float",
+        grouping=grouping,
+        formula="f32" if mx else "cast",
+        dtype=options.dtype,
+        source=Source(NAME, (("kind", "fp8"), ("rank", scale.ndim))),
+    )
+
+
+def _int8(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Affine:
+    n, k = weight.shape
+    scale = take(parts, "weight_scale", prefix)
+    expect_dtype(scale, (np.float32, ml_dtypes.bfloat16, np.float16), f"{prefix}.weight_scale")
+    if scale.size not in (1, n) or scale.shape not in ((), (1,), (n,), (n, 1)):
+        raise FormatError(f"{prefix}.weight_scale: found shape {scale.shape}, expected ({n},): one for each output")
+    each = scale.size == n and n > 1
+    return Affine(
+        np.ascontiguousarray(weight).view(np.uint32 if k % 4 == 0 else np.uint8),
+        scale.reshape(-1, 1),
+        code_bits=8,
+        signed=True,
+        grouping=Grouping("block", 1 if each else 0, 0),
+        formula="cast_sub_mul",
+        dtype=options.dtype,
+        source=Source(NAME, (("kind", "int8"), ("rank", scale.ndim))),
+    )
+
+
+def _activation(prefix: str, q: QTensor, extras: Parts, options: Options) -> Activation | None:
+    """Inputs quantized as the algorithm says: with a stored scale, or per token for per-channel FP8."""
+    algorithm = options.of(prefix)
+    if algorithm in WEIGHT_ONLY:
+        return None
+    if "input_scale" in extras:
+        if extras["input_scale"].size != 1:
+            raise FormatError(f"{prefix}.input_scale: found shape {extras['input_scale'].shape}, expected one number")
+        if isinstance(q, Affine):
+            return None  # SmoothQuant's int8 inputs: their rounding is described nowhere that could be checked
+        small = q.source.get("kind") == "nvfp4" and algorithm != "W4A8_NVFP4_FP8"  # type: ignore[union-attr]
+        return Activation("nvfp4_static" if small else "fp8_static", ("input_scale",))
+    if isinstance(q, NarrowFloat) and q.kind == "e4m3fn":
+        if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+            return Activation("fp8_block", (), (("cols", 0),))
+        if algorithm == "MXFP8":
+            return Activation("fp8_block", (), (("cols", 32), ("pow2", True)))
+    return None
+
+
+def dump(q: Any) -> Parts:
+    """Stored tensors, identical to those that were loaded."""
+    kind = q.source.get("kind")
+    codes, scale = np.asarray(q.codes), np.asarray(q.scales)
+    extras = {k: np.asarray(v) for k, v in q.extras.items()}
+    if kind == "nvfp4":
+        whole = np.asarray(q.global_scale)
+        return {"weight": codes.view(np.uint8), "weight_scale": scale.view(E4M3), "weight_scale_2": whole, **extras}
+    rank = q.source.get("rank")
+    if rank == 4:
+        scale = scale[:, None, :, None]
+    elif rank != 2:
+        scale = scale.reshape(() if rank == 0 else (-1,))
+    return {"weight": codes.view(E4M3 if kind == "fp8" else np.int8), "weight_scale": scale, **extras}
+
+
+@dataclasses.dataclass(frozen=True)
+class NVFP4:
+    """NVFP4 weights as modelopt exports them, inputs in float (W4A16_NVFP4); codes and scales identical on the CPU.
+
+    modelopt gives q, k, v (and gate, up) one weight_scale_2: pass the largest magnitude of the set as `peak`.
+    """
+
+    format: str = NAME
+
+    def quantize(self, w: Any, name: str = "weight", peak: float | None = None) -> NarrowFloat:
+        """w [N, K], K a multiple of 16 -> codes and scales; `dequantize()` gives w's dtype."""
+        w = np.asarray(w)
+        if w.ndim != 2 or w.shape[1] % 16:
+            raise FormatError(f"{name}: found shape {w.shape}, expected [out, in] with in a multiple of 16")
+        codes, scale, whole = narrow.nvfp4_modelopt(w, peak)
+        packed = _bits.pack(codes, 4).view(np.uint8)
+        parts = {"weight": packed, "weight_scale": scale.view(E4M3), "weight_scale_2": whole}
+        made = load(name, parts, Options("W4A16_NVFP4", (), str(w.dtype)), Context())
+        assert isinstance(made, NarrowFloat)
+        return made
+
+    def config(self, skip: list[str] | None = None) -> dict[str, Any]:
+        """The quantization_config of a checkpoint made with these options."""
+        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+        return {
+            "quant_method": NAME,
+            "quant_algo": "W4A16_NVFP4",
+            "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+            "ignore": skip or [],
+        }
+
+
+FORMAT = Format(
+    name=NAME,
+    methods=(NAME, "modelopt_fp4", "modelopt_fp8", "modelopt_mixed"),
+    title="NVIDIA ModelOpt: NVFP4, FP8, INT8, mixed",
+    parse=parse,
+    markers=("weight_scale",),
+    suffixes=("weight_scale_2",),
+    load=load,
+    dump=dump,
+    detect=detect,
+    group=group,
+    methods_table={"NVFP4": NVFP4},
+)
