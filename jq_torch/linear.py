@@ -119,7 +119,7 @@ class JqLinear(Packed, nn.Linear):
 
     Attributes:
       in_features, out_features, bias: as in nn.Linear.
-      transposed: it replaces a Conv1D, whose weight is [K, N].
+      transposed: it replaces a Conv1D, whose weight is [K, N]; `weight` here is [N, K] all the same.
     """
 
     def __init__(
@@ -207,8 +207,7 @@ class JqLinear(Packed, nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        dense = self.dequantize()
-        return dense.T if self.transposed else dense
+        return self.dequantize()
 
     @property
     def compute_dtype(self) -> torch.dtype | None:

@@ -1,9 +1,143 @@
-"""peft on packed layers: LoRA modules that never write into a packed weight."""
+"""peft on packed layers.
+
+A `JqLinear` is an `nn.Linear` to peft, so its adapters attach and train by themselves. What differs is merging: peft
+writes into `base_layer.weight`, which a packed layer computes anew each time. Here the base becomes a dense layer
+before a merge and the packed one again after an unmerge. `install` teaches peft so, once for a process; it looks at
+nothing but our layers and stays after `jq_torch.disable`, since loaded models stay too.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import pkgutil
+import sys
 from typing import Any
 
+import torch
+from torch import nn
 
-def patch(state: Any) -> None:
-    """placeholder"""
+from jq_torch.linear import JqLinear
+
+
+def dense_layer(packed: JqLinear, dtype: torch.dtype) -> nn.Linear:
+    """A float layer with the numbers of a packed one, in peft's orientation [out_features, in_features]."""
+    with torch.device("meta"):
+        new = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
+    new.weight = nn.Parameter(packed.dequantize(dtype).clone(), requires_grad=False)
+    new.bias = (
+        None if packed.bias is None else nn.Parameter(packed.bias.detach().clone().to(dtype), requires_grad=False)
+    )
+    return new
+
+
+@functools.cache
+def lora_class() -> type:
+    """peft's `lora.Linear` with a merge that suits packed layers."""
+    from peft.tuners.lora.layer import Linear
+
+    class JqLoraLinear(Linear):  # type: ignore[misc, unused-ignore]
+        """LoRA on a packed layer."""
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            base = self.get_base_layer()
+            if isinstance(base, JqLinear) and self.lora_A:
+                dtype = next(iter(self.lora_A.values())).weight.dtype
+                self.__dict__["packed_base"] = base  # not a submodule: it is no part of the merged model
+                self.base_layer = dense_layer(base, dtype)
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+        def unmerge(self) -> None:
+            super().unmerge()
+            packed = self.__dict__.pop("packed_base", None)
+            if packed is not None:
+                self.base_layer = packed
+
+    return JqLoraLinear
+
+
+def _backend() -> Any:
+    """peft's interface for tuners other than LoRA (OFT, VeRA, MiSS, BOFT, SHiRA)."""
+    from peft.utils.quantization_utils import QuantizationBackend
+
+    class JqBackend(QuantizationBackend):  # type: ignore[misc, unused-ignore]
+        supports_merge = True
+        backend_name = "jq"
+        layer_type = "linear"
+
+        def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
+            if isinstance(base_layer, JqLinear):
+                return base_layer.dequantize(torch.float32).clone()
+            return base_layer.weight.data  # type: ignore[union-attr, return-value]
+
+        def set_base_weight(self, peft_layer: Any, weight_data: torch.Tensor) -> None:
+            base = peft_layer.get_base_layer()
+            if isinstance(base, JqLinear):
+                peft_layer.base_layer = base = dense_layer(base, weight_data.dtype)
+            base.weight.data = weight_data
+
+    return JqBackend()
+
+
+_installed = False
+
+
+def install() -> None:
+    """Teaches peft our layers, where it is installed; a second call does nothing."""
+    global _installed
+    if _installed or importlib.util.find_spec("peft") is None:
+        return
+    import peft.tuners
+    from peft.tuners.lora.model import LoraModel
+
+    _installed = True
+    create = LoraModel._create_new_module
+
+    @functools.wraps(create)
+    def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        if isinstance(base, JqLinear) and not lora_config._custom_modules and "parameter_name" not in _given(kwargs):
+            lora_config.fan_in_fan_out = False  # a packed Conv1D is an nn.Linear
+            return lora_class()(target, adapter_name, config=lora_config, **kwargs)
+        return create(lora_config, adapter_name, target, **kwargs)
+
+    LoraModel._create_new_module = staticmethod(create_new_module)
+    allowed = LoraModel._check_merge_allowed
+
+    @functools.wraps(allowed)
+    def check_merge_allowed(self: Any) -> None:
+        """The original refuses every model that calls itself GPTQ; ours can merge."""
+        method = getattr(self.model, "quantization_method", None)
+        if method != "gptq" or not any(isinstance(m, JqLinear) for m in self.model.modules()):
+            return allowed(self)
+        self.model.quantization_method = None
+        try:
+            return allowed(self)
+        finally:
+            self.model.quantization_method = method
+
+    LoraModel._check_merge_allowed = check_merge_allowed
+    _install_backend(peft.tuners)
+
+
+def _given(kwargs: dict[str, Any]) -> set[str]:
+    return {k for k, v in kwargs.items() if v is not None}
+
+
+def _install_backend(tuners: Any) -> None:
+    """`resolve_quantization_backend` is imported by name into each tuner's module."""
+    import peft.utils.quantization_utils as source
+
+    original = getattr(source, "resolve_quantization_backend", None)
+    if original is None:  # peft before it had backends
+        return
+
+    @functools.wraps(original)
+    def resolve(base_layer: nn.Module, **kwargs: Any) -> Any:
+        return _backend() if isinstance(base_layer, JqLinear) else original(base_layer, **kwargs)
+
+    names = [f"peft.tuners.{m.name}" for m in pkgutil.iter_modules(tuners.__path__) if m.ispkg]
+    for name in ("peft.utils", source.__name__, *[f"{n}.{part}" for n in names for part in ("layer", "model")]):
+        module = sys.modules.get(name)
+        if module is not None and getattr(module, "resolve_quantization_backend", None) is original:
+            module.resolve_quantization_backend = resolve  # type: ignore[attr-defined]

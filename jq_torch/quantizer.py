@@ -216,6 +216,7 @@ class JqQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         state = dict(model.state_dict())
+        seen: set[int] = set()
         for path, module in model.named_modules():
             if not isinstance(module, Packed):
                 continue
@@ -224,7 +225,10 @@ class JqQuantizer(HfQuantizer):
                     state.pop(f"{path}.{name}", None)
             with _materialised(module):
                 for name, array in module.dump(path):
-                    state[name] = bridge.tensor_of(array)
+                    tensor = bridge.tensor_of(array)
+                    # transformers refuses tensors that share memory, as one array dumped under two names does
+                    state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+                    seen.add(tensor.data_ptr())
         metadata = dict(self.plan.metadata) if self.plan is not None else onthefly.metadata(self, model)
         return state, metadata
 

@@ -106,7 +106,7 @@ def enable(*names: str, quantize_activations: bool = True, packed: bool = True) 
         state.patch(auto.AutoHfQuantizer, "supports_quant_method", staticmethod(_supports(auto.AutoHfQuantizer)))
     _patch_models(state)
     sources.patch(state)
-    lora.patch(state)
+    lora.install()
     _stack.append(state)
     return state
 
@@ -152,8 +152,8 @@ def _supports(owner: Any) -> Callable[[dict], bool]:
     return supports
 
 
-def _patch_models(state: Enabled) -> None:
-    """What transformers asks a model about its parameters, and when it attaches offload hooks."""
+def _count_weights() -> None:
+    """`num_parameters` counts the weights that packed parameters stand for; stays after `disable`, as models do."""
     owner = next(c for c in modeling_utils.PreTrainedModel.__mro__ if "num_parameters" in vars(c))
     if getattr(owner.num_parameters, "_jq", False):
         return
@@ -172,7 +172,12 @@ def _patch_models(state: Enabled) -> None:
         return total
 
     num_parameters._jq = True  # type: ignore[attr-defined]
-    state.patch(owner, "num_parameters", num_parameters)
+    owner.num_parameters = num_parameters
+
+
+def _patch_models(state: Enabled) -> None:
+    """Layers are packed before transformers attaches offload hooks, which take note of each parameter."""
+    _count_weights()
     dispatch = getattr(modeling_utils, "accelerate_dispatch", None)
     if dispatch is not None:
 
