@@ -83,22 +83,30 @@ def scheme_of(activation: Activation) -> Scheme:
     return SCHEMES[activation.scheme]
 
 
-def matmul(x: Array, w: Any) -> jax.Array:
-    """`x @ w.T` with the inputs quantized as `w.activation` says.
+def matmul(x: Array, w: Any, bias: Array | None = None) -> jax.Array:
+    """`x @ w.T + bias` with the inputs quantized as `w.activation` says.
 
     Args:
       x: float[..., K]; all leading axes together are the tokens of one call.
       w: QTensor [N, K] (no stack axes) with an `activation`.
+      bias: float[N] or None. A scheme with `adds_bias` adds it where its library does (before an output is quantized,
+        or scaled); elsewhere it is added in x's dtype at the end.
 
     Returns:
       [..., N] in x's dtype.
     """
     x = jnp.asarray(x)
     scheme_of(w.activation)  # an unknown scheme is an error of the caller, not of the trace
-    y = _matmul_jit(x.reshape(-1, x.shape[-1]), w.without_extras().replace(source=None))
+    y = _matmul_jit(x.reshape(-1, x.shape[-1]), w.without_extras().replace(source=None), bias)
     return y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype)
 
 
 @jax.jit
-def _matmul_jit(x: jax.Array, w: Any) -> jax.Array:
-    return scheme_of(w.activation)(x, w)
+def _matmul_jit(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
+    scheme: Any = scheme_of(w.activation)
+    if bias is None:
+        return scheme(x, w)
+    if getattr(scheme, "adds_bias", False):
+        return scheme(x, w, bias)
+    y = scheme(x, w)
+    return y + bias.astype(y.dtype)

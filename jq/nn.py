@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jq import activations
 from jq.errors import UnsupportedError
 from jq.matmul import matmul
 from jq.qtensor import QTensor
@@ -72,8 +73,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: float[..., K] -> float[..., N] in x's dtype."""
-        y = product(x, self.weight.get_value(), quantize_activations=self.quantize_activations)
-        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+        weight = self.weight.get_value()
+        bias = None if self.bias is None else self.bias.get_value()
+        if self.quantize_activations and getattr(weight, "activation", None) is not None:
+            return activations.matmul(x, weight, bias)  # some libraries add the bias before they scale or quantize
+        y = product(x, weight, quantize_activations=self.quantize_activations)
+        return y if bias is None else y + bias.astype(y.dtype)
 
 
 class Embedding(nnx.Module):

@@ -48,7 +48,10 @@ def symmetric_codes(w: np.ndarray, qtype: str) -> tuple[np.ndarray, np.ndarray]:
     if storage.kind == "i":
         return _to_integer(np.clip(np.rint(data), -128, 127), storage), scale
     limit = w.dtype.type(top)
-    return np.clip(data, -limit, limit).astype(storage), scale
+    codes = np.clip(data, -limit, limit).astype(storage).view(np.uint8)
+    if storage == ml_dtypes.float8_e5m2:  # an all-zero row gives 0 / 0; torch's NaN has all mantissa bits
+        codes = np.where(np.isnan(data), codes | np.uint8(0x7F), codes)
+    return codes.view(storage), scale
 
 
 def affine_codes(w: np.ndarray, bits: int, *, integer_shift: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
