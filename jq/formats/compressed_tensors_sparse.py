@@ -15,7 +15,7 @@ Source: compressed-tensors 0.10.2 (compressors/sparse_compressors, sparse_quanti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -26,13 +26,14 @@ from jq import bits as _bits
 from jq.errors import FormatError
 from jq.formats.base import Parts, expect_dtype, expect_shape, take
 from jq.formats.compressed_tensors_config import Args, Group
+from jq.formats.compressed_tensors_float import E4M3, float8_codes
+from jq.formats.compressed_tensors_int import int8_codes
+from jq.formats.compressed_tensors_parts import NAME
 from jq.qtensor import Affine, Grouping, QTensor, Source
 from jq.qtensor.sparse import Sparse, pack_mask
 
-NAME = "compressed-tensors"
 _MASKED = ("compressed", "bitmask", "shape", "row_offsets")
 SUFFIXES = (*_MASKED, *(f"weight.{s}" for s in _MASKED), "scale_packed", "meta")
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 def is_bitmask(parts: Mapping[str, Any]) -> bool:
@@ -43,7 +44,7 @@ def is_marlin(parts: Mapping[str, Any]) -> bool:
     return "meta" in parts and "scale_packed" in parts
 
 
-def load_bitmask(prefix: str, parts: Parts, scheme: Group | None, loaders: Mapping[str, Callable]) -> QTensor:
+def load_bitmask(prefix: str, parts: Parts, scheme: Group | None) -> QTensor:
     """A sparse weight: `Sparse` of floats, or a quantized tensor whose codes are a `Sparse`."""
     lead = "weight." if "weight.compressed" in parts else ""
     values = take(parts, f"{lead}compressed", prefix)
@@ -57,7 +58,7 @@ def load_bitmask(prefix: str, parts: Parts, scheme: Group | None, loaders: Mappi
     quantized = "weight_scale" in parts
     held = values.view(np.uint8) if values.dtype == E4M3 else values
     extras = {f"{lead}row_offsets": parts[f"{lead}row_offsets"]} if f"{lead}row_offsets" in parts else {}
-    options = {"kind": "bitmask", "shape": stored.shape, **({"lead": lead} if lead else {})}
+    options: dict[str, Any] = {"kind": "bitmask", "shape": stored.shape, **({"lead": lead} if lead else {})}
     if stored.dtype != np.int64:
         options["shape_dtype"] = str(stored.dtype)
     if values.dtype == E4M3:
@@ -77,16 +78,16 @@ def load_bitmask(prefix: str, parts: Parts, scheme: Group | None, loaders: Mappi
                 f"{prefix}.weight_scale: missing beside sparse {values.dtype} codes; the file is incomplete"
             )
         return codes
-    from jq.formats import compressed_tensors as dense
-
-    args = dense.need_weights(scheme, prefix)
+    if scheme is None or scheme.weights is None:
+        raise FormatError(f"{prefix}: has weight_scale, but its scheme in config_groups has no `weights`")
+    args = scheme.weights
     if (values.dtype == E4M3) != (args.type == "float"):
         raise FormatError(f"{prefix}.{lead}compressed: found {values.dtype}, but config_groups says {args}")
-    build = dense.float8_codes if values.dtype == E4M3 else dense.int8_codes
+    build: Any = float8_codes if values.dtype == E4M3 else int8_codes
     return build(prefix, parts, args, codes, (n, k))
 
 
-def dump_bitmask(q: Sparse) -> Parts:
+def dump_bitmask(q: Any) -> Parts:
     lead, dtype = q.source.get("lead", ""), q.source.get("dtype")
     values = np.asarray(q.values)
     return {
@@ -140,7 +141,7 @@ def load_marlin(prefix: str, parts: Parts, args: Args) -> Affine:
     return made
 
 
-def dump_marlin(q: Affine) -> Parts:
+def dump_marlin(q: Any) -> Parts:
     n, k = q.shape
     codes = np.asarray(_bits.unpack(np.asarray(q.codes.values), 4, signed=True)) + 8  # [N, K/2]
     kept = np.unpackbits(np.asarray(q.codes.mask), axis=1, count=k, bitorder="little").astype(bool)

@@ -118,7 +118,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
     return made
 
 
-def dump(q: NarrowFloat) -> Parts:
+def dump(q: Any) -> Parts:
     """Stored tensors, identical to those that were loaded."""
     codes, scale = np.asarray(q.codes), np.asarray(q.scales)
     experts = q.source.get("experts")

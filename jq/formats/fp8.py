@@ -211,7 +211,7 @@ def _activation(prefix: str, parts: Parts, options: Options, grouping: Grouping,
     return Activation("fp8_block", (), (*pairs, ("pow2", True)) if grouping.cols == 32 else pairs)
 
 
-def dump(q: NarrowFloat) -> Parts:
+def dump(q: Any) -> Parts:
     """Stored tensors, identical to those that were loaded."""
     key = q.source.get("scale")
     codes, scale = np.asarray(q.codes), np.asarray(q.scales)

@@ -98,7 +98,7 @@ def _from_groups(groups: Any) -> str | None:
     """The algorithm of a config that has config_groups alone, by the bits of its weights."""
     if not isinstance(groups, Mapping) or not groups:
         return None
-    kinds = {(g.get("weights") or {}).get("num_bits") for g in groups.values() if isinstance(g, Mapping)}
+    kinds: set[Any] = {(g.get("weights") or {}).get("num_bits") for g in groups.values() if isinstance(g, Mapping)}
     return {4: "NVFP4", 8: "FP8"}.get(kinds.pop()) if len(kinds) == 1 else "MIXED_PRECISION"
 
 
@@ -223,7 +223,7 @@ def _int8(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Af
     )
 
 
-def _activation(prefix: str, q: QTensor, extras: Parts, options: Options) -> Activation | None:
+def _activation(prefix: str, q: Any, extras: Parts, options: Options) -> Activation | None:
     """Inputs quantized as the algorithm says: with a stored scale, or per token for per-channel FP8."""
     algorithm = options.of(prefix)
     if algorithm in WEIGHT_ONLY:
@@ -233,7 +233,7 @@ def _activation(prefix: str, q: QTensor, extras: Parts, options: Options) -> Act
             raise FormatError(f"{prefix}.input_scale: found shape {extras['input_scale'].shape}, expected one number")
         if isinstance(q, Affine):
             return None  # SmoothQuant's int8 inputs: their rounding is described nowhere that could be checked
-        small = q.source.get("kind") == "nvfp4" and algorithm != "W4A8_NVFP4_FP8"  # type: ignore[union-attr]
+        small = q.source.get("kind") == "nvfp4" and algorithm != "W4A8_NVFP4_FP8"
         return Activation("nvfp4_static" if small else "fp8_static", ("input_scale",))
     if isinstance(q, NarrowFloat) and q.kind == "e4m3fn":
         if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
