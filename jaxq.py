@@ -18,7 +18,7 @@ def require_jq() -> ModuleType:
       ImportError: another `jq` is found in its place; the message names the file and the way out.
     """
     module = importlib.import_module("jq")
-    if not hasattr(module, "__path__") or not hasattr(module, "load_state"):
+    if not hasattr(module, "__path__") or "errors" not in vars(module):
         raise ImportError(
             f"`import jq` found {getattr(module, '__file__', None) or 'another package'}: that is PyPI's `jq`, the "
             "bindings of the JSON tool, not the jq of jaxq. Both have the same import name, so one environment can hold "
