@@ -13,18 +13,18 @@ transformers = pytest.importorskip("transformers")
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
-SIZES = dict(
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    hidden_size=64,
-    intermediate_size=96,
-    vocab_size=160,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+SIZES = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 160,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def build(folder: Path, model_type: str, dtype: Any = None, **options: Any) -> Any:

@@ -21,28 +21,28 @@ LLAMA3 = {
 }
 CASES = {
     "llama": ("llama", {}),
-    "llama-tied": ("llama", dict(tie_word_embeddings=True)),
-    "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
-    "llama-head-dim": ("llama", dict(head_dim=32, num_key_value_heads=1)),
-    "llama-no-gqa": ("llama", dict(num_key_value_heads=4)),
-    "llama-rope-linear": ("llama", dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("llama", {"head_dim": 32, "num_key_value_heads": 1}),
+    "llama-no-gqa": ("llama", {"num_key_value_heads": 4}),
+    "llama-rope-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "llama-rope-dynamic": (
         "llama",
-        dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=16),
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 16},
     ),
-    "llama-rope-llama3": ("llama", dict(rope_parameters=LLAMA3)),
-    "llama-rope-yarn": ("llama", dict(rope_parameters=YARN)),
+    "llama-rope-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-rope-yarn": ("llama", {"rope_parameters": YARN}),
     "llama-rope-yarn-mscale": (
         "llama",
-        dict(rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 16, "truncate": False}),
+        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 16, "truncate": False}},
     ),
-    "mistral": ("mistral", dict(sliding_window=None)),
-    "mistral-window": ("mistral", dict(sliding_window=7)),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 7}),
     "qwen2": ("qwen2", {}),
-    "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
-    "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)),
-    "qwen3": ("qwen3", dict(head_dim=32)),
-    "qwen3-biases": ("qwen3", dict(head_dim=16, attention_bias=True)),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3-biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
 }
 
 

@@ -1,0 +1,175 @@
+"""jq.load: what is held, what is refused, what is saved again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference_dirs import directories, stored
+
+import jq
+
+REFERENCE = directories()
+
+
+def write(folder: Path, tensors: dict, config: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    jq.save(jq.State(tensors, config), folder)
+    return folder
+
+
+def tiny(dtype=np.float32, **options) -> tuple[dict, dict]:
+    """Tensors and config of a random llama."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 48,
+        "rms_norm_eps": 1e-5,
+        **options,
+    }
+    rng = np.random.default_rng(0)
+
+    def one(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) * 0.2).astype(dtype)
+
+    tensors = {"model.embed_tokens.weight": one(48, 32), "model.norm.weight": one(32), "lm_head.weight": one(48, 32)}
+    for i in range(2):
+        p = f"model.layers.{i}."
+        tensors |= {
+            p + f"self_attn.{n}_proj.weight": one(*s)
+            for n, s in {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32)}.items()
+        }
+        tensors |= {
+            p + f"mlp.{n}_proj.weight": one(*s) for n, s in {"gate": (64, 32), "up": (64, 32), "down": (32, 64)}.items()
+        }
+        tensors |= {p + "input_layernorm.weight": one(32), p + "post_attention_layernorm.weight": one(32)}
+    return tensors, config
+
+
+@pytest.mark.parametrize("stored_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_dense_checkpoints_are_saved_byte_for_byte(stored_dtype: str, compute: str, tmp_path: Path) -> None:
+    tensors, config = tiny(jnp.dtype(stored_dtype))
+    tensors["model.norm.weight"][3] = np.nan
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    source = write(tmp_path / "in", tensors, config)
+    jq.save(jq.load(source, dtype=compute), tmp_path / "out")
+    assert stored(tmp_path / "out")[0] == stored(source)[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", [n for n in REFERENCE if n.startswith(("gptq", "ct-", "awq", "bnb", "hqq-4-axis1"))])
+def test_quantized_checkpoints_are_saved_byte_for_byte(name: str, packed: bool, tmp_path: Path) -> None:
+    folder = REFERENCE[name]
+    try:
+        model = jq.load(folder, packed=packed)
+    except jq.errors.UnsupportedError as e:
+        pytest.skip(str(e))
+    jq.save(model, tmp_path / "out")
+    assert stored(tmp_path / "out") == stored(folder)
+
+
+def test_packed_and_dense_give_the_same_logits() -> None:
+    folder = REFERENCE["gptq-4-g32-sym-descact"]
+    ids = np.arange(12)[None]
+    dense, packed = jq.load(folder), jq.load(folder, packed=True)
+    np.testing.assert_allclose(dense(ids), packed(ids), atol=1e-4)
+    assert set(jq.quantized(dense)) == set(jq.quantized(packed))
+    assert "model.layers.0.self_attn.q_proj" in jq.quantized(dense)
+
+
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
+    tensors, config = tiny()
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(jq.errors.CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: missing"):
+        jq.load(write(tmp_path, tensors, config))
+
+
+def test_leftover_tensors_are_named(tmp_path: Path) -> None:
+    tensors, config = tiny()
+    tensors["model.layers.1.mlp.extra.weight"] = np.ones((3, 3), np.float32)
+    with pytest.raises(jq.errors.CheckpointError, match=r"model\.layers\.1\.mlp\.extra\.weight: stored, but no part"):
+        jq.load(write(tmp_path, tensors, config))
+
+
+def test_wrong_shapes_are_named(tmp_path: Path) -> None:
+    tensors, config = tiny(intermediate_size=65)
+    with pytest.raises(
+        jq.errors.CheckpointError, match=r"gate_proj\.weight: found shape \(64, 32\), expected \(65, 32\)"
+    ):
+        jq.load(write(tmp_path, tensors, config))
+
+
+def test_unknown_families_are_refused_with_what_works(tmp_path: Path) -> None:
+    tensors, config = tiny()
+    with pytest.raises(jq.errors.UnsupportedError, match=r"'mamba'.*llama, .*jq\.load_state"):
+        jq.load(write(tmp_path, tensors, config | {"model_type": "mamba"}))
+
+
+def test_tied_head_and_stored_head(tmp_path: Path) -> None:
+    tensors, config = tiny(tie_word_embeddings=True)
+    ids = np.arange(6)[None]
+    both = jq.load(write(tmp_path / "both", tensors, config))
+    assert both.lm_head is not None  # stored beside the embedding: both are used, as transformers does
+    del tensors["lm_head.weight"]
+    tied = jq.load(write(tmp_path / "tied", tensors, config))
+    assert tied.lm_head is None
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    same = jq.load(write(tmp_path / "same", tensors, config | {"tie_word_embeddings": False}))
+    np.testing.assert_allclose(tied(ids), same(ids), atol=1e-5)
+
+
+def test_quantized_head_of_a_tied_model(tmp_path: Path) -> None:
+    folder = REFERENCE.get("gptq-dynamic-lmhead")
+    if folder is None:
+        pytest.skip("the directory gptq-dynamic-lmhead was not found")
+    state = jq.load_state(folder)
+    model = jq.load(jq.State(dict(state), state.config | {"tie_word_embeddings": True}))
+    np.testing.assert_array_equal(model(np.arange(9)), jq.load(folder)(np.arange(9)))
+
+
+def test_models_are_ordinary_nnx_modules(tmp_path: Path) -> None:
+    tensors, config = tiny()
+    model = jq.load(write(tmp_path, tensors, config))
+    ids = jnp.arange(6)[None]
+    want = model(ids)
+    graph, state = nnx.split(model)
+    np.testing.assert_array_equal(nnx.merge(graph, state)(ids), want)
+    np.testing.assert_allclose(nnx.jit(lambda m, i: m(i))(model, ids), want, atol=1e-5)
+    grads = nnx.grad(lambda m: m(ids).mean())(model)
+    norms = [float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)]
+    assert len(norms) == len(tensors) and min(norms) > 0
+
+
+def test_changed_weights_are_what_is_saved(tmp_path: Path) -> None:
+    tensors, config = tiny(np.float16)
+    model = jq.load(write(tmp_path / "in", tensors, config))
+    model.model.norm.weight.set_value(jnp.full(32, 2.0))
+    jq.save(model, tmp_path / "out")
+    again = jq.load_state(tmp_path / "out")
+    assert again["model.norm.weight"].dtype == np.float16
+    assert (np.asarray(again["model.norm.weight"]) == 2).all()
+
+
+def test_checkpoint_cache_scales_are_used() -> None:
+    folder = REFERENCE.get("ct-kv-fp8")
+    if folder is None:
+        pytest.skip("the directory ct-kv-fp8 was not found")
+    model = jq.load(folder)
+    attention = model.model.layers[0].self_attn
+    assert attention.cache_dtype == "float8_e4m3"
+    cache = attention.empty_cache(1, 16)[0]
+    assert cache.codes.dtype == jnp.float8_e4m3fn and cache.scales is None
+    assert float(attention.k_scale.get_value()[0]) > 0
+    tokens = model.generate(np.arange(3, 15)[None], 8, eos_token_id=-5)
+    np.testing.assert_array_equal(np.asarray(model(tokens))[:, 11:-1].argmax(-1), tokens[:, 12:])
+    plain = jq.load(folder, quantize_activations=False)
+    assert plain.model.layers[0].self_attn.cache_dtype == "float32"
