@@ -57,9 +57,11 @@ class JqExperts(Packed):
         return bool(self._packed)
 
     def num_weights(self) -> int:
-        dense = {name for name in self.shapes if name not in self.packed_parameters}
-        held = sum(p.numel() for n, p in self.named_parameters(recurse=False) if n in dense)
-        return held + sum(int(np.prod(self.shapes[name])) for name in self.packed_parameters)
+        return sum(int(np.prod(self.shapes[name])) for name in self.packed_parameters)
+
+    def packed_names(self) -> list[str]:
+        known = set(self.shapes) - set(self.packed_parameters)
+        return [name for name, _ in self.named_parameters(recurse=False) if name not in known]
 
     def pack(self) -> None:
         """Stored tensors -> one QTensor a part."""

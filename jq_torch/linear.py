@@ -87,6 +87,10 @@ class Packed(nn.Module):
             tree, [bridge.numpy_leaf(t, leaf.dtype) for t, leaf in zip(tensors, leaves, strict=True)]
         )
 
+    def packed_names(self) -> list[str]:
+        """Parameters that hold packed bits, all but the float ones that the model itself knows."""
+        return [name for name, _ in self.named_parameters(recurse=False) if name != "bias"]
+
     def num_weights(self) -> int:
         """Number of weights that the packed parameters stand for."""
         raise NotImplementedError

@@ -102,29 +102,37 @@ def install() -> None:
         return create(lora_config, adapter_name, target, **kwargs)
 
     LoraModel._create_new_module = staticmethod(create_new_module)
-    allowed = LoraModel._check_merge_allowed
+    names = [f"peft.tuners.{m.name}" for m in pkgutil.iter_modules(peft.tuners.__path__) if m.ispkg]
+    for name in names:
+        module = sys.modules.get(f"{name}.model")
+        for model in list(vars(module).values()) if module is not None else ():
+            if isinstance(model, type) and "_check_merge_allowed" in vars(model):
+                model._check_merge_allowed = _merge_allowed(model._check_merge_allowed)  # type: ignore[attr-defined]
+    _install_backend(names)
 
-    @functools.wraps(allowed)
-    def check_merge_allowed(self: Any) -> None:
-        """The original refuses every model that calls itself GPTQ; ours can merge."""
+
+def _merge_allowed(original: Any) -> Any:
+    """The original refuses every model that calls itself GPTQ; ours can merge."""
+
+    @functools.wraps(original)
+    def check(self: Any) -> Any:
         method = getattr(self.model, "quantization_method", None)
         if method != "gptq" or not any(isinstance(m, JqLinear) for m in self.model.modules()):
-            return allowed(self)
+            return original(self)
         self.model.quantization_method = None
         try:
-            return allowed(self)
+            return original(self)
         finally:
             self.model.quantization_method = method
 
-    LoraModel._check_merge_allowed = check_merge_allowed
-    _install_backend(peft.tuners)
+    return check
 
 
 def _given(kwargs: dict[str, Any]) -> set[str]:
     return {k for k, v in kwargs.items() if v is not None}
 
 
-def _install_backend(tuners: Any) -> None:
+def _install_backend(names: list[str]) -> None:
     """`resolve_quantization_backend` is imported by name into each tuner's module."""
     import peft.utils.quantization_utils as source
 
@@ -136,7 +144,6 @@ def _install_backend(tuners: Any) -> None:
     def resolve(base_layer: nn.Module, **kwargs: Any) -> Any:
         return _backend() if isinstance(base_layer, JqLinear) else original(base_layer, **kwargs)
 
-    names = [f"peft.tuners.{m.name}" for m in pkgutil.iter_modules(tuners.__path__) if m.ispkg]
     for name in ("peft.utils", source.__name__, *[f"{n}.{part}" for n in names for part in ("layer", "model")]):
         module = sys.modules.get(name)
         if module is not None and getattr(module, "resolve_quantization_backend", None) is original:

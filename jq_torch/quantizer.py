@@ -220,9 +220,8 @@ class JqQuantizer(HfQuantizer):
         for path, module in model.named_modules():
             if not isinstance(module, Packed):
                 continue
-            for name, _ in module.named_parameters(recurse=False):
-                if name != "bias":
-                    state.pop(f"{path}.{name}", None)
+            for name in module.packed_names():
+                state.pop(f"{path}.{name}", None)
             with _materialised(module):
                 for name, array in module.dump(path):
                     tensor = bridge.tensor_of(array)

@@ -166,9 +166,8 @@ def _count_weights() -> None:
             return total
         for module in self.modules():
             if isinstance(module, Packed):
-                total += module.num_weights() - sum(
-                    p.numel() for n, p in module.named_parameters(recurse=False) if n != "bias"
-                )
+                packed = sum(getattr(module, name).numel() for name in module.packed_names())
+                total += module.num_weights() - packed
         return total
 
     num_parameters._jq = True  # type: ignore[attr-defined]

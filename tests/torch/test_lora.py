@@ -1,0 +1,166 @@
+"""peft on packed layers: train, save, reload, merge; the base never moves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import ids, save_pair
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import jq
+import jq_torch
+from jq_torch.linear import JqLinear
+
+peft = pytest.importorskip("peft", reason="LoRA tests need peft")
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("lora")
+    save_pair(LlamaForCausalLM(LlamaConfig(**SIZES)), path, lambda name: "_proj" in name)
+    return path
+
+
+def load(folder, kind="packed"):
+    with jq_torch.enable():
+        return AutoModelForCausalLM.from_pretrained(folder / kind)
+
+
+def adapted(folder, **options):
+    torch.manual_seed(1)
+    return peft.get_peft_model(load(folder), peft.LoraConfig(**{"target_modules": "all-linear", **LORA, **options}))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(ids()).logits
+
+
+def test_all_linear_finds_packed_layers_and_training_lowers_the_loss(folder):
+    model = adapted(folder, init_lora_weights=True)
+    layers = [m for m in model.modules() if isinstance(m, JqLinear)]
+    assert len(layers) == 14
+    before = copy.deepcopy({n: p.detach() for n, p in model.named_parameters() if "lora_" not in n})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(ids(), labels=ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+def test_gradients_equal_those_on_the_dense_base(folder):
+    packed = adapted(folder)
+    torch.manual_seed(1)
+    dense = peft.get_peft_model(load(folder, "dense"), peft.LoraConfig(target_modules="all-linear", **LORA))
+    for model in (packed, dense):
+        model(ids(), labels=ids()).loss.backward()
+    other = dict(dense.named_parameters())
+    for name, parameter in packed.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, other[name].grad, rtol=2e-3, atol=1e-6)
+
+
+def test_adapter_is_saved_and_loaded(folder, tmp_path):
+    model = adapted(folder)
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(load(folder), tmp_path)), want)
+    plain = load(folder)
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(logits(plain), want)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merge_and_unmerge(folder, safe):
+    model = adapted(folder)
+    want = logits(model)
+    model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), want)
+    assert sum(isinstance(m, JqLinear) for m in model.modules()) == 14
+    merged = model.merge_and_unload(safe_merge=safe)
+    torch.testing.assert_close(logits(merged), want, rtol=1e-3, atol=1e-4)
+    assert not any(isinstance(m, JqLinear) for m in merged.modules())
+
+
+def test_dora_reads_the_dequantized_weight(folder):
+    model = adapted(folder, use_dora=True)
+    want = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tuner", ["OFTConfig", "VeraConfig", "MissConfig"])
+def test_other_tuners_merge(folder, tuner):
+    torch.manual_seed(2)
+    kind = getattr(peft, tuner)
+    options = {"r": 0, "oft_block_size": 8} if tuner == "OFTConfig" else {"r": 4}
+    model = peft.get_peft_model(load(folder), kind(target_modules=["q_proj"], **options))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.02) if "lambda" not in name else None
+    want = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), want, rtol=1e-3, atol=1e-4)
+
+
+def test_preparation_for_kbit_training_keeps_the_packed_bits(folder):
+    model = load(folder)
+    want = logits(model)
+    before = {n: p.clone() for n, p in model.named_parameters() if ".q_" in n}
+    prepared = peft.prepare_model_for_kbit_training(model)
+    after = dict(prepared.named_parameters())
+    assert before and all(after[n].dtype == p.dtype and torch.equal(after[n], p) for n, p in before.items())
+    assert torch.equal(logits(prepared), want)
+    prepared.gradient_checkpointing_enable()
+    prepared.enable_input_require_grads()
+    trained = peft.get_peft_model(prepared, peft.LoraConfig(target_modules=["q_proj"], **LORA)).train()
+    trained(ids(), labels=ids()).loss.backward()
+    assert all(p.grad is not None for p in trained.parameters() if p.requires_grad)
+
+
+def test_trainer_refuses_the_bare_base_and_trains_adapters(folder, tmp_path):
+    options = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, per_device_train_batch_size=2, save_strategy="no"
+    )
+    data = [{"input_ids": row, "labels": row} for row in ids()]
+    with pytest.raises(ValueError, match="quantized"):
+        Trainer(model=load(folder), args=options, train_dataset=data)
+    assert Trainer(model=adapted(folder), args=options, train_dataset=data).train().training_loss > 0
+
+
+def test_a_merged_model_is_saved_dense_and_loads_again(folder, tmp_path):
+    merged = adapted(folder, target_modules=["q_proj"]).merge_and_unload()
+    want = logits(merged)
+    merged.save_pretrained(tmp_path)
+    with jq_torch.enable():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sum(isinstance(m, JqLinear) for m in again.modules()) == 12
+    assert torch.equal(logits(again), want)
+
+
+def test_quantized_while_loading_then_trained(folder):
+    with jq_torch.enable():
+        config = jq_torch.JqConfig(jq.RTN(group_size=32))
+        base = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["v_proj"], **LORA))
+    model(ids(), labels=ids()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
