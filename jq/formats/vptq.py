@@ -386,7 +386,7 @@ def dump(q: VectorCodebook) -> Parts:
 def _by_group(q: VectorCodebook, groups: int) -> np.ndarray:
     """Indices int64[G, rows, columns / G]."""
     codes = np.asarray(q.unpack())[..., 0].astype(np.int64)
-    return codes.reshape(codes.shape[0], groups, -1).swapaxes(0, 1)
+    return np.ascontiguousarray(codes.reshape(codes.shape[0], groups, codes.shape[1] // groups).swapaxes(0, 1))
 
 
 FORMAT = Format(
