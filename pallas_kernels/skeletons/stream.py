@@ -25,11 +25,16 @@ from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
 from pallas_kernels.decode import DECODES, affine
+from pallas_kernels.decode.scaled import as_floats, shifts
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form, Packed
 from pallas_kernels.ptx import Int
 
 SMEM_BYTES = 227 * 1024
 MAX_ROWS = 16
+# Exchange buffers. A warp writes sums of batch b + 4 into the buffer of batch b: by then it has seen batch b + 2
+# complete, so every warp has sent batch b + 2, which each does after it has read batch b.
+BUFFERS = 4
+PARTIALS_BYTES = 32 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +125,16 @@ class Plan:
     def stages(self) -> int:
         """Slots of a warp's ring: what the configuration asks for, less where the work or the memory is smaller."""
         most = -(-self.pieces // self.parts) * -(-self.tiles // self.clusters)
-        room = (SMEM_BYTES - 4096 - self.fixed_bytes - self.parts * self.partial_bytes) // self.config.warps
-        return max(2, min(min(self.config.ring_bytes // self.config.warps, room) // self.stage_bytes, most))
+        room = (
+            SMEM_BYTES - 4096 - self.fixed_bytes - BUFFERS * self.owned * self.parts * self.partial_bytes
+        ) // self.config.warps
+        return max(2, min(min(self.config.ring_bytes // self.config.warps, room) // self.stage_bytes, most, 32))
+
+    @property
+    def owned(self) -> int:
+        """Tiles that a block adds up at once."""
+        most = -(-self.tiles // self.clusters // self.config.cluster)
+        return max(1, min(PARTIALS_BYTES // (BUFFERS * self.parts * self.partial_bytes), most))
 
     @property
     def fixed_bytes(self) -> int:
@@ -156,7 +169,7 @@ class Plan:
 
     @functools.cached_property
     def layout(self) -> dict[str, int]:
-        """Offsets in shared memory; "owned" is the number of tiles a block adds up at once, "bytes" the whole."""
+        """Offsets in shared memory; "bytes" is the whole."""
         at, out = 0, {}
 
         def put(name: str, nbytes: int) -> None:
@@ -165,14 +178,11 @@ class Plan:
             at += -(-nbytes // 128) * 128
 
         put("ring", self.config.warps * self.stages * self.stage_bytes)
-        put("barriers", 8 * (self.config.warps * self.stages + 2))
+        put("barriers", 8 * (self.config.warps * self.stages + 1 + BUFFERS))
         put("x", self.m * self.x_pitch)
         put("tables", DECODES[self.form.kind].shared_bytes(self.form))
         put("table2", 1024 if self.form.scale == "u8" else 0)
-        per_tile = self.parts * self.partial_bytes
-        owned = min(-(-self.tiles // self.clusters // self.config.cluster), (SMEM_BYTES - at) // per_tile)
-        out["owned"] = max(owned, 1)
-        put("partials", out["owned"] * per_tile)
+        put("partials", BUFFERS * self.owned * self.parts * self.partial_bytes)
         out["bytes"] = at
         return out
 
@@ -211,7 +221,9 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
             arrays.append(array.reshape(1) if array.ndim == 0 else array)
     stacked = {name for name in names if layer is not None and name not in ("x", "bias", "layer")}
     strides = {
-        name: math.prod(a.shape[1:]) * a.dtype.itemsize for name, a in zip(names, arrays, strict=True) if name in stacked
+        name: math.prod(a.shape[1:]) * a.dtype.itemsize
+        for name, a in zip(names, arrays, strict=True)
+        if name in stacked
     }
 
     def body(*refs: Any) -> None:
@@ -264,7 +276,7 @@ class _Kernel:
         self.ring = shared + at["ring"] + self.warp * (plan.stages * plan.stage_bytes)
         self.bars = shared + at["barriers"] + self.warp * (plan.stages * 8)
         self.x_bar = shared + at["barriers"] + c.warps * plan.stages * 8
-        self.sum_bar = self.x_bar + 8
+        self.sum_bars = self.x_bar + 8
         self.x, self.tables, self.table2 = shared + at["x"], shared + at["tables"], shared + at["table2"]
         self.partials = shared + at["partials"]
         self.policy = ptx.evict_first() if c.hint else None
@@ -273,17 +285,16 @@ class _Kernel:
 
     def run(self) -> None:
         plan, cluster = self.plan, self.plan.config.cluster
-        next_tile, next_piece = self.start_ring()
+        warps = plan.config.warps
         with ptx.when(self.thread == 0):
             ptx.barrier_init(self.x_bar, 1)
-            ptx.barrier_init(self.sum_bar, 1)
+            for i in range(BUFFERS):
+                ptx.barrier_init(self.sum_bars + 8 * i, 1 if cluster > 1 else warps)
             ptx.fence_barrier_init()
         if not plan.gathered:
-            with ptx.when(self.thread == 0):
-                self.copy_x()
-        self.decode.fill(
-            plan.form, plan.dtype, self.tables, self.pointers.get("table"), self.thread, plan.config.warps * 32
-        )
+            self.copy_x()
+        state = self.start_ring()
+        self.decode.fill(plan.form, plan.dtype, self.tables, self.pointers.get("table"), self.thread, warps * 32)
         if plan.form.scale == "u8":
             self.fill_table2()
         if plan.gathered:
@@ -298,50 +309,70 @@ class _Kernel:
         if not plan.gathered:
             ptx.barrier_wait(self.x_bar, 0)
 
-        batch = plan.layout["owned"] * cluster  # tiles between two exchanges
-        state = [Int(0), Int(0), next_tile, next_piece]  # slot, parity, and what to fetch next
-        if batch >= -(-plan.tiles // plan.clusters):
-            self.batch(Int(0), self.my_tiles, Int(0), state)
-            return
+        size = plan.owned * cluster  # tiles of a batch
+        batches = (self.my_tiles + (size - 1)) // size
 
-        def body(first: Int, carry: list[Any]) -> list[Any]:
-            last = ptx.select(first + batch < self.my_tiles, first + batch, self.my_tiles)
-            state = self.batch(first, last, carry[-1], carry[:-1])
+        def batch(b: Int, state: list[Any]) -> list[Any]:
+            first = b * size
+            last = ptx.select(first + size < self.my_tiles, first + size, self.my_tiles)
             if cluster > 1:
-                ptx.cluster_arrive()
-                ptx.cluster_wait()
-            else:
-                ptx.sync_block()
-            return [*state, carry[-1] ^ 1]
+                with ptx.when(ptx.select(self.thread == 0, 1, 0) & ptx.select(b < batches, 1, 0) == 1):
+                    nbytes = self.owned_of(first) * (plan.parts * plan.partial_bytes)
+                    ptx.barrier_expect(self.sum_bars + (b & (BUFFERS - 1)) * 8, nbytes)
 
-        # every block of a cluster has the same number of tiles, so all meet at the cluster barrier
-        ptx.loop(0, self.my_tiles, batch, [*state, Int(0)], body)
+            def tile(t: Int, carry: list[Any]) -> list[Any]:
+                sums, carry = self.tile(t, carry)
+                self.send(b, t - first, sums)
+                return carry
+
+            state = ptx.loop(first, last, 1, state, tile)
+            if cluster == 1:
+                ptx.sync_warp()
+                with ptx.when(ptx.select(self.leader, 1, 0) & ptx.select(b < batches, 1, 0) == 1):
+                    ptx.barrier_arrive(self.sum_bars + (b & (BUFFERS - 1)) * 8)
+            with ptx.when(Int(0) < b):
+                self.finish(b - 1)
+            return state
+
+        # one turn more than there are batches: sums of a batch are added while the next one streams
+        ptx.loop(0, batches + 1, 1, state, batch)
+
+    def owned_of(self, first: Int) -> Int:
+        """Tiles of the batch that begins at `first` (a multiple of the cluster) that this block adds up."""
+        plan, cluster = self.plan, self.plan.config.cluster
+        size = plan.owned * cluster
+        count = ptx.select(first + size < self.my_tiles, size, self.my_tiles - first)
+        return (count + (cluster - 1) - self.rank) // cluster if cluster > 1 else count
 
     # ---- copies
 
-    def start_ring(self) -> tuple[Int, Int]:
-        """Initialises the ring's barriers and sends the first copies; returns the tile and piece to fetch next."""
+    def start_ring(self) -> list[Int]:
+        """Initialises the ring's barriers and sends the first copies, one lane a slot.
+
+        Returns:
+          state of the ring: slot, parity, and the tile and piece to fetch next.
+        """
         plan = self.plan
-        with ptx.when(self.leader):
-            for i in range(plan.stages):
-                ptx.barrier_init(self.bars + 8 * i, 1)
+        count = ptx.select(self.count == 0, 1, self.count)
+        tile, piece = self.lane // count, self.lane % count
+        with ptx.when(self.lane < plan.stages):
+            ptx.barrier_init(self.bars + 8 * self.lane, 1)
             ptx.fence_barrier_init()
+            self.fetch(self.lane, tile, piece, True)
         ptx.sync_warp()
-        tile, piece = Int(0), Int(0)
-        for i in range(plan.stages):
-            self.fetch(Int(i), tile, piece)
-            tile, piece = self.advance(tile, piece)
-        return tile, piece
+        return [Int(0), Int(0), Int(plan.stages) // count, Int(plan.stages) % count]
 
     def advance(self, tile: Int, piece: Int) -> tuple[Int, Int]:
         last = (piece + 1) == self.count
         return tile + ptx.select(last, 1, 0), ptx.select(last, 0, piece + 1)
 
-    def fetch(self, slot: Int, tile: Int, piece: Int) -> None:
+    def fetch(self, slot: Int, tile: Int, piece: Int, every_lane: bool = False) -> None:
         """Sends the copies of one piece (codes, scales, zeros) into a slot of the ring, if the tile exists."""
         plan, form = self.plan, self.plan.form
         exists = ptx.select(tile < self.my_tiles, 1, 0) & ptx.select(self.count == 0, 0, 1)
-        with ptx.when(exists & ptx.select(self.leader, 1, 0) == 1):
+        if not every_lane:
+            exists = exists & ptx.select(self.leader, 1, 0)
+        with ptx.when(exists == 1):
             bar, to = self.bars + slot * 8, self.ring + slot * plan.stage_bytes
             row = self.first_tile + tile * plan.clusters
             at = self.begin + piece
@@ -363,17 +394,19 @@ class _Kernel:
         return piece * (span // form.group) if span >= form.group else piece // (form.group // span)
 
     def copy_x(self) -> None:
-        """One thread: the block's part of every row of x."""
+        """The block's part of every row of x, one lane of the first warp a row."""
         plan = self.plan
         begin = self.block_begin * (plan.chunks * CHUNK)
         end = self.block_end * (plan.chunks * CHUNK)
         end = ptx.select(end < plan.k, end, plan.k)
         nbytes = (end - begin) * 2
-        ptx.barrier_expect(self.x_bar, nbytes * plan.m)
-        with ptx.when(ptx.select(nbytes == 0, 1, 0) == 0):
-            for row in range(plan.m):
-                source = ptx.address(self.pointers["x"], begin + row * plan.k, 2)
-                ptx.bulk_copy(self.x + row * plan.x_pitch, source, nbytes, self.x_bar)
+        with ptx.when(self.warp == 0):
+            with ptx.when(self.leader):
+                ptx.barrier_expect(self.x_bar, nbytes * plan.m)
+            ptx.sync_warp()
+            with ptx.when(ptx.select(self.lane < plan.m, 1, 0) & ptx.select(nbytes == 0, 0, 1) == 1):
+                source = ptx.address(self.pointers["x"], begin + self.lane * plan.k, 2)
+                ptx.bulk_copy(self.x + self.lane * plan.x_pitch, source, nbytes, self.x_bar)
 
     def pad_x(self) -> None:
         """Zeros behind the last input, where K is not a multiple of 64 (the codes there are padding)."""
@@ -414,30 +447,6 @@ class _Kernel:
 
     # ---- arithmetic
 
-    def batch(self, first: Int, last: Int, parity: Int, state: list[Int]) -> list[Int]:
-        """Tiles [first, last) of this cluster: partial sums, exchange, sums, output."""
-        plan, cluster = self.plan, self.plan.config.cluster
-        if cluster > 1:
-            # tiles of the batch that this block owns: those with tile % cluster == rank (`first` is a multiple)
-            owned = (last - first + (cluster - 1) - self.rank) // cluster
-            with ptx.when(self.thread == 0):
-                ptx.barrier_expect(self.sum_bar, owned * (plan.parts * plan.partial_bytes))
-        else:
-            owned = last - first
-
-        def tile(t: Int, carry: list[Int]) -> list[Int]:
-            sums, carry = self.tile(t, carry)
-            self.send(t - first, sums)
-            return carry
-
-        state = ptx.loop(first, last, 1, state, tile)
-        if cluster > 1:
-            ptx.barrier_wait(self.sum_bar, parity)
-        else:
-            ptx.sync_block()
-        self.finish(first, owned)
-        return state
-
     def tile(self, t: Int, state: list[Int]) -> tuple[list[ir.Value], list[Int]]:
         """This warp's partial sums of tile t: for each 8 rows of x the four accumulators of an m16n8 product."""
         plan = self.plan
@@ -449,7 +458,9 @@ class _Kernel:
             ptx.barrier_wait(self.bars + slot * 8, parity)
             at = self.ring + slot * plan.stage_bytes
             words = [
-                ptx.load_shared(at + c * plan.form.chunk_bytes + self.lane * (plan.form.bits * 4), "u32", plan.form.bits)
+                ptx.load_shared(
+                    at + c * plan.form.chunk_bytes + self.lane * (plan.form.bits * 4), "u32", plan.form.bits
+                )
                 for c in range(plan.chunks)
             ]
             params = [self.load_params(at, g) for g in range(plan.piece_groups)]
@@ -511,16 +522,8 @@ class _Kernel:
         if form.zero == "u8" and form.zero_form == "code":
             out["zero"] = affine.integer_zeros(self.plan.dtype, stored[1][0])
         elif form.zero:
-            zeros = as_floats(form.zero, stored[1])
-            point = ptx.as_float(_float_bits(form.zero_point))
             # (code - zero) * scale = (code - point) * scale + shift, and the like; shift meets the sum of x
-            out["shift"] = []
-            for scale, z in zip(scales, zeros):
-                if form.zero_form == "code":
-                    out["shift"].append(ptx.mul(scale, ptx.fma(z, ptx.as_float(_float_bits(-1)), point)))
-                else:
-                    sign = ptx.as_float(_float_bits(-1 if form.zero_form == "minus" else 1))
-                    out["shift"].append(ptx.fma(scale, point, ptx.mul(sign, z)))
+            out["shift"] = shifts(form, scales, as_floats(form.zero, stored[1]))
         return out
 
     def chunk(self, sums: list[Any], words: list[ir.Value], params: list[dict], k_chunk: Int, c: int) -> list[Any]:
@@ -564,12 +567,13 @@ class _Kernel:
 
     # ---- exchange and output
 
-    def send(self, t: Int, sums: list[ir.Value]) -> None:
-        """Partial sums of tile t of the batch to the block that owns it."""
+    def send(self, b: Int, t: Int, sums: list[ir.Value]) -> None:
+        """Partial sums of tile t of batch b to the block that owns it."""
         plan, cluster = self.plan, self.plan.config.cluster
         slot = t // cluster if cluster > 1 else t
-        at = self.partials + (slot * plan.parts + self.part) * plan.partial_bytes
-        bar = self.sum_bar
+        buffer = b & (BUFFERS - 1)
+        at = self.partials + ((buffer * plan.owned + slot) * plan.parts + self.part) * plan.partial_bytes
+        bar = self.sum_bars + buffer * 8
         if cluster > 1:
             owner = t % cluster
             at, bar = ptx.remote(at, owner), ptx.remote(bar, owner)
@@ -587,50 +591,35 @@ class _Kernel:
         for column in range(plan.columns):
             store(at + column * 512 + self.lane * 16, sums[4 * column : 4 * column + 4])
 
-    def finish(self, first: Int, owned: Int) -> None:
-        """Adds the parts of each owned tile in order and writes y."""
+    def finish(self, b: Int) -> None:
+        """Adds the parts of each owned tile of batch b in order, and writes y."""
         plan, cluster = self.plan, self.plan.config.cluster
+        first, buffer = b * (plan.owned * cluster), b & (BUFFERS - 1)
+        ptx.barrier_wait(self.sum_bars + buffer * 8, (b // BUFFERS) & 1)
+        # an item is what one lane holds of a tile: rows g, g + 8 (and columns 2t, 2t + 1 of 8 rows of x)
+        width, per_tile = (2, 8) if plan.m == 1 else (4, 32 * plan.columns)
 
         def item(i: Int, carry: list[Any]) -> list[Any]:
-            slot, rest = i // (ROWS * plan.m), i % (ROWS * plan.m)
-            row, column = rest % ROWS, rest // ROWS
-            at = self.partials + slot * (plan.parts * plan.partial_bytes)
-            if plan.m == 1:
-                at = at + (row & 7) * 8 + (row >> 3) * 4
-            else:
-                lane = (row & 7) * 4 + ((column & 7) >> 1)
-                at = at + (column >> 3) * 512 + lane * 16 + (row >> 3) * 8 + (column & 1) * 4
-            total = ptx.zero()
+            slot, rest = i // per_tile, i % per_tile
+            at = self.partials + (buffer * plan.owned + slot) * (plan.parts * plan.partial_bytes) + rest * (4 * width)
+            totals = [ptx.zero()] * width
             for p in range(plan.parts):
-                total = ptx.add(total, ptx.load_shared(at + p * plan.partial_bytes, "f32")[0])
+                part = ptx.load_shared(at + p * plan.partial_bytes, "f32", width)
+                totals = [ptx.add(x, y) for x, y in zip(totals, part)]
             tile = self.first_tile + (first + slot * cluster + self.rank) * plan.clusters
-            n = tile * ROWS + row
-            with ptx.when(n < plan.n):
-                if "bias" in self.pointers:
-                    total = ptx.add(total, ptx.load_global(ptx.address(self.pointers["bias"], n, 4), "f32"))
-                text = f"{{ .reg .b16 h; cvt.rn.{plan.dtype}.f32 h, $1; st.global.b16 [$0], h; }}"
-                ptx.asm([], text, ptx.address(self.pointers["y"], column * plan.n + n, 2), total)
+            lane = rest & 31
+            for e, total in enumerate(totals):
+                if plan.m == 1:
+                    n, column = tile * ROWS + rest + 8 * e, Int(0)
+                else:
+                    n = tile * ROWS + (lane >> 2) + 8 * (e // 2)
+                    column = (rest >> 5) * 8 + (lane & 3) * 2 + e % 2
+                inside = ptx.select(n < plan.n, 1, 0) & ptx.select(column < plan.m, 1, 0)
+                with ptx.when(inside == 1):
+                    if "bias" in self.pointers:
+                        total = ptx.add(total, ptx.load_global(ptx.address(self.pointers["bias"], n, 4), "f32"))
+                    text = f"{{ .reg .b16 h; cvt.rn.{plan.dtype}.f32 h, $1; st.global.b16 [$0], h; }}"
+                    ptx.asm([], text, ptx.address(self.pointers["y"], column * plan.n + n, 2), total)
             return carry
 
-        ptx.loop(self.thread, owned * (ROWS * plan.m), plan.config.warps * 32, [], item)
-
-
-def as_floats(kind: str, stored: list[ir.Value]) -> list[ir.Value]:
-    """Two stored parameters (rows g and g + 8) as float32."""
-    if kind == "f32":
-        return list(stored)
-    pair = Int(stored[0])
-    if kind == "bf16":
-        return [ptx.as_float(pair << 16), ptx.as_float(pair & 0xFFFF0000)]
-    if kind == "u8":
-        return [
-            ptx.asm([ptx.f32()], "cvt.rn.f32.u32 $0, $1;", half, pure=True)[0] for half in (pair & 255, pair >> 8)
-        ]
-    text = "{{ .reg .b16 lo, hi; mov.b32 {{lo, hi}}, $1; cvt.f32.f16 $0, {}; }}"
-    return [ptx.asm([ptx.f32()], text.format(half), pair, pure=True)[0] for half in ("lo", "hi")]
-
-
-def _float_bits(value: float) -> int:
-    import struct
-
-    return struct.unpack("<I", struct.pack("<f", value))[0]
+        ptx.loop(self.thread, self.owned_of(first) * per_tile, plan.config.warps * 32, [], item)

@@ -1,0 +1,69 @@
+"""Weights with their scale, as 16-bit floats: what wgmma takes, where one accumulator runs over all groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlib.mlir import ir
+
+from pallas_kernels import ptx
+from pallas_kernels.decode import affine, codebook
+from pallas_kernels.form import Form
+from pallas_kernels.ptx import Int
+
+
+def as_floats(kind: str, stored: Sequence[ir.Value]) -> list[ir.Value]:
+    """Two stored parameters (rows g and g + 8) as float32."""
+    if kind == "f32":
+        return list(stored)
+    pair = Int(stored[0])
+    if kind == "bf16":
+        return [ptx.as_float(pair << 16), ptx.as_float(pair & 0xFFFF0000)]
+    if kind == "u8":
+        return [ptx.asm([ptx.f32()], "cvt.rn.f32.u32 $0, $1;", half, pure=True)[0] for half in (pair & 255, pair >> 8)]
+    text = "{{ .reg .b16 lo, hi; mov.b32 {{lo, hi}}, $1; cvt.f32.f16 $0, {}; }}"
+    return [ptx.asm([ptx.f32()], text.format(half), pair, pure=True)[0] for half in ("lo", "hi")]
+
+
+def twice(kind: str, dtype: str, stored: Sequence[ir.Value]) -> list[ir.Value]:
+    """Two stored parameters, each in both halves of a register of `dtype`."""
+    if kind == dtype:
+        text = "prmt.b32 $0, $1, $1, {};"
+        return [ptx.asm([ptx.i32()], text.format(s), stored[0], pure=True)[0] for s in ("0x1010", "0x3232")]
+    return [ptx.pack_pair(v, v, dtype) for v in as_floats(kind, stored)]
+
+
+def shifts(form: Form, scale: Sequence[ir.Value], zero: Sequence[ir.Value]) -> list[ir.Value]:
+    """What a zero adds to (code - form.zero_point) * scale, float32."""
+    point, minus = ptx.constant(form.zero_point), ptx.constant(-1)
+    if form.zero_form == "code":
+        return [ptx.mul(s, ptx.fma(z, minus, point)) for s, z in zip(scale, zero)]
+    sign = minus if form.zero_form == "minus" else ptx.constant(1)
+    return [ptx.fma(s, point, ptx.mul(sign, z)) for s, z in zip(scale, zero)]
+
+
+def scaled_fragment(
+    form: Form, dtype: str, words: Sequence[ir.Value], params: Sequence[Sequence[ir.Value]], table: Int
+) -> list[ir.Value]:
+    """Words of one or more k16 steps -> weights, four registers a step.
+
+    Args:
+      params: stored scales (and zeros) of rows g and g + 8.
+      table: shared-memory address of the codebook's pairs plus four times the lane.
+    """
+    kind = f"{dtype}x2"
+    scale = twice(form.scale, dtype, params[0])
+    if form.kind == "codebook":
+        values = codebook.fragment(form, dtype, words, None, table)
+    elif form.zero == "u8" and form.zero_form == "code":
+        values = affine.fragment(form, dtype, words, affine.integer_zeros(dtype, params[1][0]))
+    else:
+        values = affine.fragment(form, dtype, words, None)
+        if form.zero:
+            shift = shifts(form, as_floats(form.scale, params[0]), as_floats(form.zero, params[1]))
+            add = [ptx.pack_pair(s, s, dtype) for s in shift]
+            text = f"fma.rn.{kind} $0, $1, $2, $3;"
+            return [ptx.asm([ptx.i32()], text, v, scale[i % 2], add[i % 2], pure=True)[0] for i, v in enumerate(values)]
+    text = f"mul.rn.{kind} $0, $1, $2;"
+    return [ptx.asm([ptx.i32()], text, v, scale[i % 2], pure=True)[0] for i, v in enumerate(values)]

@@ -1,0 +1,527 @@
+"""Many rows of x (M > 16): persistent, warp-specialised, wgmma with the weight as A operand from registers.
+
+One warp fetches (TMA), `wn` warpgroups compute. Each owns 64 rows of the weight: it reads packed codes from shared
+memory, turns them into scaled 16-bit floats in registers, and multiplies with the tile of x in shared memory. Decode of
+one k16 step runs while the wgmma of the one before it does. The accumulator is y^T; the epilogue transposes it on the
+way through shared memory.
+
+A cluster is used in one of two ways: `share` blocks take neighbouring rows of the weight and one copy of x serves all
+of them (multicast); or `split` blocks share the K of a tile, and each adds up its part of the columns from what the
+others send (distributed shared memory, in a fixed order).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+
+from pallas_kernels import ptx
+from pallas_kernels.decode import DECODES
+from pallas_kernels.decode.scaled import scaled_fragment
+from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form, Packed
+from pallas_kernels.ptx import Int
+
+SMEM_BYTES = 227 * 1024
+PRODUCER_REGISTERS = 40
+# registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
+CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104}
+EPILOGUE_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Knobs of the kernel.
+
+    Fields:
+      tile_m: rows of x in a tile, a multiple of 32 up to 256 (and of `share` * 8, `split` * 8).
+      wn: warpgroups of a block, 64 rows of the weight each.
+      chunks: tiles of 64 along K in one step of the ring.
+      stages: length of the ring; 0: as many as fit.
+      share: blocks of a cluster that use the same x.
+      split: blocks of a cluster that share the K of a tile.
+      blocks: blocks to launch.
+      m_major: neighbouring blocks take neighbouring tiles of x (else of the weight).
+    """
+
+    tile_m: int = 256
+    wn: int = 2
+    chunks: int = 2
+    stages: int = 0
+    share: int = 1
+    split: int = 1
+    blocks: int = 132
+    m_major: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one launch."""
+
+    m: int
+    n: int
+    k: int
+    form: Form
+    config: Config
+    dtype: str
+
+    @property
+    def span(self) -> int:
+        """Weights along K of one step."""
+        return self.config.chunks * CHUNK
+
+    @property
+    def steps(self) -> int:
+        return -(-self.k // self.span)
+
+    @property
+    def cluster(self) -> int:
+        return self.config.share * self.config.split
+
+    @property
+    def m_tiles(self) -> int:
+        return -(-self.m // self.config.tile_m)
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles of 64 * wn rows of the weight, rounded up to what a cluster takes."""
+        tiles = -(-self.n // (64 * self.config.wn))
+        return -(-tiles // self.config.share)
+
+    @property
+    def tiles(self) -> int:
+        """Units of work of a cluster."""
+        return self.m_tiles * self.n_tiles
+
+    @property
+    def clusters(self) -> int:
+        return min(self.config.blocks // self.cluster, self.tiles)
+
+    @property
+    def step_groups(self) -> int:
+        return max(1, self.span // self.form.group) if self.form.group else 1
+
+    @property
+    def x_bytes(self) -> int:
+        return self.config.tile_m * self.span * 2
+
+    @property
+    def code_bytes(self) -> int:
+        return 4 * self.config.wn * self.config.chunks * self.form.chunk_bytes
+
+    @property
+    def param_bytes(self) -> list[int]:
+        return [4 * self.config.wn * self.step_groups * ROWS * ITEM_BYTES[p] for p in self.form.params]
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.x_bytes + self.code_bytes + sum(-(-b // 128) * 128 for b in self.param_bytes)
+
+    @property
+    def sums(self) -> int:
+        """Accumulators of a thread."""
+        return self.config.tile_m // 2
+
+    @property
+    def inbox_bytes(self) -> int:
+        """Partial sums that the other blocks of a split send."""
+        s = self.config.split
+        return (s - 1) * self.config.wn * 128 * self.sums // s * 4
+
+    @property
+    def fixed_bytes(self) -> int:
+        epilogue = self.config.wn * 2 * EPILOGUE_ROWS * 128
+        return epilogue + self.inbox_bytes + DECODES[self.form.kind].shared_bytes(self.form) + 1024
+
+    @property
+    def stages(self) -> int:
+        fit = (SMEM_BYTES - self.fixed_bytes - 1024) // (-(-self.stage_bytes // 1024) * 1024)
+        return min(self.config.stages or 12, fit, 12)
+
+    @functools.cached_property
+    def layout(self) -> dict[str, int]:
+        at, out = 0, {}
+
+        def put(name: str, nbytes: int) -> None:
+            nonlocal at
+            out[name] = at
+            at += -(-nbytes // 1024) * 1024
+
+        s = self.stages
+        put("x", s * self.x_bytes)
+        put("codes", s * self.code_bytes)
+        for name, nbytes in zip(("scales", "zeros"), self.param_bytes):
+            put(name, s * -(-nbytes // 128) * 128)
+        put("y", self.config.wn * 2 * EPILOGUE_ROWS * 128)
+        put("inbox", self.inbox_bytes)
+        put("tables", DECODES[self.form.kind].shared_bytes(self.form))
+        put("barriers", 8 * (2 * s + 2))
+        out["bytes"] = at
+        return out
+
+    def reason(self) -> str | None:
+        c = self.config
+        if self.k % 8 or self.n % 8:
+            return f"a weight of {self.n}x{self.k}: both must be multiples of 8 for the tensor copies"
+        if self.form.scale == "u8":
+            return "nested scales"
+        group = self.form.group
+        if group and group % self.span and self.span % group:
+            return f"groups of {group} with steps of {self.span}"
+        if c.tile_m % (8 * c.share) or c.tile_m % (32 if c.split == 1 else 16 * c.split):
+            return f"tile of {c.tile_m} rows of x with share {c.share} and split {c.split}"
+        if self.stages < 2 or self.layout["bytes"] > SMEM_BYTES:
+            return f"{self.layout['bytes']} bytes of shared memory"
+        return None
+
+
+def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = None, layer: jax.Array | None = None):
+    """y = x @ w.T (+ bias); arguments and result as `stream.matmul`, any M."""
+    (m, k), (n, _) = x.shape, w.shape
+    dtype = {"bfloat16": "bf16", "float16": "f16"}[str(x.dtype)]
+    plan = Plan(m, n, k, w.form, config, dtype)
+    if reason := plan.reason():
+        raise ValueError(f"gemm.matmul: {reason}")
+    if w.perm is not None:
+        x = jnp.take(x, w.perm, axis=1)
+    optional = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "bias": bias}
+    optional |= {**w.tables, "layer": layer}
+    names = [name for name, array in optional.items() if array is not None]
+    arrays = [optional[name] for name in names]
+
+    def body(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
+        def kernel(ctx: Any, *refs: ir.Value) -> None:
+            _Kernel(plan, ctx, dict(zip([*names, "y"], refs[:-1], strict=True)), ptx.shared_pointer(refs[-1])).run()
+
+        kernel(*refs)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
+        grid=(plan.clusters,),
+        grid_names=("cluster",),
+        cluster=(plan.cluster,),
+        cluster_names=("rank",),
+        num_threads=config.wn + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        scratch_types=[plgpu.SMEM((plan.layout["bytes"] // 4,), jnp.int32)],
+    )(*arrays)
+
+
+class _Kernel:
+    """Emits the kernel; attributes are values of one thread."""
+
+    def __init__(self, plan: Plan, ctx: Any, refs: dict[str, ir.Value], shared: Int):
+        self.plan, self.refs = plan, refs
+        c = plan.config
+        self.decode = DECODES[plan.form.kind]
+        self.thread = ptx.special("tid.x")
+        self.lane, self.warp = self.thread & 31, self.thread >> 5
+        self.wg, self.t = self.thread >> 7, self.thread & 127
+        clustered = plan.cluster > 1
+        self.rank = ptx.special("cluster_ctarank") if clustered else Int(0)
+        self.first = ptx.special("clusterid.x") if clustered else ptx.special("ctaid.x")
+        self.my_tiles = (plan.tiles + plan.clusters - 1 - self.first) // plan.clusters
+        at = plan.layout
+        self.at = {name: shared + offset for name, offset in at.items() if name != "bytes"}
+        self.full, self.empty = self.at["barriers"], self.at["barriers"] + 8 * plan.stages
+        self.arrived, self.freed = self.empty + 8 * plan.stages, self.empty + 8 * (plan.stages + 1)
+        self.k_begin = self.rank * plan.steps // c.split if c.split > 1 else Int(0)
+        self.k_end = (self.rank + 1) * plan.steps // c.split if c.split > 1 else Int(plan.steps)
+        self.k_count = self.k_end - self.k_begin
+        stacked = "layer" in refs
+        self.layer = [Int(ptx.load_global(ptx.global_pointer(refs["layer"]), "u32"))] if stacked else []
+        lead = (1,) if stacked else ()
+        # boxes are given slowest axis first, as shapes are
+        self.maps = {"x": ptx.tensor_map(ctx, refs["x"], (c.tile_m // c.share, CHUNK), 128)}
+        self.maps["y"] = ptx.tensor_map(ctx, refs["y"], (EPILOGUE_ROWS, 64), 128)
+        self.maps["codes"] = ptx.tensor_map(ctx, refs["codes"], (*lead, 4 * c.wn, c.chunks, plan.form.bits * 32))
+        for name in ("scales", "zeros")[: len(plan.form.params)]:
+            self.maps[name] = ptx.tensor_map(ctx, refs[name], (*lead, 4 * c.wn, plan.step_groups, ROWS))
+
+    def run(self) -> None:
+        plan, c = self.plan, self.plan.config
+        with ptx.when(self.thread == 0):
+            for i in range(plan.stages):
+                ptx.barrier_init(self.full + 8 * i, 1)
+                ptx.barrier_init(self.empty + 8 * i, c.wn * c.share)
+            ptx.barrier_init(self.arrived, 1)
+            ptx.barrier_init(self.freed, c.wn * max(1, c.split - 1))
+            ptx.fence_barrier_init()
+        if "table" in self.refs:
+            table = ptx.global_pointer(self.refs["table"])
+            if self.layer:
+                table = ptx.address(table, self.layer[0], 64)
+            threads = 128 * (c.wn + 1)
+            self.decode.fill(plan.form, plan.dtype, self.at["tables"], table, self.thread, threads)
+        if plan.cluster > 1:
+            ptx.cluster_arrive()
+            ptx.cluster_wait()
+        else:
+            ptx.sync_block()
+        with ptx.when(self.wg == c.wn):
+            ptx.set_registers(PRODUCER_REGISTERS, "dec")
+            with ptx.when(self.t == 0):
+                self.produce()
+        with ptx.when(self.wg < c.wn):
+            ptx.set_registers(CONSUMER_REGISTERS[c.wn], "inc")
+            self.consume()
+        if plan.cluster > 1:  # a block may not leave while others still reach into its shared memory
+            ptx.cluster_arrive()
+            ptx.cluster_wait()
+
+    def where(self, t: Int) -> tuple[Int, Int]:
+        """Tile of x and tile of the weight (64 * wn rows) of this block for the cluster's tile t."""
+        plan, c = self.plan, self.plan.config
+        u = self.first + t * plan.clusters
+        im, it = (u % plan.m_tiles, u // plan.m_tiles) if c.m_major else (u // plan.n_tiles, u % plan.n_tiles)
+        if c.share > 1:
+            it = it * c.share + self.rank % c.share
+        return im, it
+
+    # ---- one thread: copies
+
+    def produce(self) -> None:
+        plan, c, form = self.plan, self.plan.config, self.plan.form
+        part = c.tile_m // c.share
+        policy = ptx.evict_first() if plan.m_tiles == 1 else None
+
+        def tile(t: Int, carry: list[Int]) -> list[Int]:
+            im, it = self.where(t)
+
+            def step(kk: Int, carry: list[Int]) -> list[Int]:
+                slot, parity = carry
+                ptx.barrier_wait(self.empty + slot * 8, parity ^ 1)
+                bar = self.full + slot * 8
+                ptx.barrier_expect(bar, plan.x_bytes + plan.code_bytes + sum(plan.param_bytes))
+                x = self.at["x"] + slot * plan.x_bytes
+                for i in range(c.chunks):
+                    target, k = x + i * (c.tile_m * CHUNK * 2), kk * plan.span + i * CHUNK
+                    if c.share > 1:
+                        mine = self.rank % c.share
+                        target, row = target + mine * (part * 128), im * c.tile_m + mine * part
+                        ptx.tensor_copy(target, self.maps["x"], [k, row], bar, Int((1 << c.share) - 1))
+                    else:
+                        ptx.tensor_copy(target, self.maps["x"], [k, im * c.tile_m], bar)
+                codes = self.at["codes"] + slot * plan.code_bytes
+                row = it * (4 * c.wn)
+                ptx.tensor_copy(codes, self.maps["codes"], [0, kk * c.chunks, row, *self.layer], bar, policy=policy)
+                group = self.group_of(kk)
+                for name, nbytes in zip(("scales", "zeros"), plan.param_bytes):
+                    target = self.at[name] + slot * (-(-nbytes // 128) * 128)
+                    ptx.tensor_copy(target, self.maps[name], [0, group, row, *self.layer], bar)
+                wrap = (slot + 1) == plan.stages
+                return [ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0)]
+
+            return ptx.loop(self.k_begin, self.k_end, 1, carry, step)
+
+        ptx.loop(0, self.my_tiles, 1, [Int(0), Int(0)], tile)
+
+    def group_of(self, step: Int) -> Int:
+        group, span = self.plan.form.group, self.plan.span
+        if not group:
+            return Int(0)
+        return step * (span // group) if group <= span else step // (group // span)
+
+    # ---- warpgroups: arithmetic
+
+    def consume(self) -> None:
+        plan = self.plan
+
+        def tile(t: Int, carry: list[Int]) -> list[Int]:
+            im, it = self.where(t)
+            sums, carry = self.multiply(carry)
+            self.epilogue(t, im, it, sums)
+            return carry
+
+        ptx.loop(0, self.my_tiles, 1, [Int(0), Int(0)], tile)
+        with ptx.when(self.t == 0):
+            ptx.tensor_store_wait(0)
+
+    def weights(self, slot: Int) -> Any:
+        """This thread's codes and parameters of a step, from shared memory."""
+        plan, form = self.plan, self.plan.form
+        row_tile = self.warp  # 16 rows a warp; consumers are the first warps
+        codes = self.at["codes"] + slot * plan.code_bytes + self.lane * (form.bits * 4)
+        words = []
+        for i in range(plan.config.chunks):
+            at = codes + (row_tile * plan.config.chunks + i) * form.chunk_bytes
+            words += ptx.load_shared(at, "u32", form.bits)
+        params = []
+        for g in range(plan.step_groups):
+            one = []
+            for name, kind, nbytes in zip(("scales", "zeros"), form.params, plan.param_bytes):
+                size = ITEM_BYTES[kind]
+                base = self.at[name] + slot * (-(-nbytes // 128) * 128)
+                base = base + (row_tile * plan.step_groups + g) * (ROWS * size) + (self.lane >> 2) * (2 * size)
+                if kind == "f32":
+                    one.append(ptx.load_shared(base, "f32", 2))
+                else:
+                    one.append(ptx.load_shared(base, "u16" if kind == "u8" else "u32"))
+            params.append(one)
+        return words, params
+
+    def release(self, slot: Int) -> None:
+        """The slot may be filled again, here and in the blocks that share x."""
+        c = self.plan.config
+        if c.share == 1:
+            with ptx.when(self.t == 0):
+                ptx.barrier_arrive(self.empty + slot * 8)
+        else:
+            with ptx.when(self.t < c.share):
+                rank = self.rank - self.rank % c.share + self.t
+                ptx.arrive_remote(self.empty + slot * 8, rank)
+
+    def step(self, sums: list[Any], slot: Int, parity: Int) -> list[Any]:
+        """Issues the wgmmas of one step, each as soon as its k16 of weights is decoded."""
+        plan, form = self.plan, self.plan.form
+        ptx.barrier_wait(self.full + slot * 8, parity)
+        words, params = self.weights(slot)
+        table = self.at["tables"] + self.lane * 4
+        x = self.at["x"] + slot * plan.x_bytes
+        per_step = form.bits // 4
+        for i in range(4 * plan.config.chunks):
+            group = i * 16 // form.group if form.group and form.group < plan.span else 0
+            used = words[i * per_step : (i + 1) * per_step]
+            a = scaled_fragment(form, plan.dtype, used, params[group], table)
+            if i % 4 == 0:
+                b = ptx.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
+            ptx.wgmma_fence()
+            sums = ptx.wgmma(sums, a, ptx.advance(b, 32 * (i % 4)) if i % 4 else b, plan.dtype)
+        ptx.wgmma_commit()
+        return sums
+
+    def multiply(self, carry: list[Int]) -> tuple[list[Any], list[Int]]:
+        """y^T of one tile: sums over this block's steps."""
+        plan = self.plan
+        count = plan.sums
+
+        def body(kk: Int, carry: list[Any]) -> list[Any]:
+            sums, (slot, parity) = carry[:count], carry[count:]
+            sums = self.step(sums, slot, parity)
+            ptx.wgmma_wait(0)
+            self.release(slot)
+            wrap = (slot + 1) == plan.stages
+            return [*sums, ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0)]
+
+        out = ptx.loop(0, self.k_count, 1, [*([ptx.zero()] * count), *carry], body)
+        return out[:count], out[count:]
+
+    # ---- epilogue
+
+    def epilogue(self, t: Int, im: Int, it: Int, sums: list[Any]) -> None:
+        plan, c = self.plan, self.plan.config
+        begin, rows = Int(0), c.tile_m
+        if c.split > 1:
+            sums = self.exchange(t, sums)
+            rows = c.tile_m // c.split
+            begin = (self.rank % c.split) * rows
+        n0 = it * (64 * c.wn) + self.wg * 64
+        row0 = im * c.tile_m + begin
+        if "bias" in self.refs:
+            sums = self.add_bias(n0, sums)
+        piece = min(rows, EPILOGUE_ROWS)
+        buffers = self.at["y"] + self.wg * (2 * EPILOGUE_ROWS * 128)
+        for i in range(rows // piece):
+            buffer = buffers + (i % 2) * (EPILOGUE_ROWS * 128)
+            with ptx.when(self.t == 0):
+                ptx.tensor_store_wait(1)
+            ptx.sync_threads(self.wg + 1, 128)
+            self.transpose(buffer, sums[i * piece // 2 : (i + 1) * piece // 2])
+            ptx.fence_async()
+            ptx.sync_threads(self.wg + 1, 128)
+            with ptx.when(self.t == 0):
+                ptx.tensor_store(self.maps["y"], [n0, row0 + i * piece], buffer)
+
+    def transpose(self, buffer: Int, sums: list[Any]) -> None:
+        """Accumulators (rows of the weight x rows of x) to [rows of x][64] in shared memory, 128-byte swizzle."""
+        plan = self.plan
+        matrix, r = self.lane >> 3, self.lane & 7
+        chunk = (self.warp & 3) * 2 + (matrix & 1)  # 16-byte column of y: 8 rows of the weight
+        for j in range(0, len(sums), 8):  # 16 rows of x
+            row = (matrix >> 1) * 8 + r + (j // 8) * 16
+            at = buffer + row * 128 + ((chunk ^ r) << 4)
+            pairs = [ptx.pack_pair(sums[j + 2 * q], sums[j + 2 * q + 1], plan.dtype) for q in range(4)]
+            # registers: rows g, rows g + 8 of the first 8 columns, then of the next 8
+            ptx.store_matrices_transposed(at, pairs)
+
+    def add_bias(self, n0: Int, sums: list[Any]) -> list[Any]:
+        plan = self.plan
+        row = n0 + (self.warp & 3) * 16 + (self.lane >> 2)
+        last = plan.n - 1
+        pointer = ptx.global_pointer(self.refs["bias"])
+        bias = [
+            ptx.load_global(ptx.address(pointer, ptx.select(row + h < last, row + h, last), 4), "f32") for h in (0, 8)
+        ]
+        return [ptx.add(s, bias[i // 2 % 2]) for i, s in enumerate(sums)]
+
+    def exchange(self, t: Int, sums: list[Any]) -> list[Any]:
+        """Sums of this block's columns over all blocks of the split, added in the order of their ranks."""
+        plan, c = self.plan, self.plan.config
+        share = len(sums) // c.split
+        vectors = share // 4
+        inbox_wg = vectors * 128 * 16
+        inbox = c.wn * inbox_wg
+        with ptx.when(self.thread == 0):
+            ptx.barrier_expect(self.arrived, plan.inbox_bytes)
+
+        @functools.partial(_when_positive, t)
+        def _() -> None:
+            ptx.barrier_wait(self.freed, (t + 1) & 1)
+
+        own: list[Any] = [ptx.zero()] * share
+        for r in range(c.split):
+            mine = self.rank == r
+            own = [_select_float(mine, s, o) for s, o in zip(sums[r * share : (r + 1) * share], own)]
+            # my place in the inbox of r: ranks below r keep their number, ranks above it move down by one
+            place = ptx.select(self.rank < r, self.rank, self.rank - 1)
+            at = self.at["inbox"] + place * inbox + self.wg * inbox_wg + self.t * 16
+            with ptx.when(ptx.select(mine, 0, 1) == 1):
+                target, bar = ptx.remote(at, r), ptx.remote(self.arrived, r)
+                for v in range(vectors):
+                    ptx.store_remote(target + v * 2048, sums[r * share + 4 * v : r * share + 4 * v + 4], bar)
+        ptx.barrier_wait(self.arrived, t & 1)
+        totals: list[Any] = [ptx.zero()] * share
+        received = [
+            ptx.chain(
+                *(
+                    ptx.load_shared(
+                        self.at["inbox"] + p * inbox + self.wg * inbox_wg + self.t * 16 + v * 2048, "f32", 4
+                    )
+                    for v in range(vectors)
+                )
+            )
+            for p in range(c.split - 1)
+        ]
+        for r in range(c.split):
+            below = received[min(r, c.split - 2)]
+            above = received[max(r - 1, 0)]
+            for i in range(share):
+                other = (
+                    _select_float(self.rank < r, above[i], below[i])
+                    if 0 < r < c.split - 1
+                    else (above[i] if r else below[i])
+                )
+                totals[i] = ptx.add(totals[i], _select_float(self.rank == r, own[i], other))
+        with ptx.when(ptx.select(self.t < c.split, 1, 0) & ptx.select(self.t == self.rank, 0, 1) == 1):
+            ptx.arrive_remote(self.freed, self.t)
+        return totals
+
+
+def _when_positive(t: Int, function: Any) -> None:
+    with ptx.when(Int(0) < t):
+        function()
+
+
+def _select_float(condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+    from jaxlib.mlir.dialects import arith
+
+    return arith.select(condition, yes, no)
