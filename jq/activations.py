@@ -30,7 +30,8 @@ class Activation:
     Fields:
       scheme: key of `SCHEMES`.
       parameters: keys of `w.extras` that the scheme reads, e.g. ("input_scale",). Numbers of a layer are arrays.
-      options: (name, value) pairs that the scheme reads, hashable.
+      options: (name, value) pairs that the scheme reads, hashable. "prepare" names a function of `PREPARATIONS`, which
+        belongs to the layer and runs even where activations stay float.
     """
 
     scheme: str
@@ -48,6 +49,11 @@ class Activation:
 # (x [M, K] of any float dtype, w) -> y [M, N] in x's dtype. M is every token of the call: some schemes look at all rows.
 Scheme = Callable[[jax.Array, Any], jax.Array]
 SCHEMES: dict[str, Scheme] = {}
+
+
+# Changes of the input that belong to a quantized layer itself: (x [M, K], w) -> [M, K].
+PREPARATIONS: dict[str, Callable[[jax.Array, Any], jax.Array]] = {}
+FLOAT = "float"  # scheme of a layer that prepares its input and does not quantize it
 
 
 def register(name: str) -> Callable[[Scheme], Scheme]:
@@ -68,6 +74,19 @@ def _load_schemes() -> None:
         importlib.import_module(f"{package.__name__}.{module.name}")
 
 
+def prepares(w: Any) -> bool:
+    """Whether a weight changes its input before the product, quantized or not."""
+    activation = getattr(w, "activation", None)
+    return activation is not None and activation.get("prepare") is not None
+
+
+def without_quantization(w: Any) -> Any:
+    """The same weight with float inputs; what `prepare` names stays."""
+    if not prepares(w):
+        return w.replace(activation=None)
+    return w.replace(activation=dataclasses.replace(w.activation, scheme=FLOAT))
+
+
 def scheme_of(activation: Activation) -> Scheme:
     """The function of a description.
 
@@ -75,6 +94,8 @@ def scheme_of(activation: Activation) -> Scheme:
       UnsupportedError: no such scheme.
     """
     _load_schemes()
+    if activation.scheme == FLOAT:
+        return _float_matmul
     if activation.scheme not in SCHEMES:
         raise UnsupportedError(
             f"activation quantization {activation.scheme!r} is not known here; known: {', '.join(sorted(SCHEMES))}. "
@@ -104,9 +125,33 @@ def matmul(x: Array, w: Any, bias: Array | None = None) -> jax.Array:
 @jax.jit
 def _matmul_jit(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
     scheme: Any = scheme_of(w.activation)
+    if prepares(w):
+        x = PREPARATIONS[w.activation.get("prepare")](x, w)
     if bias is None:
         return scheme(x, w)
     if getattr(scheme, "adds_bias", False):
         return scheme(x, w, bias)
     y = scheme(x, w)
     return y + bias.astype(y.dtype)
+
+
+def _float_matmul(x: jax.Array, w: Any) -> jax.Array:
+    from jq.matmul import matmul as product
+
+    return product(x, w.replace(activation=None))
+
+
+def _rms_norm(x: jax.Array, w: Any) -> jax.Array:
+    """RMS norm before the product (BitNet): weight "rms_norm.weight", option "eps"."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + w.activation.get("eps"))
+    return (jnp.asarray(w.extras["rms_norm.weight"]) * normed.astype(x.dtype)).astype(x.dtype)
+
+
+def _pre_scale(x: jax.Array, w: Any) -> jax.Array:
+    """Product with a stored scale of the inputs (torchao): "act_pre_scale"."""
+    return x * jnp.asarray(w.extras["act_pre_scale"]).reshape(1, -1).astype(x.dtype)
+
+
+PREPARATIONS["rms_norm"] = _rms_norm
+PREPARATIONS["pre_scale"] = _pre_scale

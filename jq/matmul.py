@@ -43,10 +43,13 @@ def matmul(x: Array, w: Any, *, impl: Impl = None, quantize_activations: bool = 
         raise ValueError(f"matmul: impl must be None, 'jnp' or 'pallas', got {impl!r}")
     if not isinstance(w, QTensor):
         return dense_matmul(x, jnp.asarray(w))
-    if quantize_activations and getattr(w, "activation", None) is not None:
+    if getattr(w, "activation", None) is not None:
         from jq import activations
 
-        return activations.matmul(x, w)
+        if quantize_activations:
+            return activations.matmul(x, w)
+        if activations.prepares(w):
+            return activations.matmul(x, activations.without_quantization(w))
     if impl == "pallas" or (impl is None and _on_gpu()):
         reason = _kernel_refusal(x, w)
         if reason is None:

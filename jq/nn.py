@@ -75,7 +75,11 @@ class Linear(nnx.Module):
         """x: float[..., K] -> float[..., N] in x's dtype."""
         weight = self.weight.get_value()
         bias = None if self.bias is None else self.bias.get_value()
-        if self.quantize_activations and getattr(weight, "activation", None) is not None:
+        if getattr(weight, "activation", None) is not None and (
+            self.quantize_activations or activations.prepares(weight)
+        ):
+            if not self.quantize_activations:
+                weight = activations.without_quantization(weight)
             return activations.matmul(x, weight, bias)  # some libraries add the bias before they scale or quantize
         y = product(x, weight, quantize_activations=self.quantize_activations)
         return y if bias is None else y + bias.astype(y.dtype)
@@ -141,7 +145,7 @@ def linear_of(
         for saving; a weight with activation quantization that is executed always stays packed.
       quantize_activations: execute the activation quantization that the tensor describes.
     """
-    active = quantize_activations and getattr(weight, "activation", None) is not None
+    active = getattr(weight, "activation", None) is not None and (quantize_activations or activations.prepares(weight))
     if packed or active:
         return Linear(weight, bias, quantize_activations=quantize_activations)
     return Linear(weight.dequantize(dtype), bias, packed=weight, quantize_activations=quantize_activations)
