@@ -36,6 +36,7 @@ from jq.formats import compressed_tensors_int as ints
 from jq.formats import compressed_tensors_sparse as sparse
 from jq.formats.base import Context, Format, Parts, take
 from jq.formats.compressed_tensors_config import Args, Group, Options, parse
+from jq.formats.compressed_tensors_methods import METHODS
 from jq.formats.compressed_tensors_parts import NAME
 from jq.qtensor import QTensor
 
@@ -200,4 +201,5 @@ FORMAT = Format(
     load=load,
     dump=dump,
     group=group,
+    methods_table=METHODS,
 )

@@ -72,8 +72,8 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
       UnsupportedError: an algorithm whose tensors are not read.
     """
     label = f"{context.label}: quantization_config"
-    inner = config.get("quantization") if isinstance(config.get("quantization"), Mapping) else config
-    assert inner is not None
+    nested = config.get("quantization")
+    inner = nested if isinstance(nested, Mapping) else config
     algorithm = inner.get("quant_algo") or _from_groups(config.get("config_groups"))
     if not algorithm:
         raise FormatError(f"{label}: no quant_algo; it names the algorithm, e.g. 'NVFP4' or 'FP8'")
