@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+
+CHUNK = 1 << 16  # weights at a time: intermediate float32 arrays stay in the cache
+
+
+def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the rows of an [N, K] array, about `CHUNK` elements each."""
+    step = max(1, CHUNK // max(shape[1], 1))
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)
 
 
 def group_ranges(w: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -10,18 +21,30 @@ def group_ranges(w: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray
 
     NaN anywhere in a group makes both NaN.
     """
-    k = w.shape[1]
+    n, k = w.shape
     size = k if group_size == -1 else min(group_size, k)
     starts = np.arange(0, k, size)
-    return (
-        np.minimum.reduceat(w, starts, axis=1).astype(np.float32),
-        np.maximum.reduceat(w, starts, axis=1).astype(np.float32),
-    )
+    low, high = np.empty((n, starts.size), np.float32), np.empty((n, starts.size), np.float32)
+    for rows in row_slices(w.shape):
+        wide = w[rows].astype(np.float32)  # 16-bit comparisons are several times slower
+        if k % size == 0:
+            groups = wide.reshape(-1, starts.size, size)
+            low[rows], high[rows] = groups.min(axis=2), groups.max(axis=2)
+        else:
+            low[rows], high[rows] = (f.reduceat(wide, starts, axis=1) for f in (np.minimum, np.maximum))
+    return low, high
+
+
+def spread(params: np.ndarray, group_size: int, k: int) -> np.ndarray:
+    """One parameter per group [N, groups] as one per weight [N, k]."""
+    size = k if group_size == -1 else min(group_size, k)
+    return np.repeat(params, size, axis=1)[:, :k]
 
 
 def block_absmax(flat: np.ndarray, block_size: int) -> np.ndarray:
     """Largest |value| of each block of `block_size` consecutive values: float32[ceil(n / block_size)]."""
-    starts = np.arange(0, flat.shape[0], block_size)
-    high = np.maximum.reduceat(flat, starts).astype(np.float32)
-    low = np.minimum.reduceat(flat, starts).astype(np.float32)
-    return np.maximum(np.abs(high), np.abs(low))
+    whole = flat.size // block_size * block_size
+    top = np.abs(flat[:whole].reshape(-1, block_size)).max(axis=1)
+    if whole < flat.size:
+        top = np.append(top, np.abs(flat[whole:]).max())
+    return top.astype(np.float32)

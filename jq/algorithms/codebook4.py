@@ -31,7 +31,6 @@ _BY_VALUE = {
 }
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
-_CHUNK = 1 << 20  # weights at a time, so that intermediate arrays stay in the cache
 
 
 class Nested(NamedTuple):
@@ -65,7 +64,7 @@ def quantize(w: np.ndarray, *, kind: str, block_size: int) -> tuple[np.ndarray, 
     middles = (table[:-1] + table[1:]) * np.float32(0.5)
     absmax = np.empty(-(-flat.size // block_size), np.float32)
     codes = np.empty(flat.size, np.uint8)
-    step = max(1, _CHUNK // block_size) * block_size
+    step = max(1, blocks.CHUNK // block_size) * block_size
     for start in range(0, flat.size, step):
         part = flat[start : start + step].astype(np.float32)
         a = blocks.block_absmax(part, block_size)
@@ -84,7 +83,8 @@ def _normalized(part: np.ndarray, absmax: np.ndarray, block_size: int) -> np.nda
         np.multiply(head, inverse, out=out[: whole * block_size].reshape(whole, block_size))
         if whole < absmax.size:
             out[whole * block_size :] = part[whole * block_size :] / absmax[-1]
-    np.nan_to_num(out, copy=False, nan=0.0, posinf=1.0, neginf=-1.0)  # all-zero blocks
+    if absmax.min(initial=1) < 1.2e-38:
+        np.nan_to_num(out, copy=False, nan=0.0, posinf=1.0, neginf=-1.0)  # all-zero blocks, infinite reciprocals
     return np.clip(out, -1, 1, out=out)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from jq.algorithms import blocks
+
 
 def quantize_rows(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One scale per output, from the weight rounded to float16.
@@ -17,15 +19,14 @@ def quantize_rows(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       codes int8[N, K] and SCB float32[N] (row maxima); weight = codes * SCB / 127. Rows of zeros have codes 0.
     """
-    with np.errstate(over="ignore"):
-        half = w.astype(np.float16)
-    absmax = np.abs(half).max(axis=1).astype(np.float32)
     codes = np.empty(w.shape, np.int8)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        factor = np.float32(127) * (np.float32(1) / absmax)
-        step = max(1, (1 << 20) // max(w.shape[1], 1))
-        for start in range(0, w.shape[0], step):
-            rows = slice(start, start + step)
-            scaled = np.rint(half[rows].astype(np.float32) * factor[rows, None])
-            codes[rows] = np.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0)
+    absmax = np.empty(w.shape[0], np.float32)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        for rows in blocks.row_slices(w.shape):
+            half = w[rows].astype(np.float16).astype(np.float32)
+            top = np.abs(half).max(axis=1)
+            factor = np.float32(127) * (np.float32(1) / top)
+            scaled = np.rint(half * factor[:, None])
+            codes[rows] = np.where(np.isfinite(scaled), scaled, 0)
+            absmax[rows] = top
     return codes, absmax

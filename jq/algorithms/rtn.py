@@ -54,13 +54,10 @@ def parameters(
 def codes(w: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, *, bits: int, group_size: int) -> np.ndarray:
     """clip(round(w / scale) + zero): uint8[N, K], half to even, computed in float32."""
     k = w.shape[1]
-    size = k if group_size == -1 else min(group_size, k)
-    group = np.arange(k) // size
     out = np.empty(w.shape, np.uint8)
-    step = max(1, (1 << 22) // max(k, 1))
-    for start in range(0, w.shape[0], step):
-        rows = slice(start, start + step)
-        zero = zeros if isinstance(zeros, int) else zeros[rows][:, group]
-        quotient = np.rint(w[rows].astype(np.float32) / scales[rows].astype(np.float32)[:, group])
+    for rows in blocks.row_slices(w.shape):
+        zero = zeros if isinstance(zeros, int) else blocks.spread(zeros[rows], group_size, k)
+        scale = blocks.spread(scales[rows].astype(np.float32), group_size, k)
+        quotient = np.rint(w[rows].astype(np.float32) / scale)
         out[rows] = np.clip(quotient + zero, 0, (1 << bits) - 1)
     return out

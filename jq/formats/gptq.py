@@ -25,7 +25,7 @@ from jq import bits as _bits
 from jq.algorithms import rtn
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take
-from jq.formats.gptq_config import Options, config_of, detect, parse
+from jq.formats.gptq_config import Options, config_of, detect, parse, with_block_list
 from jq.qtensor import Affine, Grouping, Source
 from jq.qtensor.affine import check_finite, check_indices, pack_zeros
 
@@ -334,6 +334,10 @@ class RTN:
             skip=skip,
             lm_head="lm_head" not in skip,
         )
+
+    def refine_config(self, config: dict[str, Any], quantized: list[str], skip: list[str]) -> dict[str, Any]:
+        """Adds Optimum's list of what is quantized in a block, which transformers reads in place of `dynamic`."""
+        return with_block_list(config, quantized, skip)
 
 
 FORMAT = Format(

@@ -243,3 +243,20 @@ def config_of(
     if rules:
         config["dynamic"] = rules
     return config
+
+
+def with_block_list(config: dict[str, Any], quantized: list[str], skip: list[str]) -> dict[str, Any]:
+    """`modules_in_block_to_quantize` where linear layers of blocks stay float and all blocks agree on which."""
+
+    def in_block(names: list[str]) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for name in names:
+            match = re.match(r"(.*?\.\d+)\.(.+)", name)
+            if match:
+                found.setdefault(match[2], set()).add(match[1])
+        return found
+
+    done, left = in_block(quantized), in_block(skip)
+    if left and not done.keys() & left.keys():
+        config["modules_in_block_to_quantize"] = [sorted(done)]
+    return config

@@ -1,0 +1,235 @@
+"""`jq.quantize`: the linear layers of a checkpoint, a loaded model or any NNX module, by any method."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jq.errors import CalibrationError, UnsupportedError
+from jq.qtensor import QTensor
+from jq.state import State, module_of
+
+Skip = Iterable[str] | Callable[[str], bool] | None
+Advance = Callable[[int, int, str], None]
+
+# A checkpoint holds tensors, not classes. Tables that are looked up, not multiplied, by the last part of their name:
+_EMBEDDINGS = re.compile(
+    r"(embed|wte|wpe|embd|embedding|lookup|relative_attention_bias|^shared$|rotary_emb|pos_emb|position_ids)",
+    re.IGNORECASE,
+)
+_NORMS = re.compile(r"(norm|^ln_|layer_scale|conv)", re.IGNORECASE)
+# The output matrix and MoE routers, left in float unless `skip` says otherwise: they are small and decide much.
+_OUTPUTS = ("lm_head", "embed_out", "output_projection")
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+# Conv1D layers of GPT-2 hold [in, out]; quantized checkpoints of them hold [out, in].
+_TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}
+
+
+def quantize(
+    model_or_state: Any,
+    method: Any,
+    data: Any = None,
+    skip: Skip = None,
+    *,
+    advance: Advance | None = None,
+) -> Any:
+    """Quantizes every linear layer.
+
+    Args:
+      model_or_state: what `jq.load` returns or any NNX module (changed in place and returned), or a State, or a path or
+        hub id (a new State is returned).
+      method: `jq.NF4()`, `jq.FP4()`, `jq.Int8()`, `jq.RTN(...)`, ...; an object with `.quantize(weight, name)`.
+      data: calibration data, for methods that need it.
+      skip: modules that stay float: names, ends of names, prefixes, shell patterns, or a function name -> bool. None:
+        the output matrix (`lm_head`) and MoE routers. A list replaces that default.
+      advance: called as advance(done, total, name) for each layer.
+
+    Returns:
+      The quantized model or State; `jq.save` writes it, `jq.quantized` lists it.
+
+    Raises:
+      UnsupportedError: already quantized, or weights that the method's storage cannot hold.
+      CalibrationError: the method needs data.
+      ValueError: a pattern of `skip` that matches nothing, weights that are not finite.
+    """
+    if data is not None or not hasattr(method, "quantize"):
+        return _calibrated(model_or_state, method, data, skip, advance)
+    if isinstance(model_or_state, State):
+        return _quantize_state(model_or_state, method, skip, advance)
+    if isinstance(model_or_state, Mapping):
+        return _quantize_state(State(model_or_state), method, skip, advance)
+    if hasattr(model_or_state, "to_state"):
+        return _quantize_model(model_or_state, method, skip, advance)
+    if isinstance(model_or_state, str) or hasattr(model_or_state, "__fspath__"):
+        from jq.state import load_state
+
+        return _quantize_state(load_state(model_or_state, lazy=True), method, skip, advance)
+    return _quantize_module(model_or_state, method, skip)
+
+
+def _calibrated(model_or_state: Any, method: Any, data: Any, skip: Skip, advance: Advance | None) -> Any:
+    """Methods that look at activations live in `jq.calibrate`."""
+    if data is None:
+        raise CalibrationError(
+            f"{type(method).__name__} needs calibration data: jq.quantize(model, method, data). Without data: jq.NF4(), "
+            "jq.RTN(bits=4, group_size=64), jq.Int8()"
+        )
+    try:
+        from jq.calibrate import calibrate
+    except ImportError as e:
+        raise UnsupportedError(
+            f"quantizing with data ({type(method).__name__}) is not in this version; without data: jq.NF4(), jq.RTN(...)"
+        ) from e
+    return calibrate(model_or_state, method, data, skip=skip, advance=advance)
+
+
+def linears(state: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> list[str]:
+    """Module names of the linear layers of a State: dense or quantized matrices that are no embedding tables."""
+    names = []
+    for key in state:
+        if not key.endswith(".weight"):
+            continue
+        module = module_of(key)
+        last = module.rpartition(".")[2]
+        if _EMBEDDINGS.search(last) or (_NORMS.search(last) and not last.endswith("proj")):
+            continue
+        value = state[key]
+        if len(value.shape) == 2 and (isinstance(value, QTensor) or str(value.dtype) in _FLOATS):
+            names.append(module)
+    return names
+
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def matcher(skip: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a module name is one of `skip`: equal, below it, ending with it, or matching it as a shell pattern."""
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+
+    def matches(name: str) -> bool:
+        return any(
+            name == p or name.startswith(p + ".") or name.endswith("." + p) or fnmatch.fnmatchcase(name, p)
+            for p in patterns
+        )
+
+    return matches
+
+
+def default_skip(names: list[str]) -> Callable[[str], bool]:
+    """The output matrix and MoE routers."""
+    experts = any(".experts." in name for name in names)
+
+    def skipped(name: str) -> bool:
+        last = name.rpartition(".")[2]
+        return last in _OUTPUTS or (experts and last in _ROUTERS)
+
+    return skipped
+
+
+def _chosen(names: list[str], skip: Skip) -> Callable[[str], bool]:
+    if skip is None:
+        return default_skip(names)
+    if callable(skip):
+        return skip
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    for pattern in patterns:
+        one = matcher((pattern,))
+        if pattern not in _OUTPUTS and not any(one(name) for name in names):
+            raise ValueError(f"skip: {pattern!r} matches no linear layer; layers are named like {', '.join(names[:3])}")
+    return matcher(patterns)
+
+
+def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | None) -> State:
+    if state.container == "gguf":
+        from jq.formats import gguf
+
+        state = gguf.model_state(state)
+    label = str(state.path or "state")
+    if state.config.get("quantization_config") or state.config.get("compression_config"):
+        raise UnsupportedError(
+            f"{label}: is quantized already; jq.convert changes the format of quantized weights, and quantizing again "
+            "would add the errors of both. Start from the float model"
+        )
+    names = linears(state)
+    skipped = _chosen(names, skip)
+    todo = [name for name in names if not skipped(name)]
+    if not todo:
+        raise ValueError(f"{label}: no linear layer to quantize ({len(names)} found, all skipped)")
+    tensors: dict[str, Any] = {}
+    wanted, done = set(todo), 0
+    for key in state:
+        name = module_of(key)
+        value = state[key]
+        if isinstance(value, QTensor):
+            value = _dense(value, state.config)
+        if key.endswith(".weight") and name in wanted:
+            if advance is not None:
+                advance(done, len(todo), name)
+            value = method.quantize(_oriented(value, name, state.config), name=name).to_jax()
+            done += 1
+        tensors[key] = value
+    config = {
+        **state.config,
+        "quantization_config": _config(method, todo, [n for n in names if n not in wanted], tensors),
+    }
+    return state.replace(tensors, config)
+
+
+def _dense(value: QTensor, config: Mapping[str, Any]) -> np.ndarray:
+    """A GGUF block tensor as a dense one, in the dtype that its config gives the model."""
+    source = getattr(value, "source", None)
+    if source is not None and source.format != "gguf":
+        raise UnsupportedError(f"{value!r} is quantized already; start from the float model")
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return np.asarray(value.dequantize(name))
+
+
+def _oriented(value: Any, name: str, config: Mapping[str, Any]) -> np.ndarray:
+    """The weight as [out_features, in_features]."""
+    transposed = name.rpartition(".")[2] in _TRANSPOSED.get(str(config.get("model_type")), ())
+    w = np.asarray(value)
+    w = w.astype(np.float32) if w.dtype == np.float64 else w
+    return np.ascontiguousarray(w.T) if transposed else w
+
+
+def _config(method: Any, quantized: list[str], dense: list[str], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's quantization_config; linear layers that stay float are named in it.
+
+    A tied output matrix has no tensor, but loaders see a linear layer: it is named too.
+    """
+    skip = list(dense)
+    if "lm_head" not in quantized and "lm_head" not in skip:
+        skip.append("lm_head")
+    config = method.config(skip)
+    refine = getattr(method, "refine_config", None)
+    return config if refine is None else refine(config, quantized, skip)
+
+
+def _quantize_model(model: Any, method: Any, skip: Skip, advance: Advance | None) -> Any:
+    """A loaded model, in place: its State is quantized and its modules are built anew from that."""
+    from jq.load import build
+
+    dtype = model.model.embed_tokens.weight.get_value().dtype
+    made = build(_quantize_state(model.to_state(), method, skip, advance), dtype=dtype)
+    model.model, model.lm_head, model.origin = made.model, made.lm_head, made.origin
+    return model
+
+
+def _quantize_module(module: Any, method: Any, skip: Skip) -> Any:
+    """Any NNX module, in place."""
+    from flax import nnx
+
+    from jq.nn import replace_linears
+
+    if not isinstance(module, nnx.Module):
+        raise TypeError(
+            f"jq.quantize takes a loaded model, an NNX module, a State or a path, got {type(module).__name__}"
+        )
+    if skip is None:
+        skip = default_skip([".".join(map(str, path)) for path, _ in nnx.iter_modules(module)])
+    replace_linears(module, method, skip=skip if callable(skip) else matcher(skip))
+    return module
