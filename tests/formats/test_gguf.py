@@ -1,0 +1,419 @@
+"""GGUF: every block type against the gguf package, whole models against the weights they were written from."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jq
+from jq.errors import CheckpointError, FormatError, JqError, UnsupportedError
+from jq.formats.gguf import model_state, take_rows, to_huggingface
+from jq.formats.gguf_blocks import ROWS, tensor_of
+from jq.formats.gguf_reader import read_file, read_gguf
+from jq.formats.gguf_types import BY_NAME, TYPES
+from jq.qtensor.blocks import KINDS
+
+gguf = pytest.importorskip("gguf")
+from gguf import GGMLQuantizationType as Type  # noqa: E402
+
+# Where float16 scales lie in a block: random bytes there would be NaN or infinite now and then.
+SCALES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_1": (0, 2),
+    "Q5_1": (0, 2),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    "MXFP4": (),
+    "NVFP4": (),
+    "IQ1_M": (),
+}
+DECODED = sorted((ROWS.keys() | KINDS.keys()) - {"Q8_K"})
+
+
+def random_blocks(kind: str, rows: int, blocks: int, seed: int) -> np.ndarray:
+    """uint8[rows, blocks * bytes] of any bits but for finite scales."""
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (rows, blocks, BY_NAME[kind].bytes), np.uint8)
+    for at in SCALES.get(kind, (0,)):
+        d = ((rng.random((rows, blocks)) - 0.5) * 0.1).astype(np.float16)
+        raw[..., at : at + 2] = d.view(np.uint8).reshape(rows, blocks, 2)
+    if kind == "IQ1_M":  # the exponent's top bit, in the last word: clear, so that the scale is finite
+        raw[..., 55] &= 0xBF
+    if kind == "MXFP4":  # 0 and 1 make subnormal weights, which XLA flushes on a CPU; 251 and more overflow
+        raw[..., 0] = raw[..., 0].clip(4, 250)
+    return raw.reshape(rows, -1)
+
+
+def bits(a: Any) -> np.ndarray:
+    return np.asarray(a).view(np.uint32)
+
+
+@pytest.mark.parametrize("kind", DECODED)
+def test_blocks_decode_as_gguf_does(kind: str) -> None:
+    for seed, (rows, blocks) in enumerate([(1, 1), (3, 2)]):
+        raw = random_blocks(kind, rows, blocks, seed)
+        q = tensor_of(raw, kind)
+        want = gguf.dequantize(raw, Type[kind])
+        assert q.shape == want.shape and q.dtype == "float32"
+        np.testing.assert_array_equal(bits(q.dequantize()), bits(want))
+        assert q.nbytes <= raw.nbytes + 64  # 64: the table of IQ4
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"])
+def test_quantized_by_gguf(kind: str) -> None:
+    w = np.random.default_rng(1).standard_normal((5, 512), np.float32)
+    w[0, :256] = 0
+    raw = gguf.quantize(w, Type[kind])
+    np.testing.assert_array_equal(bits(tensor_of(raw, kind).dequantize()), bits(gguf.dequantize(raw, Type[kind])))
+
+
+def test_q8_k_has_a_float32_scale() -> None:
+    d, codes = np.float32(0.3), np.arange(-128, 128).astype(np.int8)
+    raw = np.concatenate([d.reshape(1).view(np.uint8), codes.view(np.uint8), np.zeros(32, np.uint8)])[None]
+    np.testing.assert_array_equal(np.asarray(tensor_of(raw, "Q8_K").dequantize())[0], d * codes)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "IQ4_XS", "IQ3_S", "MXFP4"])
+def test_stacked_experts_and_rows(kind: str) -> None:
+    raw = np.stack([random_blocks(kind, 4, 1, seed) for seed in range(3)])
+    q, want = tensor_of(raw, kind).to_jax(), gguf.dequantize(raw, Type[kind])
+    assert q.shape == want.shape == (3, 4, 256 if kind != "MXFP4" else 32)
+    np.testing.assert_array_equal(bits(q.dequantize()), bits(want))
+    np.testing.assert_array_equal(bits(q[1].dequantize()), bits(want[1]))
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_array_equal(bits(take_rows(tensor_of(raw[0], kind), order).dequantize()), bits(want[0][order]))
+
+
+def test_scales_that_are_not_finite() -> None:
+    for kind in ("Q4_0", "Q6_K", "IQ2_XS", "IQ4_XS"):
+        raw = random_blocks(kind, 2, 1, 0)
+        at = SCALES.get(kind, (0,))[0]
+        raw[1, at : at + 2] = np.array([np.nan], np.float16).view(np.uint8)
+        with pytest.raises(FormatError, match=r"blk\.0.* 1 of 2 .*not finite"):
+            tensor_of(raw, kind, "blk.0.attn_q.weight")
+
+
+def test_types_have_the_sizes_of_gguf() -> None:
+    for number, kind in TYPES.items():
+        assert (Type(number).name, gguf.GGML_QUANT_SIZES[Type(number)]) == (kind.name, (kind.elements, kind.bytes))
+
+
+CONFIG = {
+    "vocab_size": 24,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+PARTS = {
+    "attn_q": ("self_attn.q_proj", 64, 64),
+    "attn_k": ("self_attn.k_proj", 32, 64),
+    "attn_v": ("self_attn.v_proj", 32, 64),
+    "attn_output": ("self_attn.o_proj", 64, 64),
+    "ffn_gate": ("mlp.gate_proj", 96, 64),
+    "ffn_up": ("mlp.up_proj", 96, 64),
+    "ffn_down": ("mlp.down_proj", 64, 96),
+}
+
+
+def permuted(w: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of q and k rows, as its converter makes it."""
+    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def write_model(
+    path: Path, kind: str = "Q8_0", *, tied: bool = True, arch: str = "llama", seed: int = 0, tokenizer: bool = True
+) -> dict[str, np.ndarray]:
+    """A tiny model as llama.cpp would write it; returns its dequantized weights by Hugging Face's names."""
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(50000.0)
+    writer.add_rope_dimension_count(16)
+    if tokenizer:
+        add_byte_level(writer)
+    dense: dict[str, np.ndarray] = {}
+
+    def matrix(name: str, target: str, n: int, k: int, kind: str, heads: int = 0) -> None:
+        raw = gguf.quantize((rng.standard_normal((n, k)) * 0.2).astype(np.float32), Type[kind])
+        w = gguf.dequantize(raw, Type[kind])
+        if heads:  # rows of blocks move whole
+            raw = permuted(raw, heads)
+        writer.add_tensor(name, raw, raw_dtype=None if kind in ("F16", "F32") else Type[kind])
+        dense[target] = w
+
+    def norm(name: str, target: str) -> None:
+        dense[target] = (1 + 0.1 * rng.standard_normal(64)).astype(np.float32)
+        writer.add_tensor(name, dense[target])
+
+    matrix("token_embd.weight", "model.embed_tokens.weight", 24, 64, kind)
+    norm("output_norm.weight", "model.norm.weight")
+    if not tied:
+        matrix("output.weight", "lm_head.weight", 24, 64, "F16")
+    for i in range(2):
+        norm(f"blk.{i}.attn_norm.weight", f"model.layers.{i}.input_layernorm.weight")
+        norm(f"blk.{i}.ffn_norm.weight", f"model.layers.{i}.post_attention_layernorm.weight")
+        for part, (target, n, k) in PARTS.items():
+            heads = {"attn_q": 4, "attn_k": 2}.get(part, 0) if arch == "llama" else 0
+            matrix(f"blk.{i}.{part}.weight", f"model.layers.{i}.{target}.weight", n, k, kind, heads)
+            if arch == "qwen2" and part in ("attn_q", "attn_k", "attn_v"):
+                dense[f"model.layers.{i}.{target}.bias"] = rng.standard_normal(n).astype(np.float32)
+                writer.add_tensor(f"blk.{i}.{part}.bias", dense[f"model.layers.{i}.{target}.bias"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dense
+
+
+TOKENS = ["<|end|>", "<|user|>", "a", "b", "c", "\u0120", "1", "2", "ab", "abc", "\u0120a", "\u0120ab", "<tool>"]
+
+
+def add_byte_level(writer: Any, pre: str = "smollm") -> None:
+    tokens = TOKENS + [f"x{i}" for i in range(24 - len(TOKENS))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * 10, 4, *[1] * 11])
+    writer.add_token_merges(["a b", "ab c", "\u0120 a", "\u0120 ab"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+@pytest.mark.parametrize(("arch", "kind", "tied"), [("llama", "Q8_0", True), ("qwen2", "Q5_1", False)])
+def test_a_model_runs_as_its_dense_weights_do(tmp_path: Path, arch: str, kind: str, tied: bool) -> None:
+    file = tmp_path / "model.gguf"
+    dense = write_model(file, kind, tied=tied, arch=arch)
+    config, tensors, files = to_huggingface(file)
+    assert config.items() >= {**CONFIG, "model_type": arch, "tie_word_embeddings": tied, "rope_theta": 50000.0}.items()
+    assert tensors.keys() == dense.keys()
+    for name, w in dense.items():
+        np.testing.assert_array_equal(tensors[name], w.astype(np.float16), err_msg=name)
+    assert files.keys() == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+    model = jq.load(file)
+    plain = jq.load(jq.state.State(dense, config))
+    ids = np.arange(1, 20)[None] % 24
+    np.testing.assert_allclose(np.asarray(model(ids)), np.asarray(plain(ids)), rtol=1e-4, atol=1e-4)
+    packed = jq.load(file, packed=True)
+    np.testing.assert_allclose(np.asarray(packed(ids)), np.asarray(plain(ids)), rtol=1e-3, atol=1e-3)
+    assert len(jq.quantized(model)) == 15
+    with pytest.raises(UnsupportedError, match="read, not written"):
+        jq.save(model, tmp_path / "out")
+
+
+def test_a_state_has_the_names_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_model(file)
+    state = jq.load_state(file)
+    assert {"token_embd.weight", "blk.1.ffn_down.weight", "output_norm.weight"} <= set(state)
+    assert "blk.0.attn_q" in jq.quantized(state)
+    held = sum(v.nbytes for v in state.values())
+    assert held <= 1.02 * file.stat().st_size
+    assert model_state(model_state(state)).config["model_type"] == "llama"
+
+
+def test_tokenizer_of_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_model(file)
+    tokenizer = jq.load(file).tokenizer
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    assert ids("abc ab<|user|>12<tool>") == [9, 11, 1, 6, 7, 12]
+    assert tokenizer.decode(ids("abc ab12")) == "abc ab12"
+    assert tokenizer.decode([9, 0], skip_special_tokens=True) == "abc"
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|end|>", "<|user|>")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
+
+
+def test_tokenizer_of_scores() -> None:
+    from tokenizers import Tokenizer
+
+    from jq.formats.gguf_tokenizer import tokenizer_files
+
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    pieces = {"\u2581": -9.0, "a": -8.0, "b": -7.0, "ab": -1.0, "\u2581a": -3.0, "\u2581ab": -2.0}
+    tokens += list(pieces)
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + list(pieces.values()),
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    files = tokenizer_files(metadata)
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    at = {token: i for i, token in enumerate(tokens)}
+    assert tokenizer.encode("ab a").ids == [1, at["\u2581ab"], at["\u2581a"]]
+    assert tokenizer.encode("\u00e9").ids == [1, at["\u2581"], at["<0xC3>"], at["<0xA9>"]]
+    assert tokenizer.decode(tokenizer.encode("ab \u00e9 b").ids) == "ab \u00e9 b"
+    assert json.loads(files["tokenizer_config.json"])["add_bos_token"] is True
+
+
+def test_llama3_rope_divisors(tmp_path: Path) -> None:
+    from jq.formats.gguf_config import _llama3_scaling
+
+    frequencies = 1 / 500000.0 ** (np.arange(0, 128, 2) / 128)
+    wave = 2 * np.pi / frequencies
+    smooth = (8192 / wave - 1) / 3
+    factors = np.where(wave < 2048, 1, np.where(wave > 8192, 8, 1 / ((1 - smooth) / 8 + smooth))).astype(np.float32)
+    got = _llama3_scaling(factors.astype(np.float64), {"rope_theta": 500000.0}, strict=True)
+    assert got == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    with pytest.raises(UnsupportedError, match="does not hold the divisors of Llama 3"):
+        _llama3_scaling(factors * 1.1, {"rope_theta": 500000.0}, strict=True)
+
+
+def test_architectures_without_names(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_model(file, arch="mamba")
+    assert len(jq.load_state(file)) == 20
+    with pytest.raises(UnsupportedError, match="architecture 'mamba' has no Hugging Face names"):
+        jq.load(file)
+
+
+def test_split_files(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.gguf"
+    dense = write_model(whole)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", split_max_tensors=9, split_max_size=0)
+    for key, value in read_file(whole)[1].items():
+        if isinstance(value, int) and not isinstance(value, bool) and key.startswith("llama."):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+    for name, entry in read_file(whole)[0].items():
+        writer.add_tensor(name, np.array(entry.read()), raw_dtype=Type[entry.kind] if entry.kind else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("model-*.gguf"))
+    assert len(parts) == 3
+    _, tensors, _ = to_huggingface(parts[0], packed=True)
+    assert tensors.keys() == dense.keys()
+    with pytest.raises(CheckpointError, match="is part 2 of 3; give the first one, model-00001-of-00003"):
+        read_gguf(parts[1])
+    parts[2].unlink()
+    with pytest.raises(CheckpointError, match=r"model-00003-of-00003.gguf: missing"):
+        read_gguf(parts[0])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_model(file, tied=False)
+    return file
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_truncated_files(small: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    file = tmp_path_factory.mktemp("cut") / "model.gguf"
+    raw = small.read_bytes()
+    file.write_bytes(raw[: data.draw(st.integers(0, len(raw) - 33))])
+    with pytest.raises(CheckpointError, match=r"model\.gguf"):
+        read_gguf(file)
+
+
+@pytest.mark.filterwarnings("ignore::jq.errors.JqWarning")
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_headers(small: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    damaged = bytearray(small.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, 2600))
+        damaged[at] = data.draw(st.sampled_from([0, 1, 9, 0x7F, 0x80, 0xFF]))
+    file = tmp_path_factory.mktemp("bad") / "model.gguf"
+    file.write_bytes(bytes(damaged))
+    try:
+        state = jq.load_state(file, lazy=True)
+        assert len(state) > 0
+        to_huggingface(file, packed=True)
+    except JqError as e:
+        assert str(file) in str(e) or "blk." in str(e)
+
+
+def header(tensors: int, keys: int, body: bytes = b"", version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + body
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "message"),
+    [
+        (b"", CheckpointError, "cannot be read"),
+        (b"GGML" + bytes(100), CheckpointError, "no GGUF file"),
+        (header(0, 0, version=1), UnsupportedError, "version 1; little-endian versions 2 and 3"),
+        (header(0, 0, version=3 << 24), UnsupportedError, "a big-endian file"),
+        (header(2**60, 0), CheckpointError, "do not fit the file"),
+        (header(0, 1, struct.pack("<Q", 2**62) + bytes(20)), CheckpointError, "truncated or damaged"),
+        (header(0, 1, struct.pack("<Q1sIIQ", 1, b"a", 9, 8, 2**61)), CheckpointError, "metadata key 'a' takes"),
+        (header(0, 1, struct.pack("<Q1sI", 1, b"a", 77)), CheckpointError, "unknown type 77"),
+        (header(0, 1, struct.pack("<Q1sI", 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 9), CheckpointError, "too deep"),
+        (
+            header(1, 0, struct.pack("<Q1sI2QIQ", 1, b"w", 2, 33, 1, 2, 0) + bytes(64)),
+            CheckpointError,
+            "rows of Q4_0 are blocks of 32",
+        ),
+        (
+            header(1, 0, struct.pack("<Q1sI2QIQ", 1, b"w", 2, 2**40, 2**20, 2, 0) + bytes(64)),
+            CheckpointError,
+            "does not fit the file",
+        ),
+        (
+            header(1, 0, struct.pack("<Q1sI1QIQ", 1, b"w", 1, 8, 4, 0) + bytes(64)),
+            UnsupportedError,
+            "w: tensor type 4 is not known",
+        ),
+        (
+            header(1, 0, struct.pack("<Q4sI1QIQ", 4, b"../x", 1, 8, 0, 0) + bytes(64)),
+            CheckpointError,
+            "looks like a path",
+        ),
+        (header(1, 0, struct.pack("<Q1sI", 1, b"w", 9) + bytes(99)), CheckpointError, "w: 9 dimensions"),
+    ],
+)
+def test_hostile_headers(tmp_path: Path, raw: bytes, error: type[Exception], message: str) -> None:
+    file = tmp_path / "bad.gguf"
+    file.write_bytes(raw)
+    with pytest.raises(error, match=message) as caught:
+        jq.load_state(file)
+    assert str(file) in str(caught.value)
+
+
+def test_grids_need_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from jq.qtensor import blocks
+
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UnsupportedError, match="pip install gguf"):
+        blocks._table.__wrapped__("IQ3_S")
