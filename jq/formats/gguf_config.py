@@ -153,7 +153,7 @@ def architecture_of(metadata: Metadata, label: str) -> Architecture:
     Raises:
       UnsupportedError: none; `jq.load_state` still reads the tensors.
     """
-    name = metadata.get("general.architecture")
+    name = str(metadata.get("general.architecture"))
     if name == "llama" and (metadata.get("llama.expert_count") or 0) > 0:
         return MIXTRAL
     if name not in ARCHITECTURES:
@@ -185,14 +185,14 @@ def full_config(metadata: Metadata, entries: Entries, label: str) -> dict[str, A
       CheckpointError: a size is missing from the metadata.
     """
     config = _config(metadata, entries, architecture_of(metadata, label), strict=True)
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if not isinstance(config.get(key), int) or config[key] <= 0:
-            raise CheckpointError(f"{label}: the metadata gives no {key}; it is no complete model")
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        if type(config.get(key)) is not int or config[key] <= 0:
+            raise CheckpointError(f"{label}: {key} is {config.get(key)!r} in the metadata; it describes no whole model")
     return config
 
 
 def _config(metadata: Metadata, entries: Entries, row: Architecture, *, strict: bool) -> dict[str, Any]:
-    prefix = metadata["general.architecture"]
+    prefix = str(metadata["general.architecture"])
 
     def key(name: str, default: Any = None) -> Any:
         value = metadata.get(f"{prefix}.{name}")

@@ -228,7 +228,7 @@ def _entry(cursor: _Cursor, name: str, shape: tuple[int, ...], number: int, offs
     if kind.name in PLAIN:
         entry = Entry(PLAIN[kind.name], shape, cursor.path, offset)
     else:
-        if not shape or shape[-1] % kind.elements:
+        if not shape or 0 in shape or shape[-1] % kind.elements:
             raise cursor.fail(f"{name}: shape {shape}, but rows of {kind.name} are blocks of {kind.elements} elements")
         entry = Entry(
             np.dtype(np.uint8),

@@ -80,15 +80,19 @@ def tokenizer_files(metadata: Mapping[str, Any], label: str = "file") -> dict[st
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         found["chat_template.jinja"] = template.encode()
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
+    kind = str(metadata.get("tokenizer.ggml.model", ""))
+    if not kind:
         return found
     if kind not in BUILDERS:
         warn_once(label, f"tokenizer of kind {kind!r} is not built (only {', '.join(BUILDERS)}); pass token ids")
         return found
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    if not tokens:
         raise CheckpointError(f"{label}: tokenizer.ggml.tokens is missing or empty")
+    for key, kinds in (("tokens", str), ("merges", str), ("scores", (int, float)), ("token_type", int)):
+        values = metadata.get(f"tokenizer.ggml.{key}", [])
+        if not isinstance(values, list) or not all(isinstance(v, kinds) for v in values):
+            raise CheckpointError(f"{label}: tokenizer.ggml.{key} is no list of {key}")
     tokenizer = BUILDERS[kind](metadata, tokens, label)
     _add_special_tokens(tokenizer, metadata, tokens)
     _add_ends(tokenizer, metadata, config)
@@ -122,7 +126,7 @@ def _tokenizer_config(metadata: Mapping[str, Any], label: str) -> dict[str, Any]
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], label: str) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = str(metadata.get("tokenizer.ggml.pre", "default"))
     if name not in SPLITTINGS:
         warn_once(label, f"pre-tokenizer {name!r} is not known; text is split as GPT-2 does, tokens may differ")
     splitting = SPLITTINGS.get(name, Splitting())
