@@ -61,7 +61,7 @@ def run(
 
         for scheme, (name, path) in zip((jq.NF4(), jq.RTN(bits=4, group_size=64)), checkpoints[1:]):
             step(f"quantize and write {name}")
-            jq.save(jq.quantize(jq.load(source), scheme), path)
+            jq.save(jq.quantize(jq.load_state(source, lazy=True), scheme), path)
         figures = []
         for name, path in checkpoints:
             figures.append(measure(name, path, step))
