@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -267,6 +267,18 @@ def build(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, o: Options, 
     )
 
 
+def config_of(o: Options, skip: list[str]) -> dict[str, Any]:
+    """A quantization_config that AutoAWQ, GPT-QModel and transformers read; `skip`: linear layers that stay float."""
+    return {
+        "quant_method": "awq",
+        "bits": o.bits,
+        "group_size": o.group_size,
+        "version": o.version,
+        "zero_point": not o.sym,
+        "modules_to_not_convert": list(skip) or None,
+    }
+
+
 def dump(q: Affine) -> Parts:
     """The stored tensors of an AWQ module, from the arrays of `q`."""
     q = q.to_numpy()
@@ -348,6 +360,24 @@ def group(names: list[str], options: Any, context: Context) -> dict[str, dict[st
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class AWQ:
+    """AWQ as the target of `jq.convert`; options that are None are those of the source.
+
+    Fields:
+      bits, group_size: what the source must have.
+      version: "gemm" or "gemv".
+      zero_point: False says in the config that all zero points are 2**(bits-1).
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    version: str = "gemm"
+    zero_point: bool | None = None
+
+    format: ClassVar[str] = "awq"
+
+
 FORMAT = Format(
     name="awq",
     methods=("awq",),
@@ -359,4 +389,5 @@ FORMAT = Format(
     dump=dump,
     detect=detect,
     group=group,
+    methods_table={"AWQ": AWQ},
 )

@@ -17,7 +17,7 @@ field; AutoGPTQ works per field. `meta.quantizer` tells which wrote a file. 3-bi
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -295,7 +295,7 @@ class RTN:
     sym: bool = True
     scale_dtype: str = "float16"
 
-    format = "gptq"
+    format: ClassVar[str] = "gptq"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -340,6 +340,27 @@ class RTN:
         return with_block_list(config, quantized, skip)
 
 
+@dataclasses.dataclass(frozen=True)
+class GPTQ:
+    """GPTQ as the target of `jq.convert`; options that are None are those of the source.
+
+    Fields:
+      bits, group_size: what the source must have.
+      checkpoint_format: "gptq" (v1), "gptq_v2" or "gptq_p"; None: v1 for symmetric weights, planar for 5 to 7 bits,
+        else v2.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    checkpoint_format: str | None = None
+
+    format: ClassVar[str] = "gptq"
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_format not in (None, "gptq", "gptq_v2", "gptq_p"):
+            raise ValueError(f"GPTQ: checkpoint_format is gptq, gptq_v2 or gptq_p; got {self.checkpoint_format!r}")
+
+
 FORMAT = Format(
     name="gptq",
     methods=("gptq", "marlin"),
@@ -350,5 +371,5 @@ FORMAT = Format(
     load=load,
     dump=dump,
     detect=detect,
-    methods_table={"RTN": RTN},
+    methods_table={"RTN": RTN, "GPTQ": GPTQ},
 )

@@ -129,7 +129,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         sym=bool(first(config, "sym", default=True)),
         rules=rules_of(config.get("dynamic"), checked_bits, label),
         planar=planar,
-        zeros="v2" if storage != "gptq" else "v1-word" if _by_gptqmodel(config) else "v1-field",
+        zeros="v2" if storage != "gptq" else "v1-word" if by_gptqmodel(config) else "v1-field",
         word=word,
     )
 
@@ -142,7 +142,7 @@ def checked_group(value: Any, label: str) -> int:
     return size
 
 
-def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
+def by_gptqmodel(config: Mapping[str, Any]) -> bool:
     """Whether GPT-QModel wrote the file: its v1 zeros are shifted by one on whole words."""
     meta = config.get("meta")
     quantizer = meta.get("quantizer") if isinstance(meta, Mapping) else None
@@ -220,11 +220,13 @@ def config_of(
     desc_act: bool = False,
     skip: Any = (),
     lm_head: bool = False,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """A quantization_config that GPT-QModel, Optimum and transformers read.
 
     Args:
       skip: names of linear modules that stay float; they become `-:` rules of `dynamic`.
+      overrides: name -> bits, group_size of modules that differ; they become `+:` rules.
     """
     config: dict[str, Any] = {
         "quant_method": "gptq",
@@ -240,6 +242,7 @@ def config_of(
         "meta": {"quantizer": ["jaxq"]},
     }
     rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in skip if name != "lm_head"}
+    rules |= {f"+:^{re.escape(name)}$": dict(changed) for name, changed in (overrides or {}).items()}
     if rules:
         config["dynamic"] = rules
     return config

@@ -1,0 +1,109 @@
+"""`jq.convert`: the same weights in another format, to the bit, or an error that says why not."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from jq.errors import UnsupportedError
+from jq.formats.integers import Summary, integers_of, target_of
+from jq.qtensor import QTensor
+from jq.quantize import linears
+from jq.state import State, load_state, module_of, save
+
+# Configs of the old format beside config.json, which would contradict the new one.
+_OLD_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+
+
+def convert(src: Any, dst: str | os.PathLike | None, to: Any) -> State:
+    """Re-encodes a quantized checkpoint so that every dequantized weight stays the same to the bit.
+
+    GPTQ (v1, v2, planar), AWQ (gemm, gemv) and compressed-tensors (pack-quantized) convert into each other wherever
+    the target can store bits, groups, zero points and order of the source. Each weight is compared before anything is
+    written.
+
+    Args:
+      src: directory, file, hub id, or a State.
+      dst: directory to write, None to write nothing.
+      to: `jq.GPTQ(...)`, `jq.AWQ(...)`, `jq.CompressedTensors(...)`, or a format's name; options left out are those of
+        the source.
+
+    Returns:
+      The converted State.
+
+    Raises:
+      UnsupportedError: the target cannot hold some weight; the message names it, the reason and what can.
+    """
+    state = src if isinstance(src, State) else load_state(src, lazy=True)
+    label = str(state.path or "state")
+    keys = [key for key in state if isinstance(state[key], QTensor)]
+    if not keys:
+        raise UnsupportedError(f"{label}: holds no quantized weights; jq.quantize makes them")
+    config = dict(state.config.get("quantization_config") or state.config.get("compression_config") or {})
+    first = state[keys[0]].source
+    own = first.format if first is not None else ""
+    summaries = [_summary(state[key], module_of(key)) for key in keys]
+    target = target_of(to, summaries, config or _side_config(state), own)
+    _check_scaled_activations(state, to, label)
+    tensors: dict[str, Any] = {}
+    for key in state:
+        value = state[key]
+        tensors[key] = _converted(value, module_of(key), target.tensor) if key in set(keys) else value
+    new = {k: v for k, v in state.config.items() if k != "compression_config"}
+    done = {module_of(key) for key in keys}
+    skip = [name for name in linears(state) if name not in done]
+    if "lm_head" not in done and "lm_head" not in skip:
+        skip.append("lm_head")
+    new["quantization_config"] = target.config(skip)
+    made = State(
+        tensors,
+        new,
+        path=state.path,
+        side_files={k: v for k, v in state.side_files.items() if k not in _OLD_CONFIGS},
+    )
+    if dst is not None:
+        save(made, dst)
+    return made
+
+
+def _summary(q: Any, name: str) -> Summary:
+    return integers_of(q, name).summary
+
+
+def _converted(q: Any, name: str, tensor: Any) -> QTensor:
+    """The weight in the new storage, compared with the old one bit by bit."""
+    new = tensor(integers_of(q, name)).arrays(_array)
+    old_dense, new_dense = np.asarray(q.dequantize()), np.asarray(new.dequantize())
+    word = f"u{old_dense.dtype.itemsize}"
+    if old_dense.dtype != new_dense.dtype or not np.array_equal(old_dense.view(word), new_dense.view(word)):
+        raise UnsupportedError(f"{name}: {q!r} would have other weights as {new!r}; nothing was written")
+    return new
+
+
+def _array(a: Any) -> Any:
+    import jax.numpy as jnp
+
+    return np.asarray(a) if np.dtype(a.dtype).itemsize == 8 else jnp.asarray(a)
+
+
+def _side_config(state: State) -> dict[str, Any]:
+    """The quantization config of AutoGPTQ's side file."""
+    import json
+
+    for name in _OLD_CONFIGS:
+        if name in state.side_files:
+            return dict(json.loads(state.side_files[name]))
+    return {}
+
+
+def _check_scaled_activations(state: State, to: Any, label: str) -> None:
+    """AWQ's ScaledActivation is a part of the model that other formats' readers do not know."""
+    name = to if isinstance(to, str) else getattr(to, "format", None)
+    scaled = [key for key in state if key.endswith((".act.scales", ".gelu_impl.scales"))]
+    if scaled and name != "awq":
+        raise UnsupportedError(
+            f"{label}: {scaled[0]}: AWQ divides the activation by it; readers of {name} would leave that out. Only AWQ can hold "
+            "this model"
+        )
