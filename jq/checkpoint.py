@@ -138,7 +138,16 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
         raise CheckpointError(f"{weights[0]}: holds no tensors")
     for name, tensor in tensors.items():
         safetensors_file.check_name(name, tensor.entry.file)
+    if config.get("tie_word_embeddings"):
+        _drop_tied_output(tensors)
     return Checkpoint(path, config, tensors, files, {}, sides, objects, "torch")
+
+
+def _drop_tied_output(tensors: dict[str, TorchTensor]) -> None:
+    """Forgets an lm_head that is the embedding's own storage: torch files name tied tensors twice, but store one."""
+    head = tensors.get("lm_head.weight")
+    if head is not None and any(t == head for name, t in tensors.items() if name != "lm_head.weight"):
+        del tensors["lm_head.weight"]
 
 
 def find_weights(path: Path) -> list[Path]:

@@ -417,3 +417,12 @@ def test_lazy_state_reads_at_access(tmp_path: Path) -> None:
     assert isinstance(state["a"], np.ndarray)
     np.testing.assert_array_equal(state["a"], ONE)
     assert io.BytesIO(state["a"].tobytes()).read() == ONE.tobytes()
+
+
+def test_a_tied_head_is_held_once(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    table = torch.ones(4, 2)
+    torch.save({"model.embed_tokens.weight": table, "lm_head.weight": table}, tmp_path / "pytorch_model.bin")
+    assert set(jq.load_state(tmp_path)) == {"model.embed_tokens.weight", "lm_head.weight"}
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    assert set(jq.load_state(tmp_path)) == {"model.embed_tokens.weight"}
