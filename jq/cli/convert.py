@@ -33,5 +33,5 @@ def run(
         jq.convert(source, target, to=scheme)
     summary = inspect(target)
     seconds = time.perf_counter() - start
-    result = {"to": repr(scheme), "seconds": round(seconds, 2), **summary.to_dict()}
+    result = {"converted_to": repr(scheme), "seconds": round(seconds, 2), **summary.to_dict()}
     emit(result, f"{summary.headline()}\nconverted in {seconds:.1f} s", as_json=as_json)

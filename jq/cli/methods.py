@@ -1,4 +1,4 @@
-"""How a quantization method is named on the command line: its class's fields are the options.
+"""How a quantization method is named on the command line: the arguments of its class are the options.
 
 The methods are those of the formats' tables (`jq.NF4`, `jq.RTN`, ...), found by name whatever the case. An option that
 the method does not have is wrong use (exit code 2), and the message lists those that it has.
@@ -7,21 +7,26 @@ the method does not have is wrong use (exit code 2), and the message lists those
 from __future__ import annotations
 
 import ast
-import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import typer
 
 
 def names() -> dict[str, str]:
-    """Lower-case name -> public name (attribute of `jq`) of every method."""
+    """Name as it may be typed (lower case, no underscores) -> public name (attribute of `jq`) of every method."""
     from jq.formats import table
 
-    return {name.lower(): name for fmt in table().values() for name in fmt.methods_table}
+    return {_plain(name): name for fmt in table().values() for name in fmt.methods_table}
 
 
-def find(name: str) -> type:
-    """The method class of a name as typed.
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The method of a name as typed: a class, or a function that makes one (presets).
 
     Raises:
       typer.BadParameter: there is none; the message lists the methods.
@@ -29,33 +34,46 @@ def find(name: str) -> type:
     import jq
 
     known = names()
-    key = name.lower().replace("-", "").replace("_", "")
-    if key not in known:
-        raise typer.BadParameter(f"no method {name!r}; methods: {', '.join(sorted(known))}")
-    return getattr(jq, known[key])
+    if _plain(name) not in known:
+        raise typer.BadParameter(f"no method {name!r}; methods: {', '.join(sorted(known.values(), key=str.lower))}")
+    return getattr(jq, known[_plain(name)])
 
 
-def build(name: str, settings: list[str], **given: Any) -> Any:
+def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The method's options by name."""
+    return dict(inspect.signature(method).parameters)
+
+
+def build(name: str, settings: list[str], *, sym: bool | None = None, **given: Any) -> Any:
     """A method object from its name, `key=value` settings and options that were given (None: not given).
+
+    Args:
+      name: as typed.
+      settings: `key=value` texts.
+      sym: without or with zero points; methods call it `sym`, `symmetric`, or the contrary `zero_point`.
+      given: other options.
 
     Raises:
       typer.BadParameter: unknown method or option, a value that the method refuses.
     """
-    cls = find(name)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    method = find(name)
+    known = options_of(method)
     values = {key: value for key, value in given.items() if value is not None}
+    if sym is not None:
+        key = next((key for key in ("sym", "symmetric", "zero_point") if key in known), "sym")
+        values[key] = not sym if key == "zero_point" else sym
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise typer.BadParameter(f"{setting!r}: settings have the form key=value")
         values[key.replace("-", "_")] = _value(text)
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise typer.BadParameter(f"{cls.__name__} has no option {unknown[0]!r}; it has: {', '.join(fields) or 'none'}")
+    unknown = sorted(set(values) - set(known))
+    if unknown and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        raise typer.BadParameter(f"{name} has no option {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
     try:
-        return cls(**values)
+        return method(**values)
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(f"{cls.__name__}: {error}") from error
+        raise typer.BadParameter(f"{name}: {error}") from error
 
 
 def _value(text: str) -> Any:

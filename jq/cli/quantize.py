@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +58,7 @@ def run(
         double_quant=double_quant,
     )
     import jq
-    from jq.inspect import inspect
+    from jq.inspect import inspect as summary_of
 
     start = time.perf_counter()
     with progress("quantize") as advance:
@@ -72,24 +73,25 @@ def run(
             made = jq.quantize(model, scheme, data=rows, skip=skip or None, advance=advance)
     say(f"writing {target}")
     jq.save(made, target)
-    summary = inspect(target)
+    summary = summary_of(target)
     seconds = time.perf_counter() - start
     text = f"{summary.headline()}\nquantized and written in {seconds:.1f} s; look at it: jaxq inspect {target}"
-    result = {"method": repr(scheme), "seconds": round(seconds, 2), **summary.to_dict()}
+    result = {"quantized_with": repr(scheme), "seconds": round(seconds, 2), **summary.to_dict()}
     emit(result, text, as_json=as_json)
 
 
 def _list(on: bool) -> None:
     if not on:
         return
-    import dataclasses
-
     from jq.cli import methods
 
-    for public in sorted(methods.names().values()):
-        fields = dataclasses.fields(methods.find(public))
-        options = ", ".join(
-            f"{f.name}={f.default!r}" if f.default is not dataclasses.MISSING else f.name for f in fields if f.init
-        )
-        print(f"{public.lower():12} {options}")
+    for public in sorted(methods.names().values(), key=str.lower):
+        found = methods.find(public)
+        options = ", ".join(str(p).partition(":")[0] + _default(p) for p in methods.options_of(found).values())
+        need = "" if hasattr(found, "quantize") or not isinstance(found, type) else "   (needs --data)"
+        print(f"{public.lower():18} {options}{need}")
     raise typer.Exit
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    return "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
