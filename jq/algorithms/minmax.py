@@ -58,7 +58,7 @@ def mx_exponents(peak: np.ndarray, bits: int) -> np.ndarray:
     is subtracted. float16 scales that underflow become one, as in the library.
     """
     mantissa = _MANTISSA[str(peak.dtype)]
-    pattern = peak.view(f"u{peak.dtype.itemsize}").astype(np.int64)
+    pattern = np.abs(peak).view(f"u{peak.dtype.itemsize}").astype(np.int64)
     field = (pattern + (1 << (mantissa - (3 if bits == 6 else 1) - 1))) >> mantissa
     exponent = field - (15 if mantissa == 10 else 127) - (8 if bits == 8 else 2)
     exponent = np.clip(np.where(field == 0, -127, exponent), -127, 128).astype(np.int32)
