@@ -245,6 +245,12 @@ def _global_multiply(t: NarrowFloat, scale: Array, global_scale: Any, dtype: np.
     return (values * spread(whole)).astype(dtype)
 
 
+def _global_product(t: NarrowFloat, scale: Array, global_scale: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype(float32(code) * (global * float32(scale))), signs of zero kept: torchao's NVFP4."""
+    whole = scale.astype(np.float32) * global_scale.astype(np.float32).reshape(1, 1)
+    return (t.values() * spread(whole)).astype(dtype)
+
+
 def _gguf(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
     """dtype((2 * code) * (scale / 2)), a code of -0 read as +0: ggml holds e2m1 values doubled and scales halved.
 
@@ -264,6 +270,7 @@ FORMULAS: dict[str, Formula] = {
     "cast": _cast,
     "global_divide": _global_divide,
     "global_multiply": _global_multiply,
+    "global_product": _global_product,
 }
 
 __all__ = ["FORMULAS", "KINDS", "TABLES", "NarrowFloat"]
