@@ -9,13 +9,17 @@ merges from two stored ones (gate and up) stays two QTensors: not every format c
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from jq.errors import FormatError, UnsupportedError
+from jq.formats import table
 from jq.qtensor import stack
 from jq_torch import bridge, ops
 from jq_torch.linear import Packed
@@ -217,3 +221,46 @@ def replace(model: Any, plan: Plan) -> None:
                 for suffix, name in origin.stored.items():
                     module.reserve(name, *plan.entry(origin.names[suffix]))
         model.set_submodule(path, module)
+
+
+def makeable(model: Any) -> dict[str, dict[str, list[str]]]:
+    """Experts that can be quantized while loading: {path: {parameter: names of an expert's stored projections}}.
+
+    The names are those that the model's converters merge, so that the saved file is what other loaders expect. Experts
+    that their files hold stacked and transposed (gpt-oss) are left out: no format but their own holds them.
+    """
+    known: dict[str, list[str]] = {}
+    for converter in get_model_conversion_mapping(model):
+        target = converter.target_patterns[0].rpartition(".experts.")[2]
+        names = [re.search(r"\.experts\.\*\.([\w.]+)\.weight$", s) for s in converter.source_patterns]
+        if isinstance(converter, WeightConverter) and target and all(names):
+            known[target] = [m[1] for m in names if m]
+    found = {}
+    for path, module in model.named_modules():
+        parameters = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3 and n in known]
+        if path.endswith(".experts") and parameters and hasattr(type(module), "_apply_gate"):
+            if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
+                continue
+            found[path] = {name: known[name] for name in parameters}
+    return found
+
+
+def quantize(model: Any, name: str, weight: torch.Tensor, method: Any) -> None:
+    """Packs one parameter [E, N, K] of an experts module, expert by expert."""
+    path, _, parameter = name.rpartition(".")
+    module = model.get_submodule(path)
+    if not isinstance(module, JqExperts):
+        known = makeable(model)[path]
+        origins: dict[Part, dict[int | None, Origin]] = {}
+        fmt = table()[method.format]
+        for target, names in known.items():
+            for part, leaf in enumerate(names):
+                origins[target, part] = {
+                    e: Origin(fmt, f"{path}.{e}.{leaf}", {}, {}) for e in range(int(module.num_experts))
+                }
+        module = JqExperts(module, origins)
+        model.set_submodule(path, module)
+    parts = [part for part in module.origins if part[0] == parameter]
+    for part, dense in zip(parts, weight.chunk(len(parts), dim=1), strict=True):
+        made = [method.quantize(bridge.array_of(w), name=f"{name}.{e}") for e, w in enumerate(dense)]
+        module.put(_role(part), stack(made))

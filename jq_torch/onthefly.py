@@ -21,7 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 import jq
 from jq.errors import CalibrationError, JqError, UnsupportedError
 from jq.formats import table
-from jq_torch import bridge
+from jq_torch import bridge, experts
 from jq_torch.linear import JqLinear, Packed
 from jq_torch.plan import Origin
 
@@ -36,8 +36,7 @@ def _bnb(config: Any) -> Any:
     if config.bnb_4bit_quant_type not in ("nf4", "fp4"):
         raise UnsupportedError(f"bnb_4bit_quant_type must be nf4 or fp4, got {config.bnb_4bit_quant_type!r}")
     kind = jq.NF4 if config.bnb_4bit_quant_type == "nf4" else jq.FP4
-    return _made(
-        kind,
+    return kind(
         double_quant=config.bnb_4bit_use_double_quant,
         quant_storage=_dtype_name(config.bnb_4bit_quant_storage, "uint8"),
         compute_dtype=_dtype_name(config.bnb_4bit_compute_dtype, "float32"),
@@ -102,15 +101,37 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "awq": _calibrated("AWQ"),
     "auto-round": _calibrated("AutoRound"),
     "eetq": lambda config: jq.EETQ(),
-    "fbgemm_fp8": lambda config: _made(jq.FbgemmFP8, activation_scale_ub=config.activation_scale_ub),
-    "fp8": lambda config: _made(jq.FP8, block=config.weight_block_size, activation_scheme=config.activation_scheme),
+    "fbgemm_fp8": lambda config: jq.FbgemmFp8(activation_scale_ub=config.activation_scale_ub),
+    "fp8": lambda config: _fp8(config),
+    "mxfp4": lambda config: jq.MXFP4(),
+    "bitnet": lambda config: jq.BitNet(config.linear_class),
+    "torchao": lambda config: _torchao(config),
 }
 
 
-def _made(kind: type, **wanted: Any) -> Any:
-    """kind(**wanted) with those arguments that the method has; one that it lacks must be at its default."""
+def _fp8(config: Any) -> Any:
+    block = config.weight_block_size
+    return jq.FP8(
+        block_size=None if block is None else tuple(block),
+        scale_fmt=getattr(config, "scale_fmt", None) or "float",
+        activation_scheme=config.activation_scheme,
+    )
+
+
+def _torchao(config: Any) -> Any:
+    """`TorchAoConfig(Int8WeightOnlyConfig())` of an installed torchao, or its name and arguments without one."""
+    kind, options = config.quant_type, dict(getattr(config, "quant_type_kwargs", None) or {})
+    if isinstance(kind, dict):
+        kind, options = kind["_type"], {**kind.get("_data", {}), **options}
+    elif not isinstance(kind, str):
+        kind, options = type(kind).__name__, {**vars(kind), **options}
+    return _made(jq.TorchAO, kind, **options)
+
+
+def _made(kind: type, *args: Any, **wanted: Any) -> Any:
+    """kind(*args, **wanted) with those options that the method has."""
     fields = {f.name for f in dataclasses.fields(kind)}
-    return kind(**{k: v for k, v in wanted.items() if k in fields})
+    return kind(*args, **{k: v for k, v in wanted.items() if k in fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +204,9 @@ def targets(model: Any, config: Any, method: Any) -> dict[str, Any]:
         one = method.of(path) if isinstance(method, ByName) else method
         if one is not None:
             found[f"{path}.weight"] = one
+    for path, parts in experts.makeable(model).items():
+        if should_convert_module(path, skip) and not isinstance(method, ByName):
+            found |= dict.fromkeys((f"{path}.{parameter}" for parameter in parts), method)
     if not found:
         raise ValueError(f"{type(model).__name__}: no linear layer to quantize; all are skipped by {sorted(skip)}")
     return found
@@ -200,7 +224,11 @@ class Quantize(ConversionOps):
     ) -> dict[str, Any]:
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, (list, tuple)) else value
-            quantize_layer(model, name.removesuffix(".weight"), tensor, self.hf_quantizer._targets[name])
+            method = self.hf_quantizer._targets[name]
+            if name.endswith(".weight"):
+                quantize_layer(model, name.removesuffix(".weight"), tensor, method)
+            else:
+                experts.quantize(model, name, tensor, method)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}

@@ -21,8 +21,11 @@ _MISSING = object()
 
 
 def methods() -> list[str]:
-    """Methods that can be taken over: transformers' mapping keys and those that only jq reads."""
-    known = {m for fmt in table().values() for m in fmt.methods}
+    """Methods that can be taken over: transformers' mapping keys and those that only jq reads.
+
+    Not GGUF: `from_pretrained(gguf_file=...)` dequantizes by itself, without a foreign library.
+    """
+    known = {m for fmt in table().values() for m in fmt.methods} - {"gguf"}
     found = set()
     for name in known:
         found |= {"bitsandbytes_4bit", "bitsandbytes_8bit"} if name == "bitsandbytes" else {name}

@@ -110,3 +110,24 @@ def test_a_missing_expert_is_named(folder, enabled):
 def test_config_is_kept(folder, enabled):
     model = AutoModelForCausalLM.from_pretrained(folder / "packed")
     assert model.config.quantization_config.to_dict() == GPTQ
+
+
+def test_quantized_while_loading(folder, enabled):
+    import jq
+
+    config = enabled.JqConfig(jq.RTN(group_size=32), skip=["lm_head", "gate", "self_attn"])
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder / "float", quantization_config=config, output_loading_info=True
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert sum(isinstance(m, JqExperts) for m in model.modules()) == 2
+    with torch.no_grad():
+        want = model(ids()).logits
+    model.save_pretrained(folder / "made")
+    names = tensors_of(folder / "made").keys()
+    assert any(".experts.3." in name and name.endswith(".qweight") for name in names)
+    again = AutoModelForCausalLM.from_pretrained(folder / "made")
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, want)
+    dense = AutoModelForCausalLM.from_pretrained(folder / "float")
+    assert model.num_parameters() == dense.num_parameters()
