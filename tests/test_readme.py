@@ -31,7 +31,10 @@ def place(tiny, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(tiny, folder / "SmolLM2")
-    state = jq.load_state(tiny)
+    (folder / "SmolLM2" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    state = jq.load_state(folder / "SmolLM2")
     for name in ("jaxq-demo/nf4", "SmolLM2-nf4"):
         jq.save(jq.quantize(state, jq.NF4()), folder / name)
     jq.save(jq.quantize(state, jq.RTN(bits=4, group_size=64)), folder / "SmolLM2-int4")
