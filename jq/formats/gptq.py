@@ -7,7 +7,7 @@ Stored tensors of a linear layer [N, K] with b-bit codes and groups of G inputs 
     scales   [ceil(K/G), N]       float16, bfloat16 or float32
     g_idx    int32[K]             group of each input; may be missing (then k // G)
 
-Format "gptq_p" is planar: per 32 codes b words, low bits of all codes first (`PLANES`). The weight is
+Format "gptq_p" is planar: per 32 codes b words, low bits of all codes first (`gptq_config.PLANES`). The weight is
 `scales[g, n] * (code - zero)` with one rounding in the dtype of scales (GPT-QModel nn_modules/qlinear/torch.py).
 
 The "minus one" of v1: GPT-QModel adds and subtracts it on whole words, so a zero point of 0 borrows from the next
@@ -31,14 +31,6 @@ from jq.qtensor.affine import check_finite, check_indices, pack_zeros
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 FLOATS = (np.float16, "bfloat16", np.float32)
-
-# (width, bit offset) of the planes of format gptq_p; 2, 4 and 8 bits are stored as in gptq_v2.
-PLANES: dict[int, tuple[tuple[int, int], ...]] = {
-    3: ((2, 0), (1, 2)),
-    5: ((4, 0), (1, 4)),
-    6: ((4, 0), (2, 4)),
-    7: ((4, 0), (2, 4), (1, 6)),
-}
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affine:
@@ -123,13 +115,13 @@ def _sizes(
         )
     width = 8 * qweight.dtype.itemsize
     if g_idx is None:
-        if o.planar and rows % o.bits:
+        if o.planes and rows % o.bits:
             raise FormatError(f"{prefix}.qweight: found {rows} rows, expected a multiple of bits ({o.bits}, planar)")
         return rows * width // o.bits, out_features
     if g_idx.ndim != 1 or g_idx.dtype.kind not in "iu" or not g_idx.size:
         raise FormatError(f"{prefix}.g_idx: found {g_idx.dtype}{list(g_idx.shape)}, expected int32[in_features]")
     in_features = g_idx.shape[0]
-    blocks = -(-in_features // 32) * o.bits * 32 // width if o.planar else -(-in_features * o.bits // width)
+    blocks = -(-in_features // 32) * o.bits if o.planes else -(-in_features * o.bits // width)
     expect_shape(
         qweight,
         (blocks, out_features),
@@ -158,16 +150,16 @@ def codes_of(qweight: np.ndarray, o: Options) -> np.ndarray:
     The continuous layout along k is the canonical bit stream already: only the axes change places.
     """
     columns = np.ascontiguousarray(qweight.T)
-    if o.planar and o.bits in PLANES:
-        return _bits.pack(_bits.unpack_planar(columns, PLANES[o.bits], o.bits), o.bits)
+    if o.planes:
+        return _bits.pack(_bits.unpack_planar(columns, o.planes, o.bits), o.bits)
     rows = columns.view(np.uint8)
     return rows.view(np.uint32) if rows.shape[1] % 4 == 0 else rows
 
 
 def zeros_of(qzeros: np.ndarray, out_features: int, o: Options) -> np.ndarray:
     """Zero points int32[groups, N] of qzeros [groups, N*b/32]."""
-    if o.planar and o.bits in PLANES:
-        return _bits.unpack_planar(qzeros, PLANES[o.bits], o.bits)[:, :out_features]
+    if o.planes:
+        return _bits.unpack_planar(qzeros, o.planes, o.bits)[:, :out_features]
     words = qzeros.view(f"u{qzeros.dtype.itemsize}")
     if o.zeros == "v1-word" and o.bits != 3:
         words = words + _ones(words.dtype, o.bits)  # carries run from field to field
@@ -204,10 +196,10 @@ def dump(q: Affine) -> Parts:
 
 def _store_codes(q: Affine, o: Options) -> np.ndarray:
     word = np.dtype(o.word)
-    if o.planar and o.bits in PLANES:
+    if o.planes:
         codes = _bits.unpack(q.codes, o.bits)[:, : q.in_features]
         codes = np.pad(codes, ((0, 0), (0, -q.in_features % 32)))
-        return np.ascontiguousarray(_bits.pack_planar(codes, PLANES[o.bits], o.bits).view(word).T)
+        return np.ascontiguousarray(_bits.pack_planar(codes, o.planes, o.bits).view(word).T)
     rows = np.ascontiguousarray(q.codes).view(np.uint8)
     rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % word.itemsize)))
     return np.ascontiguousarray(rows.view(word).T)
@@ -219,9 +211,9 @@ def _store_zeros(q: Affine, o: Options) -> np.ndarray:
         zeros = np.full(q.scales.shape, q.zero_point, np.int32)
     zeros = np.ascontiguousarray(zeros.T)
     word = np.dtype(o.word)
-    if o.planar and o.bits in PLANES:
+    if o.planes:
         zeros = np.pad(zeros, ((0, 0), (0, -zeros.shape[1] % 32)))
-        return _bits.pack_planar(zeros, PLANES[o.bits], o.bits).view(word)
+        return _bits.pack_planar(zeros, o.planes, o.bits).view(word)
     if _by_field(o.zeros, o.bits):
         zeros = zeros - 1
     rows = pack_zeros(zeros, o.bits)

@@ -12,6 +12,14 @@ from jq.formats.base import Context, warn_once
 
 WORDS = ("int8", "int16", "int32", "int64")
 
+# (width, bit offset) of the planes of format gptq_p; 2, 4 and 8 bits are stored as in gptq_v2.
+PLANES: dict[int, tuple[tuple[int, int], ...]] = {
+    3: ((2, 0), (1, 2)),
+    5: ((4, 0), (1, 4)),
+    6: ((4, 0), (2, 4)),
+    7: ((4, 0), (2, 4), (1, 6)),
+}
+
 # Config keys that record how a checkpoint was made, or choose a kernel; they change no stored number.
 _HARMLESS = (
     "quant_method method format checkpoint_format bits wbits w_bit group_size q_group_size desc_act static_groups sym "
@@ -47,6 +55,11 @@ class Options:
     planar: bool = False
     zeros: str = "v1-field"
     word: str = "int32"
+
+    @property
+    def planes(self) -> tuple[tuple[int, int], ...] | None:
+        """Planes of the codes, None where they are one stream."""
+        return PLANES.get(self.bits) if self.planar else None
 
     def of(self, module: str) -> Options:
         """The options of one module after `dynamic`."""
