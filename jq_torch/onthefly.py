@@ -225,10 +225,14 @@ class Quantize(ConversionOps):
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, (list, tuple)) else value
             method = self.hf_quantizer._targets[name]
-            if name.endswith(".weight"):
-                quantize_layer(model, name.removesuffix(".weight"), tensor, method)
-            else:
-                experts.quantize(model, name, tensor, method)
+            try:
+                if name.endswith(".weight"):
+                    quantize_layer(model, name.removesuffix(".weight"), tensor, method)
+                else:
+                    experts.quantize(model, name, tensor, method)
+            except (JqError, ValueError) as e:
+                # the loader would turn it into a RuntimeError that points to a log; `finish` raises it as it is
+                self.hf_quantizer.failures.append(e)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}
@@ -243,18 +247,16 @@ def quantize_layer(model: Any, path: str, weight: torch.Tensor, method: Any) -> 
     old = model.get_submodule(path)
     layer = JqLinear.in_place_of(old)
     dense = weight.T.contiguous() if layer.transposed else weight
-    try:
-        tensor = method.quantize(bridge.array_of(dense), name=path)
-    except JqError as e:
-        raise type(e)(f"{path}: {e}") from e
-    layer.put("q", tensor)
+    layer.put("q", method.quantize(bridge.array_of(dense), name=path))
     layer.origin = Origin(table()[method.format], path, {}, {})
     layer.train(old.training)
     model.set_submodule(path, layer.to(weight.device))
 
 
 def finish(quantizer: Any, model: Any) -> None:
-    """Gives the model the quantization_config that describes what was made."""
+    """Gives the model the quantization_config that describes what was made; raises what went wrong on the way."""
+    if quantizer.failures:
+        raise quantizer.failures[0]
     for module in model.modules():
         if isinstance(module, Packed):
             module.use_activations(quantizer.settings.quantize_activations)

@@ -45,6 +45,7 @@ class JqQuantizer(HfQuantizer):
         self.plan: Plan | None = None
         self.method = None if self.pre_quantized else onthefly.method_of(quantization_config)
         self._targets: dict[str, Any] = {}
+        self.failures: list[Exception] = []
 
     @property
     def method_name(self) -> str:
@@ -64,6 +65,10 @@ class JqQuantizer(HfQuantizer):
             )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype asked for; EETQ makes its tensors of float16 alone, as the original does."""
+        if self.method is not None and self.method.format == "eetq" and dtype is not torch.float16:
+            logger.warning(f"EETQ quantizes float16 weights: loading in float16, not {dtype}")
+            return torch.float16
         return dtype
 
     def update_device_map(self, device_map: Any) -> Any:

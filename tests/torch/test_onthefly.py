@@ -1,0 +1,146 @@
+"""Quantizing while loading: by transformers' config classes and by methods of jq; saved and loaded again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny import ids
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import jq
+import jq_torch
+from jq.errors import CalibrationError, FormatError, UnsupportedError
+from jq_torch.linear import JqLinear
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("float")
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(path)
+    return path
+
+
+def _config(name: str, *args, **kwargs):
+    return lambda: getattr(transformers, name)(*args, **kwargs)
+
+
+CONFIGS = {
+    "bnb-nf4": _config("BitsAndBytesConfig", load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "bnb-nf4-double": _config(
+        "BitsAndBytesConfig",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    ),
+    "bnb-fp4": _config("BitsAndBytesConfig", load_in_4bit=True),
+    "bnb-int8": _config("BitsAndBytesConfig", load_in_8bit=True),
+    "hqq": _config("HqqConfig", nbits=4, group_size=64),
+    "hqq-3bit": _config("HqqConfig", nbits=3, group_size=64, axis=0),
+    "hqq-dynamic": _config(
+        "HqqConfig",
+        dynamic_config={
+            "self_attn.q_proj": {"nbits": 8, "group_size": 64},
+            "mlp.up_proj": {"nbits": 2, "group_size": 32},
+        },
+    ),
+    "quanto-int8": _config("QuantoConfig", weights="int8"),
+    "quanto-int2": _config("QuantoConfig", weights="int2"),
+    "quanto-float8": _config("QuantoConfig", weights="float8"),
+    "eetq": _config("EetqConfig"),
+    "fbgemm": _config("FbgemmFp8Config"),
+    "fp8": _config("FineGrainedFP8Config"),
+    "jq-rtn": lambda: jq_torch.JqConfig(jq.RTN(group_size=32)),
+    "jq-nf4": lambda: jq_torch.JqConfig(jq.NF4()),
+    "jq-int8": lambda: jq_torch.JqConfig(jq.Int8()),
+    "jq-compressed": lambda: jq_torch.JqConfig(jq.CompressedTensors("W4A16", group_size=32)),
+    "jq-bitnet": lambda: jq_torch.JqConfig(jq.BitNet()),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_made_saved_and_loaded_again(folder, tmp_path, enabled, name):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=CONFIGS[name](), dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    packed = sum(isinstance(m, JqLinear) for m in model.modules())
+    assert packed == (4 if name == "hqq-dynamic" else 14)
+    assert type(model.lm_head) is torch.nn.Linear
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert model.num_parameters() == dense.num_parameters()
+    assert model.get_memory_footprint() < dense.get_memory_footprint()
+    with torch.no_grad():
+        want = model(ids()).logits
+        assert torch.isfinite(want).all()
+    assert model.generate(ids(batch=1), max_new_tokens=2, do_sample=False).shape == (1, 14)
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, want)
+    assert again.config.quantization_config.to_dict()["quant_method"] == model.config.quantization_config.quant_method
+
+
+def test_equal_to_quantizing_the_weight_alone(folder, enabled):
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIGS["bnb-nf4"](), dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weight = dense.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    want = jq.NF4().quantize(weight).dequantize("float32")
+    assert torch.equal(model.model.layers[1].mlp.up_proj.dequantize(torch.float32), jq_torch.bridge.from_jax(want))
+
+
+def test_skip_lists(folder, enabled):
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["down_proj", "lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    kinds = {n.rpartition(".")[2]: type(m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert kinds["down_proj"] is torch.nn.Linear and kinds["up_proj"] is JqLinear
+
+
+def test_a_named_skip_list_opens_the_output_layer(folder, enabled, tmp_path):
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["q_proj"])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    assert isinstance(model.lm_head, JqLinear)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again.lm_head, JqLinear)
+
+
+def test_calibrated_methods_say_what_they_need(folder, enabled):
+    for config in (transformers.GPTQConfig(bits=4), transformers.AwqConfig()):
+        with pytest.raises(CalibrationError, match="calibration data"):
+            AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    with pytest.raises(ValueError, match="method is missing"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=jq_torch.JqConfig())
+
+
+def test_methods_that_jq_only_reads(folder, enabled):
+    with pytest.raises(UnsupportedError, match="AqlmConfig"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=transformers.AqlmConfig())
+
+
+def test_what_goes_wrong_on_the_way_is_raised_as_it_is(folder, enabled):
+    config = transformers.HqqConfig(nbits=4, group_size=24)
+    with pytest.raises(FormatError, match=r"model\.layers\.0\..*group"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def test_disk_offload_is_refused_while_quantizing(folder, enabled):
+    with pytest.raises(ValueError, match="disk"):
+        AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=CONFIGS["bnb-nf4"](),
+            device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"},
+        )
