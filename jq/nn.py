@@ -158,12 +158,11 @@ def modules(model: nnx.Module) -> Iterable[tuple[str, nnx.Module]]:
 
 
 def quantized(model: nnx.Module) -> dict[str, QTensor]:
-    """The quantized tensors of a model by module path."""
+    """The quantized tensors of a model by module path (by parameter name where a tensor is a parameter of its own)."""
     found = {}
-    for path, module in modules(model):
-        value = module.quantized if isinstance(module, Linear | Embedding) else None
-        if value is not None:
-            found[path] = value
+    for path, variable in nnx.to_flat_state(nnx.state(model, (QVar, Packed))):
+        name = ".".join(map(str, path))
+        found[name.removesuffix(".weight").removesuffix(".packed").removesuffix("_packed")] = variable.get_value()
     return found
 
 
@@ -201,7 +200,7 @@ def replace_linears(
         if not path:
             raise UnsupportedError("replace_linears: the module is itself a linear layer; quantize its parent")
         weight, bias = _dense_parts(layer)
-        q = method.quantize(weight)
+        q = method.quantize(np.asarray(weight)).to_jax()
         new = linear_of(q, bias, dtype=dtype or weight.dtype, packed=packed)
         _set(model, path, new)
         names.append(name)

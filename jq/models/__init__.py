@@ -10,7 +10,20 @@ from typing import Any
 from jq.errors import UnsupportedError
 from jq.models.family import Family as Family
 
-_MODULES = ("llama", "mistral", "qwen2", "qwen3")
+_MODULES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "granite",
+    "olmo2",
+    "smollm3",
+    "gemma",
+    "mixtral",
+    "qwen_moe",
+    "gpt_oss",
+)
 
 
 @cache

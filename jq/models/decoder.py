@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jq.models import attention, kv_cache, rope
-from jq.models.experts import ExpertMLP
+from jq.models.experts import ExpertMLP, StackedExpertMLP
 from jq.models.reader import Reader
 from jq.models.spec import DecoderSpec, LayerSpec
 from jq.nn import Embedding, Linear
@@ -172,7 +172,10 @@ class DecoderLayer(nnx.Module):
         if layer.experts:
             assert spec.experts is not None
             container = spec.experts.names[0]
-            setattr(self, container, ExpertMLP(read, f"{path}.{container}", spec, MLP))
+            place = f"{path}.{container}"
+            stacked = spec.experts.stacked
+            mlp = StackedExpertMLP(read, place, spec) if stacked else ExpertMLP(read, place, spec, MLP)
+            setattr(self, container, mlp)
             self.mlp_name = container
         else:
             self.mlp = MLP(read, f"{path}.mlp", spec)

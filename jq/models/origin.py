@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jq.models import tokenizer as _tokenizer
-from jq.nn import Embedding, Linear, modules
+from jq.nn import quantized
 from jq.state import State
 
 
@@ -72,12 +72,13 @@ class Origin:
     def state_of(self, model: Any) -> State:
         """The State of a model: its tensors under the stored names, each in its stored dtype."""
         found = dict(self.extra)
-        for path, module in modules(model):
-            if isinstance(module, Linear | Embedding) and module.quantized is not None:
-                found[f"{path}.weight"] = module.quantized
+        stored = set(self.names)
+        for name, tensor in quantized(model).items():
+            found[name if name in stored else f"{name}.weight"] = tensor
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
             name = ".".join(map(str, path))
-            found.setdefault(name, self._restored(name, variable.get_value()))
+            if name not in found:
+                found[name] = self._restored(name, variable.get_value())
         order = [n for n in self.names if n in found] + [n for n in found if n not in self.names]
         shell = self.shell
         return State(

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jq.errors import CheckpointError
 from jq.models.spec import DecoderSpec
-from jq.nn import Embedding, Linear, RMSNorm, linear_of, lossless
+from jq.nn import Embedding, Linear, Packed, QVar, RMSNorm, linear_of, lossless
 from jq.qtensor import QTensor
 
 # Stored by old transformers versions; recomputed from config.json.
@@ -81,10 +82,26 @@ class Reader:
             raise CheckpointError(f"{self.label}: {name}: is quantized, expected a dense tensor of {shape}")
         return self._compute(name, value)
 
+    def stack(self, name: str, shape: tuple[int, int, int]) -> tuple[Any, Any]:
+        """A parameter of stacked matrices: (Variable that computes, `Packed` or None).
+
+        Args:
+          name: of the parameter.
+          shape: [E, N, K] of a QTensor; a dense one is stored transposed, [E, K, N].
+        """
+        value = self.take(name, None)
+        dense = (shape[0], shape[2], shape[1])
+        expected = shape if isinstance(value, QTensor) else dense
+        if tuple(value.shape) != expected:
+            raise CheckpointError(f"{self.label}: {name}: found shape {tuple(value.shape)}, expected {expected}")
+        if not isinstance(value, QTensor):
+            return nnx.Param(self._compute(name, value)), None
+        if self.packed:
+            return QVar(value), None
+        return nnx.Param(jnp.swapaxes(value.dequantize(self.dtype), 1, 2)), Packed(value)
+
     def optional(self, name: str, shape: tuple[int, ...]) -> Any:
         """An `nnx.Param` of a tensor that may be absent (scalars may be stored as () or (1,)); else None."""
-        from flax import nnx
-
         if name not in self.state:
             return None
         value = self.take(name, None)

@@ -24,6 +24,9 @@ class LayerSpec:
     rope: int | None = 0
     experts: bool = False
 
+    def without_rope(self) -> LayerSpec:
+        return dataclasses.replace(self, rope=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
@@ -34,6 +37,8 @@ class Experts:
       softmax_first: softmax over all experts before the choice (else over the chosen ones).
       shared: width of the expert that every token passes, 0 for none.
       names: module names of (container, router, gate, up, down) in the checkpoint.
+      stacked: one parameter [count, ...] for the gate and up rows (interleaved) of all experts, one for down (gpt-oss);
+        their activation is (up + 1) * gate * sigmoid(alpha * gate), both clamped at `limit`.
     """
 
     count: int
@@ -43,6 +48,9 @@ class Experts:
     softmax_first: bool = True
     shared: int = 0
     names: tuple[str, str, str, str, str] = ("mlp", "gate", "gate_proj", "up_proj", "down_proj")
+    stacked: bool = False
+    alpha: float = 1.0
+    limit: float = float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
