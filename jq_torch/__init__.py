@@ -8,12 +8,13 @@ model = AutoModelForCausalLM.from_pretrained("a-gptq-awq-or-any-other-checkpoint
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # XLA takes 75 % of a GPU when it starts, which would leave torch little; it must be told before jax is imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+from jq_torch import configs as _configs
 from jq_torch.configs import JqConfig as JqConfig
-from jq_torch.configs import replacements as _replacements
 from jq_torch.linear import JqLinear as JqLinear
 from jq_torch.quantizer import JqQuantizer as JqQuantizer
 from jq_torch.takeover import disable as disable
@@ -21,9 +22,8 @@ from jq_torch.takeover import enable as enable
 from jq_torch.takeover import methods as methods
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """Config classes by transformers' names (`jq_torch.HqqConfig`), whether enabled or not."""
-    for cls in _replacements().values():
-        if cls.__name__ == name:
-            return cls
+    if name.endswith("Config"):
+        return getattr(_configs, name)
     raise AttributeError(f"module 'jq_torch' has no attribute {name!r}")

@@ -324,3 +324,11 @@ class JqConfig(Verbatim, hf.QuantizationConfigMixin):
 def replacements() -> dict[str, type]:
     """quant_method (transformers' mapping key) -> our config class."""
     return {key: replacement(cls) for key, cls in auto.AUTO_QUANTIZATION_CONFIG_MAPPING.items()}
+
+
+def __getattr__(name: str) -> type:
+    """The replacements by name, which is also how pickle finds them."""
+    for cls in replacements().values():
+        if cls.__name__ == name:
+            return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -91,6 +91,11 @@ class Packed(nn.Module):
         """Parameters that hold packed bits, all but the float ones that the model itself knows."""
         return [name for name, _ in self.named_parameters(recurse=False) if name != "bias"]
 
+    def requires_grad_packed(self, requires: bool) -> None:
+        """The loader makes float parameters trainable, also stored ones that stay on disk."""
+        for name in self.packed_names():
+            getattr(self, name).requires_grad_(requires)
+
     def num_weights(self) -> int:
         """Number of weights that the packed parameters stand for."""
         raise NotImplementedError

@@ -32,7 +32,8 @@ class JqQuantizer(HfQuantizer):
 
     Attributes:
       settings: as `jq_torch.enable` was called when the model was loaded.
-      plan: what of the file goes where, while and after loading a quantized checkpoint.
+      plan: what of the file goes where, while a quantized checkpoint is loaded.
+      metadata: safetensors metadata of the file, written back by saving.
     """
 
     requires_calibration = False
@@ -43,6 +44,7 @@ class JqQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.settings: Settings = current()
         self.plan: Plan | None = None
+        self.metadata: dict[str, str] = {}
         self.method = None if self.pre_quantized else onthefly.method_of(quantization_config)
         self._targets: dict[str, Any] = {}
         self.failures: list[Exception] = []
@@ -103,6 +105,7 @@ class JqQuantizer(HfQuantizer):
         ckpt = open_files(checkpoint_files)
         quantization = _file_dict(self.quantization_config)
         self.plan = plan = Plan(model, ckpt, quantization, self.method_name)
+        self.metadata = plan.metadata
         self._replace_linears(model, plan)
         if plan.experts:
             from jq_torch import experts
@@ -195,6 +198,10 @@ class JqQuantizer(HfQuantizer):
         self.pack(model)
         if self.method is not None:
             onthefly.finish(self, model)
+        for module in model.modules():
+            if isinstance(module, Packed):
+                module.requires_grad_packed(False)
+        self.plan = None  # it refers to the model and to every name of the file
         if getattr(self.quantization_config, "dequantize", False):
             self._dequantize(model, model.config.dtype)
         return model
@@ -233,8 +240,7 @@ class JqQuantizer(HfQuantizer):
                     # transformers refuses tensors that share memory, as one array dumped under two names does
                     state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
                     seen.add(tensor.data_ptr())
-        metadata = dict(self.plan.metadata) if self.plan is not None else onthefly.metadata(self, model)
-        return state, metadata
+        return state, dict(self.metadata) if self.method is None else onthefly.metadata(self, model)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
