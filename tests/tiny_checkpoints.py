@@ -61,7 +61,7 @@ def tiny(tmp_path_factory) -> Path:
     tensors = {
         k: np.asarray(v.dequantize("float32")) if k in quantized(state) else np.asarray(v) for k, v in state.items()
     }
-    config = {k: v for k, v in state.config.items() if k != "quantization_config"}
+    config = {k: v for k, v in state.config.items() if k != "quantization_config"} | {"dtype": "float32"}
     folder = tmp_path_factory.mktemp("models") / "tiny"
     jq.save(State(tensors, config), folder)
     write_tokenizer(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
@@ -81,5 +82,10 @@ def markdown(table: list[FormatRow]) -> str:
     for row in table:
         methods = ", ".join(f"`{m}`" for m in row.methods) or "-"
         cells = [row.cells[column] for column in COLUMNS]
-        lines.append("| " + " | ".join([row.title, methods, *cells, row.held_against]) + " |")
+        lines.append("| " + " | ".join([short(row.title), methods, *cells, row.held_against]) + " |")
     return "\n".join(lines)
+
+
+def short(title: str) -> str:
+    """A format's title up to its explanation: "HQQ: float zeros, ..." -> "HQQ"."""
+    return re.split(r"[:(]", title)[0].strip()

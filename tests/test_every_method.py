@@ -1,0 +1,49 @@
+"""Every method that quantizes without data: what it makes saves, loads again to the same weights, and runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jq
+from jq.cli import methods
+
+NAMES = sorted(name for name in methods.names().values() if hasattr(methods.find(name), "quantize"))
+# The tiny model's matrices are 64 to 256 long: groups of 128 do not divide them all.
+OPTIONS = {"RTN": {"group_size": 64}, "FP8": {"block_size": (64, 64)}}
+NO_LINEARS = {"MXFP4": "stores experts of gpt-oss, no Linear layer"}
+
+
+def format_name(method: object) -> str:
+    """The format that the method's class belongs to."""
+    return next(fmt.name for fmt in jq.formats().values() if type(method) in fmt.methods_table.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_makes_saves_loads_and_runs(name: str, tiny: Path, tmp_path: Path, cell) -> None:
+    if name in NO_LINEARS:
+        pytest.skip(NO_LINEARS[name])
+    method = getattr(jq, name)(**OPTIONS.get(name, {}))
+    cell(format_name(method), "quantize")
+    state = jq.load_state(tiny)
+    made = jq.quantize(state, method)
+    weights = jq.quantized(made)
+    assert weights, "nothing was quantized"
+    for module, q in weights.items():
+        want = np.asarray(state[f"{module}.weight"], np.float32)
+        got = np.asarray(q.dequantize("float32"))
+        assert got.shape == want.shape
+        assert np.linalg.norm(got - want) < 0.7 * np.linalg.norm(want), (
+            f"{module}: not an approximation of the weight"
+        )  # ternary: 0.62
+    jq.save(made, tmp_path / "made")
+    again = jq.quantized(jq.load_state(tmp_path / "made"))
+    assert again.keys() == weights.keys()
+    for module, q in weights.items():
+        np.testing.assert_array_equal(np.asarray(again[module].dequantize()), np.asarray(q.dequantize()))
+    assert json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
+    logits = np.asarray(jq.load(tmp_path / "made")(np.arange(12)[None]))
+    assert logits.shape == (1, 12, 256) and np.isfinite(logits).all()
