@@ -1,6 +1,6 @@
 """The demo's table as a result file: runs `python -m jq demo --json` and adds machine and versions.
 
-    python benchmarks/demo.py        # needs what the demo needs: see README
+python benchmarks/demo.py        # needs what the demo needs: see README
 """
 
 from __future__ import annotations
