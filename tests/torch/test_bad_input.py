@@ -1,0 +1,167 @@
+"""Broken checkpoints: an exception that names the tensor or key, and never random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import GPTQ, ids, save_pair, tensors_of
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from jq.errors import CheckpointError, FormatError, JqError, UnsupportedError
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    save_pair(LlamaForCausalLM(LlamaConfig(**SIZES)), tmp_path, lambda name: "_proj" in name)
+    return tmp_path / "packed"
+
+
+def rewrite(folder, change) -> None:
+    tensors = tensors_of(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {**GPTQ, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+def test_a_missing_part_is_named(folder, enabled, part):
+    rewrite(folder, lambda t: t.pop(f"{Q}.{part}"))
+    with pytest.raises(JqError, match=rf"{Q}.*({part}|qweight)"):
+        load(folder)
+
+
+def test_a_missing_layer_is_named(folder, enabled):
+    rewrite(folder, lambda t: [t.pop(n) for n in list(t) if n.startswith(Q)])
+    with pytest.raises(CheckpointError, match=f"{Q}.weight: not in the file"):
+        load(folder)
+
+
+def test_a_missing_float_tensor_is_named(folder, enabled):
+    rewrite(folder, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        load(folder)
+
+
+def test_a_packed_tensor_without_a_module_is_named(folder, enabled):
+    def change(tensors):
+        for name in [n for n in tensors if n.startswith(Q)]:
+            tensors[name.replace("layers.0", "layers.7")] = tensors[name].clone()
+
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.self_attn\.q_proj"):
+        load(folder)
+
+
+def test_a_lone_packed_tensor_is_named(folder, enabled):
+    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.qzeros": torch.zeros(2, 2, dtype=torch.int32)}))
+    with pytest.raises(CheckpointError, match=r"self_attn\.qzeros"):
+        load(folder)
+
+
+def test_a_wrong_shape_is_named(folder, enabled):
+    rewrite(folder, lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][:, :-8].clone()}))
+    with pytest.raises(FormatError, match=f"{Q}.*scales"):
+        load(folder)
+
+
+def test_a_whole_layer_of_another_shape_is_named(folder, enabled):
+    def change(tensors):
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors[f"{Q}.{part}"] = tensors[f"model.layers.0.mlp.up_proj.{part}"].clone()
+
+    rewrite(folder, change)
+    with pytest.raises(FormatError, match=rf"{Q}: .*\(128, 64\).*\(64, 64\)"):
+        load(folder)
+
+
+def test_a_truncated_file_is_named(folder, enabled):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"(?i)model\.safetensors|incomplete|truncated"):
+        load(folder)
+
+
+def test_an_unknown_method_is_no_float_model_with_random_weights(folder, enabled):
+    configure(folder, quant_method="gtpq")
+    with pytest.raises(UnsupportedError, match="gtpq"):
+        load(folder)
+
+
+def test_an_unknown_format_option_is_named(folder, enabled):
+    configure(folder, format="gptq_v9")
+    with pytest.raises(JqError, match="gptq_v9"):
+        load(folder)
+
+
+def test_another_config_class_is_refused(folder, enabled):
+    import transformers
+
+    with pytest.raises(ValueError, match="BitsAndBytesConfig"):
+        load(folder, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True))
+
+
+def test_state_dict_argument_is_refused(folder, enabled):
+    config = LlamaConfig.from_pretrained(folder)
+    with pytest.raises(UnsupportedError, match="state_dict"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors_of(folder))
+
+
+def test_a_new_head_may_be_missing(folder, enabled):
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
+    assert model(ids()).logits.shape == (2, 3)
+
+
+def test_tied_output_layer(tmp_path, enabled):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
+    save_pair(LlamaForCausalLM(config), tmp_path, lambda name: "_proj" in name)
+    model, info = load(tmp_path / "packed", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_packed_output_layer_that_the_config_calls_tied(tmp_path, enabled):
+    torch.manual_seed(0)
+    save_pair(LlamaForCausalLM(LlamaConfig(**SIZES)), tmp_path, lambda name: "_proj" in name or "lm_head" in name)
+    file = tmp_path / "packed" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    model, info = load(tmp_path / "packed", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    dense = load(tmp_path / "dense")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()).logits, dense(ids()).logits, rtol=1e-4, atol=1e-6)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+def test_extra_biases_are_kept_and_added(folder, enabled):
+    bias = torch.randn(64, dtype=torch.float16)
+    rewrite(folder, lambda t: t.update({f"{Q}.bias": bias}))
+    model, info = load(folder, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert torch.equal(model.get_submodule(Q).bias, bias)
