@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jq import exact
 from jq.matmul import dense_matmul
 
 
@@ -25,4 +26,4 @@ def integer_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def float_sums(x: jax.Array, w: jax.Array) -> jax.Array:
     """`x @ w.T` of narrow floats or small integers (any dtype), summed in float32: float32[M, N]."""
-    return dense_matmul(x.astype(jnp.float32), w.astype(jnp.float32))
+    return dense_matmul(exact.cast(x, jnp.float32), exact.cast(w, jnp.float32))

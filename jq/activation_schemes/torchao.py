@@ -17,7 +17,6 @@ import numpy as np
 from jq import exact
 from jq.activation_schemes.products import float_sums, integer_matmul
 from jq.activations import register
-from jq.matmul import dense_matmul
 
 _NORMAL = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-14}
 _INT8_EPS = 2.0**-23
@@ -77,11 +76,15 @@ def _qparams(x: jax.Array, low: int, high: int, asymmetric: bool, eps: float) ->
 
 
 @register("torchao_int8_fake")
-def int8_fake(x: jax.Array, w: Any) -> jax.Array:
+def int8_fake(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """IntxUnpackedToInt8Tensor with int8_asym_per_token: quantized and dequantized in x's dtype, then a plain product."""
     codes, scale, zero = quantize_int8_fake(x)
     difference = exact.rounded(codes.astype(x.dtype) - zero.astype(x.dtype))
-    return dense_matmul(exact.rounded(difference * scale), w.dequantize())
+    weights = exact.cast(w.dequantize(), x.dtype)
+    return _plus(float_sums(exact.rounded(difference * scale), weights), bias).astype(x.dtype)
+
+
+int8_fake.adds_bias = True  # type: ignore[attr-defined]
 
 
 def quantize_int8_fake(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
