@@ -1,0 +1,49 @@
+"""Drives a format as `jq.state` does, without files: tensors by name in, QTensors by module out, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jq.formats.base import Context, group_by_prefix
+
+
+def context_of(tensors: dict[str, np.ndarray], dtype: str = "bfloat16") -> Context:
+    return Context(
+        config={"dtype": dtype},
+        shapes={k: v.shape for k, v in tensors.items()},
+        dtypes={k: v.dtype for k, v in tensors.items()},
+        label="checkpoint",
+    )
+
+
+def read(fmt: Any, tensors: dict[str, np.ndarray], config: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
+    """{prefix: QTensor} of every quantized module; asserts that dump gives each stored tensor back byte for byte."""
+    context = context_of(tensors, dtype)
+    options = fmt.parse(config, context)
+    names = list(tensors)
+    groups = fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
+    found = {}
+    for prefix, stored in groups.items():
+        q = fmt.load(prefix, {s: tensors[n] for s, n in stored.items()}, options, context)
+        if q is None:
+            continue
+        found[prefix] = q
+        back = {fmt.join(prefix, s): a for s, a in fmt.dump(q).items()}
+        assert set(back) == set(stored.values())
+        for name in back:
+            assert_same(back[name], tensors[name], name)
+    return found
+
+
+def assert_same(got: Any, want: Any, name: str = "") -> None:
+    """Equal dtype, shape and bytes."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.dtype == want.dtype and got.shape == want.shape, (name, got.dtype, got.shape, want.dtype, want.shape)
+    assert np.ascontiguousarray(got).tobytes() == np.ascontiguousarray(want).tobytes(), name
+
+
+def held_bytes(q: Any) -> int:
+    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(q))
