@@ -117,8 +117,8 @@ def load(prefix: str, parts: Parts, options: dict[str, dict[str, Any]], context:
     unknown = [name for name in parts if name not in cls.names]
     if unknown:
         raise FormatError(f"{prefix}: {unknown[0]}: {kind} has no such array (it has {', '.join(cls.names)})")
-    expert_axis = 1 if len(attributes.get("block_size") or ()) == 3 else 0
-    experts = parts["qdata"].shape[0] if expert_axis and "qdata" in parts else 0
+    plain_rank = 4 if kind == "Int4TilePackedTo4dTensor" else 2
+    experts = parts["qdata"].shape[0] if "qdata" in parts and parts["qdata"].ndim == plain_rank + 1 else 0
     source = _source(prefix, entry, parts, experts)
     activation = _activation(prefix, kind, attributes, parts)
     if not experts:
@@ -151,12 +151,18 @@ def _source(prefix: str, entry: Mapping[str, Any], parts: Parts, experts: int) -
         options.append(("parameter", last))
     if experts:
         options.append(("experts", experts))
-    if kind == "Int4TilePackedTo4dTensor" and parts["qdata"].ndim == 4:
-        options.append(("padded", (parts["qdata"].shape[0] * 8, parts["qdata"].shape[1] * 128)))
+        shared = tuple(k for k, v in parts.items() if v.ndim and len(v) == 1 != experts)
+        options += [("shared", shared)] if shared else []
+    if kind == "Int4TilePackedTo4dTensor" and "qdata" in parts:
+        tiles = parts["qdata"].shape[-4:]
+        options.append(("padded", (tiles[0] * 8, tiles[1] * 128)))
         options.append(("group", (attributes.get("block_size") or [0])[-1]))
     if attributes.get("is_swizzled_scales"):
-        options.append(("scale_shape", tuple(parts["scale"].shape)))
-    shapes = tuple((k, tuple(parts[k].shape)) for k in ("scale", "zero_point") if k in parts and parts[k].ndim < 2)
+        shape = tuple(parts["scale"].shape)
+        options.append(("scale_shape", shape[1:] if experts else shape))
+    shapes = tuple(
+        (k, tuple(parts[k].shape)) for k in ("scale", "zero_point") if k in parts and parts[k].ndim < 2 and not experts
+    )
     if shapes:
         options.append(("shapes", shapes))
     return Source("torchao", tuple(options))
@@ -240,8 +246,8 @@ def dump(q: Any) -> Parts:
     if experts:
         slices = [_dump_one(q[e], cls) for e in range(experts)]
         parts = {k: np.stack([s[k] for s in slices]) for k in slices[0]}
-        if q.source.get("experts") and entry["_data"].get("block_size", [0])[0] != 1:
-            parts = {k: v[:1] if k in ("scale", "zero_point") else v for k, v in parts.items()}
+        shared = source.get("shared", ())  # one value for all experts
+        parts = {k: v[:1] if k in shared else v for k, v in parts.items()}
     else:
         parts = _dump_one(q, cls)
     parts = {k: parts[k] for k in entry["_tensor_data_names"] if k in parts}

@@ -112,12 +112,12 @@ class TorchAO:
         codes, scale = float8_codes(w, block, np.dtype(ml_dtypes.float8_e4m3fn))
         kwargs = config = None
         if self.scheme.startswith("float8_dynamic"):
-            config = _object("Float8MMConfig", emulate=False, use_fast_accum=True, pad_inner_dim=False)
+            config = _MM_CONFIG
             kwargs = _object(
                 "QuantizeTensorToFloat8Kwargs",
                 float8_dtype=_torch("float8_e4m3fn"),
                 granularity=self._granularity(),
-                mm_config=config,
+                mm_config=None,
                 hp_value_lb=None,
                 hp_value_ub=None,
                 kernel_preference=_enum("KernelPreference", "AUTO"),
@@ -222,9 +222,12 @@ class TorchAO:
                     "activation_dtype": _torch("float8_e4m3fn"),
                     "weight_dtype": _torch("float8_e4m3fn"),
                     "granularity": [row, row],
+                    "packing_format": _enum("Float8PackingFormat", "PLAIN"),
+                    "mm_config": self._versioned(_MM_CONFIG),
                     "activation_value_lb": None,
                     "activation_value_ub": None,
                     "kernel_preference": _enum("KernelPreference", "AUTO"),
+                    "alg_id": 0,
                 },
             ),
         }
@@ -248,6 +251,9 @@ def _enum(kind: str, member: str) -> dict[str, str]:
 
 def _object(kind: str, **fields: Any) -> dict[str, Any]:
     return json.loads(json.dumps({"_type": kind, "_data": fields}))
+
+
+_MM_CONFIG = _object("Float8MMConfig", emulate=False, use_fast_accum=True, pad_inner_dim=False)
 
 
 def _transposed(array: np.ndarray) -> np.ndarray:
