@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter
 from jq.errors import FormatError, UnsupportedError
 from jq.formats import table
 from jq.qtensor import stack
+from jq.state import module_of
 from jq_torch import bridge, ops
 from jq_torch.linear import Packed
 from jq_torch.plan import Origin, Plan
@@ -114,12 +115,14 @@ class JqExperts(Packed):
         for part, experts in self.origins.items():
             whole = self.qtensor(_role(part)) if self.is_packed else None
             for expert, origin in experts.items():
+                local = part[0] if expert is None else module_of(origin.prefix).rpartition(".experts.")[2]
+                prefix = f"{path}.{local}"
                 if whole is None:
-                    arrays = {s: bridge.array_of(getattr(self, n)) for s, n in origin.stored.items()}
+                    stored = {s: bridge.array_of(getattr(self, n)) for s, n in origin.stored.items()}
+                    found += [(origin.moved(s, prefix), a) for s, a in stored.items()]
                 else:
-                    arrays = origin.format.dump(whole if expert is None else whole[expert])
-                local = part[0] if expert is None else origin.prefix.rpartition(".experts.")[2]
-                found += [(f"{path}.{local}{origin.local(s)}", np.asarray(a)) for s, a in arrays.items()]
+                    parts = origin.format.dump(whole if expert is None else whole[expert])
+                    found += [(origin.format.join(prefix, s), np.asarray(a)) for s, a in parts.items()]
         return found
 
     def keep_dense(self) -> None:

@@ -179,8 +179,11 @@ class JqLinear(Packed, nn.Linear):
 
     def dump(self, path: str) -> list[tuple[str, np.ndarray]]:
         """[(name, array)] as the file had them, under the layer's path in the model."""
-        parts = self.origin.format.dump(self.qtensor()) if self.is_packed else self._stored_parts()
-        return [(path + self.origin.local(suffix), np.asarray(array)) for suffix, array in parts.items()]
+        origin = self.origin
+        if not self.is_packed:
+            return [(origin.moved(suffix, path), array) for suffix, array in self._stored_parts().items()]
+        parts = origin.format.dump(self.qtensor())
+        return [(origin.format.join(path, suffix), np.asarray(array)) for suffix, array in parts.items()]
 
     def keep_dense(self) -> None:
         """Keeps the dequantized weight from the first use on (`enable(packed=False)`)."""

@@ -56,10 +56,9 @@ class Origin:
         except JqError as e:
             raise type(e)(f"{self.context.label}: {e}") from e
 
-    def local(self, suffix: str) -> str:
-        """A stored name without the module's, separator included: ".qweight", "_blocks"."""
-        name = self.names.get(suffix) or self.format.join(self.prefix, suffix)
-        return name[len(self.prefix) :]
+    def moved(self, suffix: str, prefix: str) -> str:
+        """A stored name, with the prefix that the module has in the model in place of the file's."""
+        return prefix + self.names[suffix][len(state.module_of(self.prefix)) :]
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
