@@ -37,7 +37,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Directory for the checkpoints.")] = Path("jaxq-demo"),
     prompt: Annotated[
         str, typer.Option(help="What to ask at the end.")
-    ] = "What is the capital of France? Answer in one sentence.",
+    ] = "What is gravity? Answer in one sentence.",
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a small real model to NF4 and int4, measure both, and let the NF4 one answer. About two minutes, no network.
