@@ -207,6 +207,8 @@ class JqQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        if isinstance(dtype, str):  # what save_pretrained leaves in config.dtype
+            dtype = getattr(torch, dtype)
         for path, module in list(model.named_modules()):
             if isinstance(module, JqLinear):
                 wanted = dtype or (module.bias.dtype if module.bias is not None else model.dtype)

@@ -51,7 +51,9 @@ def _with_side_files(original: Any) -> Any:
         stored = getattr(config, "quantization_config", None) or getattr(
             config.get_text_config(decoder=True), "quantization_config", None
         )
-        if stored is None and not kwargs.get("gguf_file"):
+        if stored is None and getattr(config, "compression_config", None):  # compressed-tensors before 0.4
+            config.quantization_config = {"quant_method": "compressed-tensors", **config.compression_config}
+        elif stored is None and not kwargs.get("gguf_file"):
             found = side_config(str(getattr(config, "_name_or_path", "") or getattr(config, "name_or_path", "")))
             if found is not None:
                 config.quantization_config = found
