@@ -1,0 +1,386 @@
+"""AMD Quark exports: integers of 4 and 8 bits, float8, and 4- and 6-bit floats in groups.
+
+    weight             per_group integers are transposed: int32 [K, ceil(N/8)] (4 bits) or int8/uint8 [K, N]; else
+                       int32 [N, ceil(K/8)] or int8/uint8 [N, K]. Eight nibbles of a word: codes 0 2 4 6 1 3 5 7 with
+                       pack_method "reorder" (AWQ's order), else in order, lowest first.
+                       fp8_e4m3, fp8_e5m2 [N, K]; fp4 uint8 [N, K/2], low nibble first; fp6_e2m3, fp6_e3m2 uint8
+                       [N, K*3/4], a little-endian bit stream
+    weight_scale       scalar or [1], [N], [N, K/G] (integers: [K/G, N]), [N/bn, K/bk]; the model's dtype, or uint8
+                       exponents (`scale_format` "e8m0")
+    weight_zero_point  integers only: the shape of the scale, packed as the weight is; int4 symmetric layers store zeros
+    input_scale, input_zero_point, output_scale, output_zero_point   static activation ranges
+
+Dequantize: dt(float32(q - zero) * float32(scale)). Settings of a layer: the first pattern of `layer_quant_config`
+that matches its name, else `layer_type_quant_config["Linear"]`, else `global_quant_config`.
+
+Source: amd-quark 0.13 (torch/export/nn/modules, torch/utils/pack.py, torch/kernel/hw_emulation); no published
+checkpoint was at hand. Not read: two-stage weights, mx containers, 2 and 3 bits, quantized biases, online rotations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jq import bits as _bits
+from jq.activations import Activation
+from jq.errors import FormatError, UnsupportedError
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take
+from jq.qtensor import Affine, Grouping, NarrowFloat, QTensor, Source
+from jq.qtensor.affine import pack_zeros
+
+FLOATS = (np.float16, "bfloat16", np.float32)
+RANGES = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+INTEGERS = {"int4": (4, True), "uint4": (4, False), "int8": (8, True), "uint8": (8, False)}
+FLOAT8 = {"fp8_e4m3": ("e4m3fn", ml_dtypes.float8_e4m3fn), "fp8_e5m2": ("e5m2", ml_dtypes.float8_e5m2)}
+SMALL = {"fp4": ("e2m1", 4), "fp6_e2m3": ("e2m3", 6), "fp6_e3m2": ("e3m2", 6)}
+# Bit position of code i of a word of eight, with and without "reorder".
+SHIFTS = {True: (0, 16, 4, 20, 8, 24, 12, 28), False: (0, 4, 8, 12, 16, 20, 24, 28)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How one tensor of a layer is quantized; names as in the config."""
+
+    dtype: str
+    qscheme: str = "per_tensor"
+    group_size: int = 0
+    block_size: tuple[int, int] | None = None
+    symmetric: bool = True
+    dynamic: bool = False
+    scale_format: str = "float"
+    float_zeros: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer's settings; None where a tensor is not quantized."""
+
+    weight: Spec | None
+    inputs: Spec | None
+    outputs: Spec | None
+    why_not: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings by pattern of names, in order, and for the rest."""
+
+    patterns: tuple[tuple[str, Layer], ...]
+    default: Layer
+    reorder: bool = True
+
+    def of(self, prefix: str) -> Layer:
+        return next((layer for pattern, layer in self.patterns if fnmatch.fnmatch(prefix, pattern)), self.default)
+
+
+def parse(config: Mapping[str, Any], context: Context) -> Options:
+    """Reads a quantization_config.
+
+    Raises:
+      FormatError: settings that are missing or of the wrong kind.
+    """
+    label = f"{context.label}: quantization_config"
+    layers = config.get("layer_quant_config") or {}
+    types = config.get("layer_type_quant_config") or {}
+    export = config.get("export") or {}
+    if not all(isinstance(v, Mapping) for v in (layers, types, export)):
+        raise FormatError(f"{label}: layer_quant_config, layer_type_quant_config and export must be objects")
+    base = types.get("Linear") or config.get("global_quant_config")
+    if base is None:
+        raise FormatError(f"{label}.global_quant_config: missing; Quark writes the settings of its layers there")
+    method = export.get("pack_method", "reorder")
+    if method not in ("reorder", "order"):
+        raise FormatError(f"{label}.export.pack_method is {method!r}, expected 'reorder' or 'order'")
+    patterns = tuple((name, _layer(f"{label}.layer_quant_config[{name!r}]", conf)) for name, conf in layers.items())
+    return Options(patterns, _layer(f"{label}.global_quant_config", base), method == "reorder")
+
+
+def _layer(label: str, conf: Any) -> Layer:
+    if not isinstance(conf, Mapping):
+        raise FormatError(f"{label}: must be an object of settings, found {type(conf).__name__}")
+    why = f"{label}.bias is quantized" if conf.get("bias") else ""
+    specs = {}
+    for key in ("weight", "input_tensors", "output_tensors"):
+        value = conf.get(key)
+        if isinstance(value, list):
+            why, value = f"{label}.{key} has {len(value)} stages", None
+        specs[key] = None if value is None else _spec(f"{label}.{key}", value)
+    return Layer(specs["weight"], specs["input_tensors"], specs["output_tensors"], why)
+
+
+def _spec(label: str, conf: Any) -> Spec:
+    if not isinstance(conf, Mapping) or not isinstance(conf.get("dtype"), str):
+        raise FormatError(f"{label}: must be an object with a dtype, found {conf!r:.80}")
+    group, block = conf.get("group_size") or 0, conf.get("block_size")
+    if type(group) is not int or group < 0:
+        raise FormatError(f"{label}.group_size is {group!r}, expected a positive integer")
+    if block is not None and not (isinstance(block, list | tuple) and len(block) == 2):
+        raise FormatError(f"{label}.block_size is {block!r}, expected two integers")
+    return Spec(
+        dtype=conf["dtype"],
+        qscheme=str(conf.get("qscheme") or "per_tensor"),
+        group_size=group,
+        block_size=tuple(block) if block else None,
+        symmetric=bool(conf.get("symmetric", True)),
+        dynamic=bool(conf.get("is_dynamic", conf.get("dynamic", False))),
+        scale_format=str(conf.get("scale_format") or "float"),
+        float_zeros=str(conf.get("zero_point_type") or "int32") == "float32",
+    )
+
+
+def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor | None:
+    """One module's tensors; None for a layer left in floating point.
+
+    Raises:
+      FormatError: missing tensors, shapes or dtypes that disagree with the config.
+      UnsupportedError: a kind of quantization that the module docstring lists as not read.
+    """
+    weight = take(parts, "weight", prefix)
+    if weight.dtype in [np.dtype(d) for d in FLOATS]:
+        return None  # exported as fake-quantized weights
+    layer = options.of(prefix)
+    if f"{prefix}.input_rotation" in context.shapes:
+        raise UnsupportedError(f"{prefix}: rotates its inputs at run time (input_rotation), which is not done here")
+    if layer.why_not or layer.weight is None:
+        raise UnsupportedError(
+            f"{prefix}: {layer.why_not or 'stores codes, but the config does not quantize its weight'}; weights of one "
+            "stage are read"
+        )
+    spec = layer.weight
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise FormatError(f"{prefix}.weight: found shape {tuple(weight.shape)}, expected two axes that are not empty")
+    fields = {
+        "dtype": context.model_dtype,
+        "extras": {s: parts[s] for s in RANGES if s in parts},
+        "activation": _activation(layer, parts),
+    }
+    if spec.dtype in INTEGERS:
+        return _integers(prefix, parts, spec, options.reorder, fields)
+    if spec.dtype in FLOAT8 or spec.dtype in SMALL:
+        return _floats(prefix, parts, spec, fields)
+    known = ", ".join([*INTEGERS, *FLOAT8, *SMALL])
+    raise UnsupportedError(f"{prefix}.weight: Quark dtype {spec.dtype!r} is not read; {known} are")
+
+
+def _activation(layer: Layer, parts: Parts) -> Activation | None:
+    if layer.inputs is None and layer.outputs is None:
+        return None
+    pairs = tuple((name, spec) for name, spec in (("input", layer.inputs), ("output", layer.outputs)) if spec)
+    return Activation("quark", tuple(s for s in RANGES if s in parts), pairs)
+
+
+def _integers(prefix: str, parts: Parts, spec: Spec, reorder: bool, fields: dict[str, Any]) -> Affine:
+    bits, signed = INTEGERS[spec.dtype]
+    scale = take(parts, "weight_scale", prefix)
+    zero = take(parts, "weight_zero_point", prefix, why="Quark stores zero points of symmetric layers too.")
+    expect_dtype(scale, FLOATS, f"{prefix}.weight_scale")
+    grouped = spec.qscheme == "per_group"
+    if grouped and scale.ndim != 2:
+        raise FormatError(f"{prefix}.weight_scale: found shape {tuple(scale.shape)}, expected (groups, out_features)")
+    stored = _unpacked(parts["weight"], f"{prefix}.weight", bits, reorder)
+    if grouped:
+        stored = stored[:, : scale.shape[1]].T
+    n, k = stored.shape
+    group = _group(prefix, spec, k)
+    scales, grouping = _scales(prefix, scale.T if grouped else scale, spec, group, n, k)
+    zeros = _zeros(prefix, zero, spec, bits, signed, reorder, scales.shape)
+    offset = 1 << (bits - 1) if signed else 0
+    symmetric = zeros.dtype.kind != "f" and bool((zeros == 0).all())
+    codes = (stored ^ offset) - offset if symmetric else stored ^ offset
+    made = Affine.make(
+        np.ascontiguousarray(codes),
+        scales,
+        code_bits=bits,
+        name=prefix,
+        zeros=None if symmetric else zeros if zeros.dtype.kind == "f" else pack_zeros(zeros + offset, bits),
+        zeros_bits=0 if symmetric or zeros.dtype.kind == "f" else bits,
+        signed=signed and symmetric,
+        grouping=grouping,
+        formula="f32",
+        source=_source(spec, scale, zero, reorder, parts["weight"]),
+        **fields,
+    )
+    again = dump(made)
+    for suffix in ("weight", "weight_zero_point"):
+        if again[suffix].tobytes() != np.ascontiguousarray(parts[suffix]).tobytes():
+            raise FormatError(f"{prefix}.{suffix}: bits after the last code of a row are set; the file is damaged")
+    return made
+
+
+def _source(spec: Spec, scale: np.ndarray, zero: np.ndarray | None, reorder: bool, weight: np.ndarray) -> Source:
+    pairs: list[tuple[str, Any]] = [("dtype", spec.dtype), ("qscheme", spec.qscheme), ("reorder", reorder)]
+    pairs += [("scalar", scale.ndim == 0), ("weight_dtype", str(weight.dtype))]
+    if zero is not None:
+        pairs += [("zero_dtype", str(zero.dtype)), ("zero_scalar", zero.ndim == 0)]
+    return Source("quark", tuple(pairs))
+
+
+def _unpacked(stored: np.ndarray, name: str, bits: int, reorder: bool) -> np.ndarray:
+    """Stored words or bytes -> codes of `bits` bits as unsigned integers, int32[rows, columns]."""
+    if bits == 4:
+        expect_dtype(stored, (np.int32,), name)
+        return _bits.unpack_words(np.ascontiguousarray(stored), SHIFTS[reorder], 4)
+    expect_dtype(stored, (np.int8, np.uint8), name)
+    return np.ascontiguousarray(stored).view(np.uint8).astype(np.int32)
+
+
+def _repacked(codes: np.ndarray, bits: int, reorder: bool, dtype: str) -> np.ndarray:
+    """Inverse of `_unpacked`; codes beyond the last are zero."""
+    if bits == 8:
+        return codes.astype(np.uint8).view(np.dtype(dtype))
+    pad = -codes.shape[-1] % 8
+    codes = np.pad(codes & 15, [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
+    return _bits.pack_words(codes, SHIFTS[reorder], 4, np.int32)
+
+
+def _group(prefix: str, spec: Spec, k: int) -> int:
+    if spec.qscheme == "per_group" and (spec.group_size < 1 or k % spec.group_size):
+        raise FormatError(f"{prefix}: in_features {k} are no multiple of group_size {spec.group_size}")
+    return spec.group_size
+
+
+def _scales(prefix: str, scale: np.ndarray, spec: Spec, group: int, n: int, k: int) -> tuple[np.ndarray, Grouping]:
+    """Stored scales (groups last) as [rows, groups], and what they cover."""
+    name, why = f"{prefix}.weight_scale", f"{spec.qscheme} scales of a weight of ({n}, {k})"
+    if spec.qscheme == "per_tensor":
+        if scale.size != 1:
+            raise FormatError(f"{name}: found shape {tuple(scale.shape)}, expected a scalar ({why})")
+        return scale.reshape(1, 1), Grouping("block", 0, 0)
+    if spec.qscheme == "per_channel":
+        expect_shape(scale, (n,), name, why)
+        return scale.reshape(n, 1), Grouping("block", 1, 0)
+    if spec.qscheme == "per_group":
+        expect_shape(scale, (n, k // group), name, why)
+        return np.ascontiguousarray(scale), Grouping("block", 1, group)
+    if spec.qscheme == "per_block" and spec.block_size:
+        rows, columns = spec.block_size
+        if n % rows or k % columns:
+            raise UnsupportedError(f"{name}: blocks of {rows}x{columns} do not tile a weight of ({n}, {k})")
+        expect_shape(scale, (n // rows, k // columns), name, why)
+        return scale, Grouping("block", rows, columns)
+    raise UnsupportedError(f"{name}: qscheme {spec.qscheme!r} is not read; per tensor, channel, group and block are")
+
+
+def _zeros(
+    prefix: str, zero: np.ndarray, spec: Spec, bits: int, signed: bool, reorder: bool, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Zero points [rows, groups]: signed numbers as int32, or floats as they are stored."""
+    name = f"{prefix}.weight_zero_point"
+    if spec.float_zeros:
+        expect_dtype(zero, FLOATS, name)
+        return np.ascontiguousarray((zero.T if zero.ndim == 2 else zero).reshape(shape))
+    if zero.ndim == 0 or bits == 8:
+        codes = zero.astype(np.int32) & ((1 << bits) - 1)
+    else:
+        codes = _unpacked(np.atleast_2d(zero), name, bits, reorder)
+    if spec.qscheme == "per_group":
+        codes = codes[:, : shape[0]].T
+    else:
+        codes = codes.reshape(-1)[: shape[0]]
+    if codes.size != shape[0] * shape[1]:
+        raise FormatError(f"{name}: found shape {tuple(zero.shape)}, which does not give {shape[0]} x {shape[1]} zeros")
+    codes = np.ascontiguousarray(codes.reshape(shape))
+    half = 1 << (bits - 1) if signed else 0
+    return (codes ^ half) - half
+
+
+def _floats(prefix: str, parts: Parts, spec: Spec, fields: dict[str, Any]) -> NarrowFloat:
+    stored, scale = parts["weight"], take(parts, "weight_scale", prefix)
+    exponents = spec.scale_format == "e8m0"
+    if spec.scale_format not in ("e8m0", "float", "float32"):
+        raise UnsupportedError(
+            f"{prefix}.weight_scale: scale_format {spec.scale_format!r} is not read; e8m0 and floats are"
+        )
+    expect_dtype(scale, (np.uint8, ml_dtypes.float8_e8m0fnu) if exponents else FLOATS, f"{prefix}.weight_scale")
+    if spec.dtype in FLOAT8:
+        kind, dtype = FLOAT8[spec.dtype]
+        expect_dtype(stored, (dtype,), f"{prefix}.weight")
+        codes, width = np.ascontiguousarray(stored).view(np.uint8), 8
+    else:
+        kind, width = SMALL[spec.dtype]
+        expect_dtype(stored, (np.uint8,), f"{prefix}.weight")
+        codes = np.ascontiguousarray(stored)
+    k = stored.shape[1] * 8 // width
+    scales, grouping = _scales(prefix, scale, spec, _group(prefix, spec, k), stored.shape[0], k)
+    if width < 8 and k * width % 32 == 0:
+        codes = codes.view(np.uint32)
+    made = NarrowFloat(
+        codes,
+        scales.view(np.uint8) if exponents else scales,
+        kind=kind,
+        scale_kind="e8m0" if exponents else "float",
+        grouping=grouping,
+        formula="f32",
+        source=Source(
+            "quark",
+            (
+                ("dtype", spec.dtype),
+                ("scalar", scale.ndim == 0),
+                ("qscheme", spec.qscheme),
+                ("scale_dtype", str(scale.dtype)),
+            ),
+        ),
+        **fields,
+    )
+    made.check(prefix)
+    return made
+
+
+def dump(q: Any) -> Parts:
+    """Stored tensors of a module."""
+    source = q.source
+    assert source is not None
+    scale, extras = np.asarray(q.scales), {k: np.asarray(v) for k, v in q.extras.items()}
+    scheme = source.get("qscheme")
+    if scheme in ("per_tensor", "per_channel"):
+        scale = scale.reshape(() if source.get("scalar") else -1)
+    if isinstance(q, NarrowFloat):
+        if q.scale_kind == "e8m0":
+            scale = scale.view(np.dtype(source.get("scale_dtype")))
+        codes = np.ascontiguousarray(np.asarray(q.codes)).view(np.uint8)
+        dtype = FLOAT8.get(source.get("dtype"))
+        return {"weight": codes.view(dtype[1]) if dtype else codes, "weight_scale": scale, **extras}
+    bits, signed = INTEGERS[source.get("dtype")]
+    reorder, grouped = source.get("reorder"), scheme == "per_group"
+    offset = 1 << (bits - 1) if signed and not q.signed else 0
+    codes = np.asarray(q.unpack()) - offset
+    zeros = np.zeros(np.asarray(q.scales).shape, np.int32) if q.zeros is None else np.asarray(q.group_zeros())
+    floating = zeros.dtype.kind not in "iu"
+    zeros = zeros if floating else zeros - (offset if q.zeros is not None else 0)
+    if grouped:
+        codes, scale, zeros = codes.T, scale.T, zeros.T
+    else:
+        zeros = zeros.reshape(-1)
+    zero_dtype = source.get("zero_dtype")
+    if source.get("zero_scalar"):
+        stored_zeros: np.ndarray = zeros.reshape(()).astype(zero_dtype)
+    elif floating or zero_dtype not in ("int32", "int8", "uint8") or (bits == 8 and zero_dtype == "int32"):
+        stored_zeros = zeros.astype(zero_dtype)
+    else:
+        stored_zeros = _repacked(zeros, bits, reorder, zero_dtype)
+    return {
+        "weight": _repacked(np.ascontiguousarray(codes), bits, reorder, source.get("weight_dtype")),
+        "weight_scale": np.ascontiguousarray(scale).reshape(scale.shape),
+        "weight_zero_point": np.ascontiguousarray(stored_zeros).reshape(stored_zeros.shape),
+        **extras,
+    }
+
+
+FORMAT = Format(
+    name="quark",
+    methods=("quark",),
+    title="AMD Quark: int4, int8, float8, fp4 and fp6 weights",
+    parse=parse,
+    markers=("weight_scale",),
+    suffixes=("weight", "weight_scale", "weight_zero_point", *RANGES),
+    load=load,
+    dump=dump,
+    deferrable=False,
+    evidence="source",
+)
