@@ -244,11 +244,17 @@ def barrier_arrive(address: Int) -> None:
     asm([], "mbarrier.arrive.shared::cta.b64 _, [$0];", address)
 
 
-def barrier_wait(address: Int, parity: Any) -> None:
-    """Waits until the phase of this parity has completed; cluster scope, so that remote stores are visible."""
+def barrier_wait(address: Int, parity: Any, scope: str = "cta") -> None:
+    """Waits until the phase of this parity has completed.
+
+    Args:
+      scope: "cluster" where stores of other blocks must be visible after it. That invalidates the L1 cache, which
+        costs hundreds of cycles, so the barriers of copies are waited for at scope "cta".
+    """
+    acquire = ".acquire.cluster" if scope == "cluster" else ""
     asm(
         [],
-        "{ .reg .pred done; WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], $1; "
+        f"{{ .reg .pred done; WAIT: mbarrier.try_wait.parity{acquire}.shared::cta.b64 done, [$0], $1; "
         "@done bra DONE; bra WAIT; DONE: }",
         address,
         parity,
@@ -269,15 +275,16 @@ def sync_warp() -> None:
 
 
 def sync_block() -> None:
-    asm([], "barrier.sync.aligned 0;")
+    asm([], "barrier.sync 0;")
 
 
-def cluster_arrive() -> None:
-    asm([], "barrier.cluster.arrive.release.aligned;")
+def cluster_arrive(relaxed: bool = False) -> None:
+    """relaxed: without the fence (a global one, slow), where no data but only progress is announced."""
+    asm([], f"barrier.cluster.arrive.{'relaxed' if relaxed else 'release'};")
 
 
 def cluster_wait() -> None:
-    asm([], "barrier.cluster.wait.acquire.aligned;")
+    asm([], "barrier.cluster.wait.acquire;")
 
 
 def remote(address: Int, rank: Any) -> Int:
@@ -374,10 +381,13 @@ def tensor_store_wait(pending: int) -> None:
 
 
 def arrive_remote(address: Int, rank: Any) -> None:
-    """One arrival on a barrier of block `rank` of the cluster."""
+    """One arrival on a barrier of block `rank` of the cluster; orders nothing but this thread's reads before it.
+
+    The default scope (cta): at cluster scope the arrival is preceded by a fence, 600 cycles in the loop of a matmul.
+    """
     asm(
         [],
-        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }",
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; mbarrier.arrive.shared::cluster.b64 _, [a]; }",
         address,
         rank,
     )
@@ -389,7 +399,7 @@ def set_registers(count: int, action: str) -> None:
 
 def sync_threads(barrier: Any, threads: int) -> None:
     """Named barrier for `threads` threads."""
-    asm([], f"barrier.sync.aligned $0, {threads};", barrier)
+    asm([], f"barrier.sync $0, {threads};", barrier)
 
 
 def wgmma_fence() -> None:

@@ -28,7 +28,7 @@ from pallas_kernels.decode.scaled import scaled_fragment
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form, Packed
 from pallas_kernels.ptx import Int
 
-SMEM_BYTES = 227 * 1024
+SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
 PRODUCER_REGISTERS = 40
 # registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
 CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104}
@@ -40,7 +40,7 @@ class Config:
     """Knobs of the kernel.
 
     Fields:
-      tile_m: rows of x in a tile, a multiple of 32 up to 256 (and of `share` * 8, `split` * 8).
+      tile_m: rows of x in a tile, up to 256, a multiple of 16 * split and of 8 * share.
       wn: warpgroups of a block, 64 rows of the weight each.
       chunks: tiles of 64 along K in one step of the ring.
       stages: length of the ring; 0: as many as fit.
@@ -129,6 +129,11 @@ class Plan:
         return self.config.tile_m // 2
 
     @property
+    def piece(self) -> int:
+        """Rows of y that one store writes."""
+        return math.gcd(self.config.tile_m // self.config.split, EPILOGUE_ROWS)
+
+    @property
     def inbox_bytes(self) -> int:
         """Partial sums that the other blocks of a split send."""
         s = self.config.split
@@ -174,7 +179,7 @@ class Plan:
         group = self.form.group
         if group and group % self.span and self.span % group:
             return f"groups of {group} with steps of {self.span}"
-        if c.tile_m % (8 * c.share) or c.tile_m % (32 if c.split == 1 else 16 * c.split):
+        if c.tile_m % (8 * c.share) or c.tile_m % (16 * c.split):
             return f"tile of {c.tile_m} rows of x with share {c.share} and split {c.split}"
         if self.stages < 2 or self.layout["bytes"] > SMEM_BYTES:
             return f"{self.layout['bytes']} bytes of shared memory"
@@ -242,7 +247,7 @@ class _Kernel:
         lead = (1,) if stacked else ()
         # boxes are given slowest axis first, as shapes are
         self.maps = {"x": ptx.tensor_map(ctx, refs["x"], (c.tile_m // c.share, CHUNK), 128)}
-        self.maps["y"] = ptx.tensor_map(ctx, refs["y"], (EPILOGUE_ROWS, 64), 128)
+        self.maps["y"] = ptx.tensor_map(ctx, refs["y"], (plan.piece, 64), 128)
         self.maps["codes"] = ptx.tensor_map(ctx, refs["codes"], (*lead, 4 * c.wn, c.chunks, plan.form.bits * 32))
         for name in ("scales", "zeros")[: len(plan.form.params)]:
             self.maps[name] = ptx.tensor_map(ctx, refs[name], (*lead, 4 * c.wn, plan.step_groups, ROWS))
@@ -262,20 +267,20 @@ class _Kernel:
                 table = ptx.address(table, self.layer[0], 64)
             threads = 128 * (c.wn + 1)
             self.decode.fill(plan.form, plan.dtype, self.at["tables"], table, self.thread, threads)
+        ptx.sync_block()
         if plan.cluster > 1:
-            ptx.cluster_arrive()
+            ptx.cluster_arrive(relaxed=True)
             ptx.cluster_wait()
-        else:
-            ptx.sync_block()
         with ptx.when(self.wg == c.wn):
             ptx.set_registers(PRODUCER_REGISTERS, "dec")
             with ptx.when(self.t == 0):
                 self.produce()
+            ptx.sync_warp()
         with ptx.when(self.wg < c.wn):
             ptx.set_registers(CONSUMER_REGISTERS[c.wn], "inc")
             self.consume()
         if plan.cluster > 1:  # a block may not leave while others still reach into its shared memory
-            ptx.cluster_arrive()
+            ptx.cluster_arrive(relaxed=True)
             ptx.cluster_wait()
 
     def where(self, t: Int) -> tuple[Int, Int]:
@@ -419,16 +424,15 @@ class _Kernel:
 
     def epilogue(self, t: Int, im: Int, it: Int, sums: list[Any]) -> None:
         plan, c = self.plan, self.plan.config
-        begin, rows = Int(0), c.tile_m
+        begin, rows = Int(0), c.tile_m // c.split
         if c.split > 1:
             sums = self.exchange(t, sums)
-            rows = c.tile_m // c.split
             begin = (self.rank % c.split) * rows
         n0 = it * (64 * c.wn) + self.wg * 64
         row0 = im * c.tile_m + begin
         if "bias" in self.refs:
             sums = self.add_bias(n0, sums)
-        piece = min(rows, EPILOGUE_ROWS)
+        piece = plan.piece
         buffers = self.at["y"] + self.wg * (2 * EPILOGUE_ROWS * 128)
         for i in range(rows // piece):
             buffer = buffers + (i % 2) * (EPILOGUE_ROWS * 128)
@@ -488,7 +492,7 @@ class _Kernel:
                 target, bar = ptx.remote(at, r), ptx.remote(self.arrived, r)
                 for v in range(vectors):
                     ptx.store_remote(target + v * 2048, sums[r * share + 4 * v : r * share + 4 * v + 4], bar)
-        ptx.barrier_wait(self.arrived, t & 1)
+        ptx.barrier_wait(self.arrived, t & 1, "cluster")
         totals: list[Any] = [ptx.zero()] * share
         received = [
             ptx.chain(

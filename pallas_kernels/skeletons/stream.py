@@ -29,7 +29,7 @@ from pallas_kernels.decode.scaled import as_floats, shifts
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form, Packed
 from pallas_kernels.ptx import Int
 
-SMEM_BYTES = 227 * 1024
+SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
 MAX_ROWS = 16
 # Exchange buffers. A warp writes sums of batch b + 4 into the buffer of batch b: by then it has seen batch b + 2
 # complete, so every warp has sent batch b + 2, which each does after it has read batch b.
@@ -48,6 +48,7 @@ class Config:
       ring_bytes: shared memory for the rings of all warps of a block.
       blocks: blocks to launch; a multiple of `cluster`.
       hint: ask L2 to evict the weight first.
+      unroll: chunks in one turn of the arithmetic; fewer make a smaller program.
     """
 
     warps: int = 8
@@ -55,7 +56,8 @@ class Config:
     chunks: int = 4
     ring_bytes: int = 96 * 1024
     blocks: int = 132
-    hint: bool = False
+    hint: bool = True
+    unroll: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,21 @@ class Plan:
     def piece_groups(self) -> int:
         """Groups that one copy touches."""
         return max(1, self.chunks * CHUNK // self.form.group) if self.form.group else 1
+
+    @property
+    def unroll(self) -> int:
+        """Chunks of one turn of the arithmetic: divides the chunks of a copy, and ends with groups."""
+        for u in range(min(self.config.unroll, self.chunks), 0, -1):
+            span, group = u * CHUNK, self.form.group
+            whole = not group or span % group == 0 or (group % span == 0 and self.chunks * CHUNK <= group)
+            if self.chunks % u == 0 and whole and self.form.scale != "u8":
+                return u
+        return self.chunks
+
+    @property
+    def part_groups(self) -> int:
+        """Groups of one turn of the arithmetic."""
+        return max(1, self.unroll * CHUNK // self.form.group) if self.form.group else 1
 
     @property
     def code_bytes(self) -> int:
@@ -301,11 +318,10 @@ class _Kernel:
             self.gather_x()
         elif plan.k % CHUNK:
             self.pad_x()
+        ptx.sync_block()
         if cluster > 1:
-            ptx.cluster_arrive()
+            ptx.cluster_arrive(relaxed=True)
             ptx.cluster_wait()
-        else:
-            ptx.sync_block()
         if not plan.gathered:
             ptx.barrier_wait(self.x_bar, 0)
 
@@ -457,31 +473,49 @@ class _Kernel:
             nested = self.nested_scales(t, b)
             ptx.barrier_wait(self.bars + slot * 8, parity)
             at = self.ring + slot * plan.stage_bytes
-            words = [
-                ptx.load_shared(
-                    at + c * plan.form.chunk_bytes + self.lane * (plan.form.bits * 4), "u32", plan.form.bits
-                )
-                for c in range(plan.chunks)
-            ]
-            params = [self.load_params(at, g) for g in range(plan.piece_groups)]
-            ptx.sync_warp()
-            self.fetch(slot, next_tile, next_piece)
+            if plan.unroll < plan.chunks:
+
+                def part(i: Int, sums: list[Any]) -> list[Any]:
+                    c0 = i * plan.unroll
+                    words, params = self.load_part(at, c0)
+                    params = [self.convert_params(p, nested, g) for g, p in enumerate(params)]
+                    for c in range(plan.unroll):
+                        sums = self.chunk(sums, words[c], params, b * plan.chunks + c0 + c, c)
+                    return sums
+
+                sums = ptx.loop(0, plan.chunks // plan.unroll, 1, sums, part)
+                ptx.sync_warp()
+                self.fetch(slot, next_tile, next_piece)
+            else:
+                words, params = self.load_part(at, Int(0))
+                ptx.sync_warp()
+                self.fetch(slot, next_tile, next_piece)
+                params = [self.convert_params(p, nested, g) for g, p in enumerate(params)]
+                for c in range(plan.chunks):
+                    sums = self.chunk(sums, words[c], params, b * plan.chunks + c, c)
             next_tile, next_piece = self.advance(next_tile, next_piece)
             wrap = (slot + 1) == plan.stages
-            params = [self.convert_params(p, nested, g) for g, p in enumerate(params)]
-            for c in range(plan.chunks):
-                sums = self.chunk(sums, words[c], params, b * plan.chunks + c, c)
             return [*sums, ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0), next_tile, next_piece]
 
         out = ptx.loop(0, self.count, 1, [*(ptx.zero() for _ in range(n_sums)), *state], piece)
         return out[:n_sums], out[n_sums:]
 
-    def load_params(self, at: Int, group: int) -> list[list[ir.Value]]:
+    def load_part(self, at: Int, first: Int) -> tuple[list[Any], list[Any]]:
+        """Codes and stored parameters of `unroll` chunks of a slot, from chunk `first` on."""
+        plan, form = self.plan, self.plan.form
+        lane = at + self.lane * (form.bits * 4) + first * form.chunk_bytes
+        words = [ptx.load_shared(lane + c * form.chunk_bytes, "u32", form.bits) for c in range(plan.unroll)]
+        group = Int(0)
+        if form.group:
+            group = first // (form.group // CHUNK) if form.group > CHUNK else first * (CHUNK // form.group)
+        return words, [self.load_params(at, group + g) for g in range(plan.part_groups)]
+
+    def load_params(self, at: Int, group: Int) -> list[list[ir.Value]]:
         """Scales and zeros of one group for rows g and g + 8, as stored."""
         plan, out = self.plan, []
         for kind, offset in zip(plan.form.params, plan.param_offsets):
             size = ITEM_BYTES[kind]
-            where = at + (offset + group * ROWS * size) + (self.lane >> 2) * (2 * size)
+            where = at + offset + group * (ROWS * size) + (self.lane >> 2) * (2 * size)
             if kind == "f32":
                 out.append(ptx.load_shared(where, "f32", 2))
             else:
@@ -536,7 +570,7 @@ class _Kernel:
         none = [ptx.zero()] * 4
         for first in range(0, 4, steps):
             group = (c * CHUNK + first * 16) // form.group if form.group else 0
-            p = params[min(group, plan.piece_groups - 1)]
+            p = params[min(group, plan.part_groups - 1)]
             used = words[first * form.bits // 4 : (first + steps) * form.bits // 4]
             a = self.decode.fragment(form, plan.dtype, used, p.get("zero"), table)
             for column in range(plan.columns):
@@ -595,7 +629,8 @@ class _Kernel:
         """Adds the parts of each owned tile of batch b in order, and writes y."""
         plan, cluster = self.plan, self.plan.config.cluster
         first, buffer = b * (plan.owned * cluster), b & (BUFFERS - 1)
-        ptx.barrier_wait(self.sum_bars + buffer * 8, (b // BUFFERS) & 1)
+        scope = "cluster" if cluster > 1 else "cta"
+        ptx.barrier_wait(self.sum_bars + buffer * 8, (b // BUFFERS) & 1, scope)
         # an item is what one lane holds of a tile: rows g, g + 8 (and columns 2t, 2t + 1 of 8 rows of x)
         width, per_tile = (2, 8) if plan.m == 1 else (4, 32 * plan.columns)
 
@@ -622,4 +657,7 @@ class _Kernel:
                     ptx.asm([], text, ptx.address(self.pointers["y"], column * plan.n + n, 2), total)
             return carry
 
-        ptx.loop(self.thread, self.owned_of(first) * per_tile, plan.config.warps * 32, [], item)
+        # the first items of each batch go to other threads than those of the batch before
+        threads = plan.config.warps * 32
+        start = (self.thread + b * (-plan.owned * per_tile % threads)) % threads
+        ptx.loop(start, self.owned_of(first) * per_tile, threads, [], item)

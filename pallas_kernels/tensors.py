@@ -1,0 +1,280 @@
+"""QTensors in the kernels' order: `prepare`, its inverse `restore`, and `packed`, the kernel's view of a prepared one.
+
+A prepared tensor is of the same class and shape as the original; its `layout` names the order and what `restore` must
+know beside the arrays: "mma16" followed by ";key=value" items.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq import bits as _bits
+from jq.qtensor import Affine, Codebook
+from pallas_kernels import layout
+from pallas_kernels.decode import DECODES
+from pallas_kernels.form import CHUNK, ROWS, Form, Packed
+
+NAME = "mma16"
+SCALES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+ZERO_FORMS = {"sub_mul": "code", "f32": "code", "mul_sub": "minus", "mul_add": "plus", "fma": "plus"}
+LOW = "kernel.absmax_low"  # key in extras: lower halves of a split float32 absmax
+NESTED_BLOCK = 256
+
+
+def refusal(w: Any) -> str | None:
+    """Why no kernel takes this QTensor, or None. Looks at static properties, and at `g_idx` where it is concrete."""
+    if not isinstance(w, (Affine, Codebook)):
+        return f"{type(w).__name__} has no kernel"
+    if w.layout:
+        return None if w.layout.startswith(NAME) else f"unknown layout {w.layout!r}"
+    if w.bits != 4:
+        return f"{w.bits}-bit codes; kernels take 4"
+    if w.out_features % ROWS:
+        return f"out_features {w.out_features} is not a multiple of {ROWS}"
+    return _affine_refusal(w) if isinstance(w, Affine) else _codebook_refusal(w)
+
+
+def _affine_refusal(w: Affine) -> str | None:
+    n, k = w.shape[-2:]
+    cols = w.grouping.cols or k
+    if w.grouping.kind != "block" or w.grouping.rows != 1:
+        return f"scales by {w.grouping}; kernels take groups along K"
+    if cols % 32 and cols < k:
+        return f"groups of {cols}; kernels take multiples of 32"
+    if not hasattr(w.scales, "dtype") or str(w.scales.dtype) not in SCALES:
+        return "scales that are themselves quantized"
+    if tuple(w.scales.shape[-2:]) != (n, -(-k // cols)):
+        return f"scales of shape {tuple(w.scales.shape)} for a weight of {w.shape} in groups of {cols}"
+    if w.formula not in ZERO_FORMS:
+        return f"formula {w.formula!r}"
+    if w.zeros is None:
+        point = w.zero_point + (8 if w.signed else 0)
+        if not 0 <= point < 112 or (w.formula not in ("sub_mul", "f32") and w.zero_point):
+            return f"zero point {w.zero_point} with formula {w.formula!r}"
+    elif not hasattr(w.zeros, "dtype"):
+        return "zeros that are themselves quantized"
+    elif w.zeros_bits:
+        if w.zeros_bits > 6 or ZERO_FORMS[w.formula] != "code" or w.signed:
+            return f"{w.zeros_bits}-bit zeros with formula {w.formula!r}"
+    elif str(w.zeros.dtype) not in SCALES or w.signed or w.zeros.shape != w.scales.shape:
+        return f"zeros of {w.zeros.dtype} {tuple(w.zeros.shape)}"
+    if w.g_idx is not None and not isinstance(w.g_idx, jax.core.Tracer):
+        counts = np.apply_along_axis(np.bincount, -1, np.asarray(w.g_idx), minlength=k // cols)
+        if k % cols or np.any(counts != cols):
+            return "an act-order g_idx whose groups differ in size"
+    return None
+
+
+def _codebook_refusal(w: Codebook) -> str | None:
+    n, k = w.shape[-2:]
+    block = w.grouping.cols or k
+    if w.offset is not None:
+        return "an offset after the product"
+    if (block % 32 or k % block) and block % k:
+        return f"blocks of {block} that straddle rows of {k}"
+    if block % k == 0 and n % (block // k):
+        return f"blocks of {block} that do not end with the weight"
+    nested = w.absmax
+    if not isinstance(nested, Codebook):
+        return None if str(nested.dtype) == "float32" else f"absmax of {nested.dtype}"
+    if nested.bits != 8 or nested.grouping.cols != NESTED_BLOCK or isinstance(nested.absmax, Codebook) or block > k:
+        return f"a nested absmax {nested!r}"
+    return None
+
+
+def prepare(w: Any) -> Any:
+    """The same QTensor with its arrays in the kernels' order and `layout` set; `restore` is the inverse.
+
+    Shape, dtypes of codes and scales, and size stay (K is padded to a multiple of 64). Integer zeros become one byte
+    each. A float32 absmax is split: the kernel reads its upper half, rounded to bfloat16; the rest goes to `extras`. An
+    act-order `g_idx` is replaced by the permutation of K that sorts it.
+
+    Args:
+      w: `jq.qtensor.Affine` or `Codebook` with concrete arrays; stack axes allowed.
+
+    Raises:
+      ValueError: no kernel takes this tensor; the message ends with `refusal(w)`.
+    """
+    if reason := refusal(w):
+        raise ValueError(f"prepare: {w!r}: {reason}")
+    if w.layout:
+        return w
+    k = w.in_features
+    notes = {"k": k, "pad": w.pad, "word": str(w.codes.dtype)}
+    perm = None
+    if isinstance(w, Affine) and w.g_idx is not None:
+        g_idx = np.asarray(w.g_idx)
+        cols = w.grouping.cols or k
+        if np.array_equal(g_idx, np.broadcast_to(np.arange(k, dtype=g_idx.dtype) // cols, g_idx.shape)):
+            notes["order"] = "plain"
+        else:
+            notes["order"] = "perm"
+            perm = jnp.asarray(np.argsort(g_idx, axis=-1, kind="stable").astype(np.int32))
+    order = DECODES[w.kind_name].order
+    flip = isinstance(w, Affine) and w.signed
+    codes = _over_stack(w.ndim, functools.partial(_pack_codes, k=k, order=order, flip=flip), w.codes, perm)
+    fields: dict[str, Any] = {"codes": codes, "pad": -k % CHUNK}
+    if isinstance(w, Affine):
+        fields |= {"scales": _rows(w.ndim, w.scales), "g_idx": perm}
+        if w.zeros is not None:
+            notes["zeros"] = w.zeros_bits
+            zeros = w.group_zeros()
+            fields |= {"zeros": _rows(w.ndim, zeros.astype(jnp.uint8) if w.zeros_bits else zeros), "zeros_bits": 0}
+    else:
+        fields |= _pack_absmax(w, notes)
+    return w.replace(layout=";".join([NAME, *(f"{key}={value}" for key, value in notes.items())]), **fields)
+
+
+def restore(w: Any) -> Any:
+    """The QTensor that `prepare` was given, bit for bit."""
+    if not w.layout:
+        return w
+    notes = dict(item.split("=", 1) for item in w.layout.split(";")[1:])
+    n, k = w.out_features, int(notes["k"])
+    perm = w.g_idx if notes.get("order") == "perm" else None
+    order = DECODES[w.kind_name].order
+    flip = isinstance(w, Affine) and w.signed
+    unpack = functools.partial(_unpack_codes, shape=(n, k), order=order, flip=flip, pad=int(notes["pad"]))
+    fields: dict[str, Any] = {"codes": _over_stack(w.ndim, unpack, w.codes, perm), "pad": int(notes["pad"])}
+    if isinstance(w, Affine):
+        fields["scales"] = _rows(w.ndim, w.scales, back=True)
+        if "zeros" in notes:
+            zeros, width = _rows(w.ndim, w.zeros, back=True), int(notes["zeros"])
+            fields |= {"zeros": _pack_zeros(zeros, width) if width else zeros, "zeros_bits": width}
+        if "order" in notes:
+            fields["g_idx"] = _group_index(w, perm, k)
+    else:
+        fields |= _unpack_absmax(w, notes)
+    return w.replace(layout="", **fields)
+
+
+def packed(w: Any) -> Packed:
+    """The kernel's view of a prepared tensor with at most one stack axis; reshapes only."""
+    notes = dict(item.split("=", 1) for item in w.layout.split(";")[1:])
+    n, k = w.shape[-2:]
+    cols = w.grouping.cols or k
+    stack = w.codes.shape[:-2]
+
+    def tiles(a: jax.Array) -> jax.Array:
+        return a.reshape(*stack, n // ROWS, -1, ROWS)
+
+    codes = w.codes if w.codes.dtype == jnp.int32 else jax.lax.bitcast_convert_type(w.codes, jnp.int32)
+    codes = codes.reshape(*stack, n // ROWS, -1, w.bits * 32)
+    group = cols if cols < k else 0
+    if isinstance(w, Affine):
+        zero = ""
+        if w.zeros is not None:
+            zero = "u8" if int(notes["zeros"]) else SCALES[str(w.zeros.dtype)]
+        point = w.zero_point + (8 if w.signed else 0) if not zero else 8
+        form = Form("affine", w.bits, group, SCALES[str(w.scales.dtype)], zero, ZERO_FORMS[w.formula], point)  # type: ignore[arg-type]
+        zeros = None if w.zeros is None else tiles(w.zeros)
+        perm = w.g_idx if notes.get("order") == "perm" else None
+        return Packed(codes, tiles(w.scales), zeros, {}, perm, form, (n, k))
+    tables = {"table": w.table}
+    if isinstance(w.absmax, Codebook):
+        tables |= {"table2": w.absmax.table, "absmax2": w.absmax.absmax}
+        offset = w.absmax.offset
+        tables["offset"] = jnp.zeros(stack, jnp.float32) if offset is None else offset
+        scales, kind = tiles(w.absmax.codes), "u8"
+    else:
+        scales, kind = tiles(w.absmax), "bf16"
+    return Packed(codes, scales, None, tables, None, Form("codebook", w.bits, group, kind), (n, k))  # type: ignore[arg-type]
+
+
+def _over_stack(ndim: int, function: Any, *arrays: Any) -> Any:
+    """function over the leading stack axes of arrays (None stays None)."""
+    axes = tuple(None if a is None else 0 for a in arrays)
+    for _ in range(ndim - 2):
+        function = jax.vmap(function, in_axes=axes)
+    return jax.jit(function)(*arrays)
+
+
+def _pack_codes(words: jax.Array, perm: jax.Array | None, *, k: int, order: str, flip: bool) -> jax.Array:
+    codes = _bits.unpack(words, 4, k).astype(jnp.uint8)
+    codes = codes ^ 8 if flip else codes  # two's complement to offset binary
+    codes = codes if perm is None else codes[:, perm]
+    out = layout.pack_codes(codes, order)
+    return jax.lax.bitcast_convert_type(out, jnp.uint32).reshape(words.shape[0], -1)
+
+
+def _unpack_codes(
+    words: jax.Array, perm: jax.Array | None, *, shape: tuple[int, int], order: str, flip: bool, pad: int
+) -> jax.Array:
+    tiles = jax.lax.bitcast_convert_type(words, jnp.int32).reshape(shape[0] // ROWS, -1, 128)
+    codes = layout.unpack_codes(tiles, order, shape)
+    codes = codes if perm is None else codes[:, jnp.argsort(perm)]
+    codes = codes ^ 8 if flip else codes
+    return _bits.pack(jnp.pad(codes, ((0, 0), (0, pad))) if pad > 1 else codes, 4)
+
+
+def _rows(ndim: int, params: jax.Array, back: bool = False) -> jax.Array:
+    """[N, G] parameters into the order of `layout.pack_rows`, or back; the shape stays."""
+
+    def one(p: jax.Array) -> jax.Array:
+        n, groups = p.shape
+        if back:
+            return layout.unpack_rows(p.reshape(-1, groups, ROWS), n)
+        return layout.pack_rows(p).reshape(n, groups)
+
+    return _over_stack(ndim, one, jnp.asarray(params))
+
+
+def _pack_zeros(zeros: jax.Array, width: int) -> jax.Array:
+    from jq.qtensor.affine import pack_zeros
+
+    return pack_zeros(zeros, width)
+
+
+def _group_index(w: Affine, perm: jax.Array | None, k: int) -> jax.Array:
+    groups = (jnp.arange(k, dtype=jnp.int32) // (w.grouping.cols or k)).astype(jnp.int32)
+    if perm is None:
+        return jnp.broadcast_to(groups, (*w.shape[:-2], k))
+    back = jnp.argsort(perm, axis=-1)
+    return groups[back]
+
+
+def _pack_absmax(w: Codebook, notes: dict[str, Any]) -> dict[str, Any]:
+    """absmax in tiles; a float32 one as bfloat16 (nearest) and the lower halves of its bits."""
+    n, k = w.shape[-2:]
+    stack, block = w.shape[:-2], w.grouping.cols or k
+    if isinstance(w.absmax, Codebook):
+        nested = w.absmax
+        notes["nested"] = "x".join(map(str, nested.codes.shape[len(stack) :]))
+        notes["nested_word"] = str(nested.codes.dtype)
+        codes = jnp.asarray(nested.unpack()).astype(jnp.uint8).reshape(*stack, n, k // block)
+        return {"absmax": nested.replace(codes=_rows(w.ndim, codes), pad=0)}
+    notes["absmax"] = "x".join(map(str, w.absmax.shape[len(stack) :]))
+    absmax = jnp.asarray(w.absmax).reshape(*stack, -1)
+    if block > k:  # rows that share a block
+        absmax = jnp.repeat(absmax, block // k, axis=-1)
+    bits = jax.lax.bitcast_convert_type(absmax.reshape(*stack, n, -1), jnp.uint32)
+    high = ((bits + 0x8000) >> 16).astype(jnp.uint16)
+    low = (bits & 0xFFFF).astype(jnp.uint16)
+    high = jax.lax.bitcast_convert_type(high, jnp.bfloat16)
+    return {"absmax": _rows(w.ndim, high), "extras": {**w.extras, LOW: low}}
+
+
+def _unpack_absmax(w: Codebook, notes: dict[str, str]) -> dict[str, Any]:
+    n, k = w.shape[-2:]
+    stack, block = w.shape[:-2], w.grouping.cols or k
+    if isinstance(w.absmax, Codebook):
+        nested = w.absmax
+        shape = tuple(int(d) for d in notes["nested"].split("x"))
+        codes = _rows(w.ndim, nested.codes, back=True)
+        if notes["nested_word"] != "uint8":
+            codes = _bits.pack(codes.reshape(*stack, *shape[:-1], -1), 8)
+        return {"absmax": nested.replace(codes=codes.reshape(*stack, *shape))}
+    high = jax.lax.bitcast_convert_type(_rows(w.ndim, w.absmax, back=True), jnp.uint16).astype(jnp.uint32)
+    low = w.extras[LOW].astype(jnp.uint32)
+    bits = ((high - (low >> 15)) << 16) | low
+    absmax = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    if block > k:
+        absmax = absmax[..., :: block // k, :]
+    shape = tuple(int(d) for d in notes["absmax"].split("x"))
+    extras = {key: value for key, value in w.extras.items() if key != LOW}
+    return {"absmax": absmax.reshape(*stack, *shape), "extras": extras}

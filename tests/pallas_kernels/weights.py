@@ -1,0 +1,71 @@
+"""Random QTensors of every kind that the kernels take."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq.qtensor import Affine, Codebook
+from jq.qtensor.base import Grouping
+
+# QLoRA paper, appendix E
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
+# bitsandbytes' FP4: sign, then 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4
+_FP4 = np.array([0.0, 0.0052083333, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0.25], np.float32)
+FP4 = np.concatenate([_FP4, -_FP4])
+
+KINDS = (
+    "w4a16_g128", "w4a16_g32", "w4a16_row", "w4a16_signed", "w4a16_g128_asym", "w4a16_actorder", "hqq_g64", "awq_sub",
+    "nf4_b64", "nf4_b64_dq", "fp4_b64", "nf4_b4096",
+)  # fmt: skip
+
+
+def make(kind: str, n: int, k: int, seed: int = 0):
+    """A QTensor [n, k] with random codes and parameters."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & 15
+    if kind.startswith(("nf4", "fp4")):
+        block = 4096 if kind.endswith("b4096") else 64
+        return _codebook(kind, codes, block, keys)
+    group = {"w4a16_g32": 32, "w4a16_row": k, "hqq_g64": 64}.get(kind, 128)
+    scale_dtype = jnp.float16 if kind in ("hqq_g64", "awq_sub") else jnp.bfloat16
+    groups = -(-k // group)
+    scales = (jax.random.uniform(keys[1], (n, groups)) * 0.02 + 0.001).astype(scale_dtype)
+    common = {"code_bits": 4, "grouping": Grouping("block", 1, group), "dtype": str(np.dtype(scale_dtype))}
+    if kind == "w4a16_signed":
+        return Affine.make((codes.astype(jnp.int8) - 8).astype(jnp.int8), scales, signed=True, **common)
+    if kind in ("w4a16_g128_asym", "w4a16_actorder"):
+        zeros = jax.random.bits(keys[2], (n, groups), jnp.uint8) & 15
+        g_idx = None
+        if kind == "w4a16_actorder":
+            g_idx = jax.random.permutation(keys[3], jnp.arange(k, dtype=jnp.int32) // group)
+            return Affine.make(codes, scales, zero_point=8, g_idx=g_idx, **common)
+        return Affine.make(codes, scales, zeros=zeros.astype(jnp.int32), zeros_bits=4, **common)
+    if kind == "hqq_g64":
+        zeros = (jax.random.uniform(keys[2], (n, groups)) * 15).astype(scale_dtype)
+        return Affine.make(codes, scales, zeros=zeros, **common)
+    if kind == "awq_sub":
+        zeros = (scales * 7.5).astype(scale_dtype)
+        return Affine.make(codes, scales, zeros=zeros, formula="mul_sub", **common)
+    return Affine.make(codes, scales, zero_point=8, **common)
+
+
+def _codebook(kind, codes, block, keys):
+    n, k = codes.shape
+    table = jnp.asarray(FP4 if kind.startswith("fp4") else NF4)
+    whole = k % block == 0
+    grouping = Grouping("block", 1, block) if whole else Grouping("flat", 0, block)
+    shape = (n, k // block) if whole else (n * k // block,)
+    if not kind.endswith("dq"):
+        absmax = jax.random.uniform(keys[1], shape) * 0.05 + 0.01
+        return Codebook.make(codes, table, absmax, code_bits=4, grouping=grouping)
+    inner = jax.random.bits(keys[1], shape, jnp.uint8)
+    count = n * k // block
+    second = jax.random.uniform(keys[2], (-(-count // 256),)) * 0.02 + 0.001
+    steps = jnp.linspace(-1, 1, 256) ** 3
+    nested = Codebook.make(
+        inner, steps, second, code_bits=8, grouping=Grouping("flat", 0, 256), offset=jnp.float32(0.03), dtype="float32"
+    )
+    return Codebook.make(codes, table, nested, code_bits=4, grouping=grouping)
