@@ -1,9 +1,10 @@
 """bitsandbytes' 4-bit quantization (NF4, FP4) and its 8-bit quantization of block maxima (double quantization).
 
-The target is the library's CPU code (bitsandbytes 0.50.2, csrc/cpu_ops.cpp); codes, maxima and offsets are its bits.
+The target is the library's CPU code (bitsandbytes 0.50.2: backends/default/ops.py, csrc/cpu_ops.cpp); codes, maxima and
+offsets are its bits.
 Its CUDA code differs at ties (it divides approximately, has decimal FP4 midpoints and compares |x|), in the codes of
 all-zero NF4 blocks (0 in place of 7), in the last bits of `nested_offset`, and in 0.2 % of the nested codes.
-All numpy, float32, one rounding a step. Block maxima below 1.2e-38 (float32 subnormals) are outside the promise.
+All numpy, float32, one rounding a step.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ _BY_VALUE = {
 }
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
+_LEAST = np.float32(
+    1e-38
+)  # what the library divides by where a block is all zeros; in a last, short block it stores that
 
 
 class Nested(NamedTuple):
@@ -68,6 +72,8 @@ def quantize(w: np.ndarray, *, kind: str, block_size: int) -> tuple[np.ndarray, 
     for start in range(0, flat.size, step):
         part = flat[start : start + step].astype(np.float32)
         a = blocks.block_absmax(part, block_size)
+        if part.size % block_size:
+            a[-1] = max(a[-1], _LEAST)
         absmax[start // block_size : start // block_size + a.size] = a
         codes[start : start + part.size] = order[_below(_normalized(part, a, block_size), middles)]
     return codes.reshape(w.shape), absmax
@@ -77,14 +83,10 @@ def _normalized(part: np.ndarray, absmax: np.ndarray, block_size: int) -> np.nda
     """part / absmax in [-1, 1]: a product with the reciprocal, but a quotient in a last block that is not full."""
     whole = part.size // block_size
     out = np.empty_like(part)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        head = part[: whole * block_size].reshape(whole, block_size)
-        inverse = np.float32(1) / absmax[:whole, None]
-        np.multiply(head, inverse, out=out[: whole * block_size].reshape(whole, block_size))
-        if whole < absmax.size:
-            out[whole * block_size :] = part[whole * block_size :] / absmax[-1]
-    if absmax.min(initial=1) < 1.2e-38:
-        np.nan_to_num(out, copy=False, nan=0.0, posinf=1.0, neginf=-1.0)  # all-zero blocks, infinite reciprocals
+    inverse = np.float32(1) / np.maximum(absmax[:whole, None], _LEAST)
+    head = part[: whole * block_size].reshape(whole, block_size)
+    np.multiply(head, inverse, out=out[: whole * block_size].reshape(whole, block_size))
+    out[whole * block_size :] = part[whole * block_size :] / absmax[-1]
     return np.clip(out, -1, 1, out=out)
 
 
