@@ -66,10 +66,15 @@ def build(
     packed: bool | None = None,
     quantize_activations: bool = True,
     kv_cache_dtype: str | None = None,
+    spec: DecoderSpec | None = None,
 ) -> CausalLM:
-    """The model of a State; see `load`. Tensors are taken one after the other, so a lazy State is never whole in memory."""
+    """The model of a State; see `load`. Tensors are taken one after the other, so a lazy State is never whole in memory.
+
+    Args:
+      spec: in place of what config.json describes.
+    """
     label = str(state.path or "state")
-    spec = family_of(state.config, label).spec(state.config)
+    spec = spec or family_of(state.config, label).spec(state.config)
     on_cpu = jax.default_backend() == "cpu"
     compute = np.dtype(dtype) if dtype is not None else np.dtype(np.float32) if on_cpu else _own_dtype(state.config)
     read = Reader(

@@ -147,14 +147,29 @@ def linear_of(
     """
     active = getattr(weight, "activation", None) is not None and (quantize_activations or activations.prepares(weight))
     if packed or active:
+        weight = weight if active else prepared(weight, dtype)
         return Linear(weight, bias, quantize_activations=quantize_activations)
     return Linear(weight.dequantize(dtype), bias, packed=weight, quantize_activations=quantize_activations)
 
 
-def modules(model: nnx.Module) -> Iterable[tuple[str, nnx.Module]]:
-    """(path, module) of all submodules; a path is "model.layers.0.self_attn.q_proj"."""
-    for path, module in nnx.iter_modules(model):
-        yield ".".join(map(str, path)), module
+def prepared(weight: QTensor, dtype: Any) -> QTensor:
+    """The weight in the order of the device's kernels where they take it (16-bit activations); else as it is."""
+    if jax.default_backend() != "gpu" or np.dtype(dtype).itemsize != 2:
+        return weight
+    from pallas_kernels import api, tensors
+
+    if api.device_reason() is not None or tensors.refusal(weight) is not None:
+        return weight
+    return tensors.prepare(weight)
+
+
+def restored(weight: QTensor) -> QTensor:
+    """The weight in the canonical order: the inverse of `prepared`."""
+    if not getattr(weight, "layout", ""):
+        return weight
+    from pallas_kernels import tensors
+
+    return tensors.restore(weight)
 
 
 def quantized(model: nnx.Module) -> dict[str, QTensor]:
@@ -162,7 +177,8 @@ def quantized(model: nnx.Module) -> dict[str, QTensor]:
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, (QVar, Packed))):
         name = ".".join(map(str, path))
-        found[name.removesuffix(".weight").removesuffix(".packed").removesuffix("_packed")] = variable.get_value()
+        path_name = name.removesuffix(".weight").removesuffix(".packed").removesuffix("_packed")
+        found[path_name] = restored(variable.get_value())
     return found
 
 

@@ -113,9 +113,9 @@ def dump_entry(key: str, value: Any) -> list[tuple[str, np.ndarray]]:
     fmt = table()[source.format]
     prefix = module_of(key)
     if value.layout:
-        from pallas_kernels import layout
+        import pallas_kernels
 
-        value = layout.restore(value)
+        value = pallas_kernels.restore(value)
     parts = fmt.dump(value)
     return [(fmt.join(prefix, suffix), np.asarray(array)) for suffix, array in parts.items()]
 

@@ -58,7 +58,7 @@ class Reader:
         offset = self.array(name, shape[:1]) if bias or name in self.state else None
         if isinstance(weight, QTensor):
             return linear_of(
-                _computing(weight) if self.packed else weight,
+                weight,
                 offset,
                 dtype=self.dtype,
                 packed=self.packed,
@@ -150,8 +150,3 @@ def _has_nan(array: jax.Array) -> jax.Array:
 
 def _cast(array: jax.Array, dtype: Any) -> jax.Array:
     return array if array.dtype == dtype else array.astype(dtype)
-
-
-def _computing(weight: QTensor) -> QTensor:
-    """Hook for the layout of the device's kernels."""
-    return weight

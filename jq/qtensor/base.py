@@ -123,6 +123,10 @@ class QTensor(_Common):
         Args:
           dtype: result dtype; None for the tensor's own (`self.dtype`). Rounding to the own dtype comes first.
         """
+        if getattr(self, "layout", ""):
+            import pallas_kernels
+
+            return pallas_kernels.restore(self).dequantize(dtype)
         return _dequantize(self, str(np.dtype(dtype or self.dtype)))
 
     def _dense(self) -> Array:

@@ -1,0 +1,332 @@
+"""A whole model of Llama-3-8B shapes (random weights) on one GPU: decode and prefill through `jq.models`.
+
+    python benchmarks/gpu_decode.py                       # everything; writes benchmarks/results/gpu_decode_<card>.json
+    python benchmarks/gpu_decode.py --weights w4a16_g128 --batch 1
+    python benchmarks/gpu_decode.py --lower               # no GPU: lowers every program for CUDA and prints its size
+
+Real attention and cache: `context` tokens are in the cache when the clock starts. The whole step (all layers, output
+matrix, greedy choice) is one program; "host" calls it once a token without waiting, "device" loops over the tokens in one
+program. The bound is the time of reading all weights once a step. torch.compile runs the same shapes beside it
+(`peer_decode_torch.py`) where torch is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# A loop body of few kernels is worth a command buffer too; read once, when the backend starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_graph_min_graph_size=1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq.load import build
+from jq.models import decoder, llama, steps
+from jq.models.generate import plan
+from jq.qtensor import Affine, Codebook, Grouping, QTensor
+from jq.state import State
+
+HERE = Path(__file__).resolve().parent
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "dtype": "bfloat16",
+}
+ROOFLINE_GBS = {"h100": 3110.0}  # plain CUDA read of 4 GiB
+NF4 = (
+    -1.0,
+    -0.6962,
+    -0.5251,
+    -0.3949,
+    -0.2844,
+    -0.1848,
+    -0.0911,
+    0.0,
+    0.0796,
+    0.1609,
+    0.2461,
+    0.3379,
+    0.4407,
+    0.5626,
+    0.723,
+    1.0,
+)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.bfloat16) * 0.02
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.bits(key, shape, jnp.uint32)
+
+
+def weight(kind: str, n: int, k: int, key: jax.Array) -> Any:
+    """A random [n, k] weight of the given kind."""
+    if kind == "bf16":
+        return normal(key, (n, k))
+    codes = words(key, (n, k // 8))
+    if kind == "w4a16_g128":
+        scales = jnp.full((n, k // 128), 0.004, jnp.bfloat16)
+        return Affine(codes, scales, code_bits=4, zero_point=8, grouping=Grouping("block", 1, 128), dtype="bfloat16")
+    absmax = jnp.full((n, k // 64), 0.03, jnp.float32)
+    return Codebook(codes, jnp.asarray(NF4, jnp.float32), absmax, code_bits=4, grouping=Grouping("block", 1, 64))
+
+
+def model_of(kind: str, head: str, layers: int) -> Any:
+    """A `CausalLM` of random weights, q/k/v and gate/up as one matrix each."""
+    spec = llama.spec({**CONFIG, "num_hidden_layers": layers}).replace(fused=True)
+    hidden, wide, narrow = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    keys = iter(jax.random.split(jax.random.key(0), 4 * layers + 2))
+    ones = jnp.ones(hidden, jnp.bfloat16)
+    tensors: dict[str, Any] = {
+        "model.embed_tokens.weight": normal(next(keys), (spec.vocab_size, hidden)),
+        "model.norm.weight": ones,
+        "lm_head.weight": weight("w4a16_g128" if head == "w4" else "bf16", spec.vocab_size, hidden, next(keys)),
+    }
+    shapes = {
+        "self_attn.qkv_proj": (wide + 2 * narrow, hidden),
+        "self_attn.o_proj": (hidden, wide),
+        "mlp.gate_up_proj": (2 * spec.intermediate_size, hidden),
+        "mlp.down_proj": (hidden, spec.intermediate_size),
+    }
+    for i in range(layers):
+        path = f"model.layers.{i}."
+        tensors |= {path + name + ".weight": weight(kind, n, k, next(keys)) for name, (n, k) in shapes.items()}
+        tensors |= {path + "input_layernorm.weight": ones, path + "post_attention_layernorm.weight": ones}
+    return build(State(tensors, CONFIG), dtype=jnp.bfloat16, packed=True, spec=spec)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes that one step reads: every weight but the embedding table."""
+    body = model.model
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.split(model)[1]))
+    extras = sum(
+        leaf.nbytes
+        for q in jax.tree.leaves(decoder.split(model)[1], is_leaf=_is_q)
+        if _is_q(q)
+        for leaf in jax.tree.leaves(q.extras)
+    )
+    return held - extras - body.embed_tokens.weight.get_value().nbytes
+
+
+def _is_q(x: Any) -> bool:
+    return isinstance(x, QTensor)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def one_step(graph: Any, state: Any, cache: Any, token: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    """One greedy token: (cache, token int32[B], slot + 1)."""
+    return _step(decoder.join(graph, state), cache, token, slot)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def many_steps(
+    graph: Any, state: Any, cache: Any, token: jax.Array, slot: jax.Array, count: jax.Array
+) -> tuple[Any, jax.Array, jax.Array]:
+    """`count` greedy tokens in one loop on the device."""
+    model = decoder.join(graph, state)
+    return jax.lax.fori_loop(0, count, lambda _, c: _step(model, *c), (cache, token, slot))
+
+
+def _step(model: Any, cache: Any, token: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    positions = jnp.broadcast_to(slot, (token.shape[0], 1))
+    hidden, cache = model.model(token[:, None], positions, None, cache, slot)
+    logits = decoder.head(model.model, model.lm_head, hidden[:, 0])
+    return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), slot + 1
+
+
+def best_of(f: Any, runs: int) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(f())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def compile_both(function: Any, *args: Any) -> tuple[Any, float, float]:
+    """(executable, cold seconds, seconds of a second process, by JAX's persistent cache)."""
+    start = time.perf_counter()
+    function.lower(*args).compile()
+    cold = time.perf_counter() - start
+    jax.clear_caches()
+    start = time.perf_counter()
+    made = function.lower(*args).compile()
+    return made, cold, time.perf_counter() - start
+
+
+def decode_rows(model: Any, batch: int, context: int, count: int, loops: list[str]) -> list[dict]:
+    graph, state = decoder.split(model)
+    slots = steps.bucket(context + 2 * count, 128)
+    cache = jax.jit(lambda: model.model.empty_cache(batch, slots))()
+    token, slot = jnp.ones(batch, jnp.int32), jnp.int32(context)
+    rows = []
+    for loop in loops:
+        function, args = (one_step, ()) if loop == "host" else (many_steps, (jnp.int32(count),))
+        run, cold, warm = compile_both(function, graph, state, cache, token, slot, *args)
+
+        def tokens() -> Any:
+            nonlocal cache
+            t, s = token, slot
+            for _ in range(count if loop == "host" else 1):  # noqa: B023
+                cache, t, s = run(state, cache, t, s, *args)  # noqa: B023
+            return t
+
+        tokens()
+        seconds = best_of(tokens, 5)
+        rows.append(
+            {
+                "batch": batch,
+                "context": context,
+                "loop": loop,
+                "tok_s": batch * count / seconds,
+                "compile_s": cold,
+                "compile_warm_s": warm,
+            }
+        )
+    return rows
+
+
+def prefill_seconds(model: Any, length: int) -> float:
+    graph, state = decoder.split(model)
+    chosen = plan({}, max_new_tokens=2, do_sample=False, eos_token_id=[], stop=None, seed=0, options={})
+    settings, starts = chosen.settings(1), jnp.zeros(1, jnp.int32)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 1000, (1, length)), jnp.int32)
+    arguments = (graph, state, steps.bucket(length + 2, 128), chosen.switches, ids, starts, settings)
+    run = functools.partial(steps.prefill, *arguments)
+    jax.block_until_ready(run())
+    return best_of(lambda: run()[0], 5)
+
+
+def lower_all(kinds: list[str], heads: list[str], batches: list[int], layers: int) -> None:
+    """Lowers every program for CUDA on a machine without one; the weights are shapes."""
+    import pallas_kernels.api as api
+
+    # Everything that asks for the device gets the answer of an H100.
+    api.device_reason.cache_clear()
+    api.device_reason = lambda: None
+    jq_matmul = sys.modules["jq.matmul"]
+    jq_matmul._on_gpu = lambda: True
+    backend, jax.default_backend = jax.default_backend, lambda: "gpu"
+    try:
+        for kind in kinds:
+            for head in heads:
+                model = jax.eval_shape(lambda k=kind, h=head: decoder.split(model_of(k, h, layers))[1])
+                graph = _graph(kind, head, layers)
+                for batch in batches:
+                    _lower(graph, model, kind, head, batch)
+    finally:
+        jax.default_backend = backend
+
+
+def _graph(kind: str, head: str, layers: int) -> Any:
+    found: list[Any] = []
+
+    def make() -> Any:
+        graph, state = decoder.split(model_of(kind, head, layers))
+        found.append(graph)
+        return state
+
+    jax.eval_shape(make)
+    return found[0]
+
+
+def _lower(graph: Any, state: Any, kind: str, head: str, batch: int) -> None:
+    cache = jax.eval_shape(lambda s: decoder.join(graph, s).model.empty_cache(batch, 768), state)
+    integer = jax.ShapeDtypeStruct((), jnp.int32)
+    token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    start = time.perf_counter()
+    for name, function, args in (("host", one_step, ()), ("device", many_steps, (integer,))):
+        traced = function.trace(graph, state, cache, token, integer, *args)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        seconds = time.perf_counter() - start
+        print(
+            f"{kind} head {head} batch {batch} {name}: {len(text) // 1000} kB, {text.count('custom_call')} custom calls, {seconds:.1f} s"
+        )
+
+
+def peers(batch: int, context: int) -> dict[str, dict[str, float]]:
+    """torch.compile on the same shapes: {weights: {name: tokens/s}}."""
+    command = [sys.executable, str(HERE / "peer_decode_torch.py"), "--batch", str(batch), "--context", str(context)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (subprocess.SubprocessError, ValueError, IndexError) as e:
+        print(f"peer: {type(e).__name__}: {getattr(e, 'stderr', '')}"[-600:], file=sys.stderr)
+        return {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", nargs="+", default=["bf16", "w4a16_g128", "nf4"])
+    parser.add_argument("--head", nargs="+", default=["bf16", "w4"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--loop", nargs="+", default=["host", "device"])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--lower", action="store_true", help="lower for CUDA only")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    if options.lower:
+        lower_all(options.weights, options.head, options.batch, min(options.layers, 2))
+        return
+    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    card = jax.devices()[0].device_kind
+    short = next((name for name in ("h100", "h200") if name in card.lower()), card.lower().replace(" ", "_"))
+    beside = {} if options.no_peers else {b: peers(b, options.context) for b in options.batch}
+    rows = []
+    for kind in options.weights:
+        for head in options.head if kind != "bf16" else options.head[:1]:
+            model = model_of(kind, head, options.layers)
+            step_s = weight_bytes(model) / 1e9 / ROOFLINE_GBS.get(short, 3110.0)
+            prefill = prefill_seconds(model, 2048)
+            for batch in options.batch:
+                for row in decode_rows(model, batch, options.context, options.tokens, options.loop):
+                    row = {
+                        "weights": kind,
+                        "head": head,
+                        **row,
+                        "bound_tok_s": batch / step_s,
+                        "prefill_2048_s": prefill,
+                    }
+                    row["peers"] = beside.get(batch, {}).get(kind, {})
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+            del model
+            gc.collect()
+    versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
+    result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": rows}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"gpu_decode_{short}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
