@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from jq.state import State, load_state, module_of, save
 _OLD_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
-def convert(src: Any, dst: str | os.PathLike | None, to: Any) -> State:
+def convert(
+    src: Any, dst: str | os.PathLike | None, to: Any, *, advance: Callable[[int, int, str], None] | None = None
+) -> State:
     """Re-encodes a quantized checkpoint so that every dequantized weight stays the same to the bit.
 
     GPTQ (v1, v2, planar), AWQ (gemm, gemv) and compressed-tensors (pack-quantized) convert into each other wherever
@@ -29,6 +32,7 @@ def convert(src: Any, dst: str | os.PathLike | None, to: Any) -> State:
       dst: directory to write, None to write nothing.
       to: `jq.GPTQ(...)`, `jq.AWQ(...)`, `jq.CompressedTensors(...)`, or a format's name; options left out are those of
         the source.
+      advance: called as advance(done, total, name) for each tensor.
 
     Returns:
       The converted State.
@@ -48,9 +52,12 @@ def convert(src: Any, dst: str | os.PathLike | None, to: Any) -> State:
     target = target_of(to, summaries, config or _side_config(state), own)
     _check_scaled_activations(state, to, label)
     tensors: dict[str, Any] = {}
-    for key in state:
+    quantized = set(keys)
+    for position, key in enumerate(state):
+        if advance is not None:
+            advance(position, len(state), key)
         value = state[key]
-        tensors[key] = _converted(value, module_of(key), target.tensor) if key in set(keys) else value
+        tensors[key] = _converted(value, module_of(key), target.tensor) if key in quantized else value
     new = {k: v for k, v in state.config.items() if k != "compression_config"}
     done = {module_of(key) for key in keys}
     skip = [name for name in linears(state) if name not in done]

@@ -29,8 +29,8 @@ def run(
     from jq.inspect import inspect
 
     start = time.perf_counter()
-    with progress("convert"):
-        jq.convert(source, target, to=scheme)
+    with progress("convert") as advance:
+        jq.convert(source, target, to=scheme, advance=advance)
     summary = inspect(target)
     seconds = time.perf_counter() - start
     result = {"converted_to": repr(scheme), "seconds": round(seconds, 2), **summary.to_dict()}
