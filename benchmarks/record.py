@@ -28,7 +28,7 @@ def circumstances() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "command": "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": "python " + shlex.join([os.path.relpath(sys.argv[0]), *map(shown, sys.argv[1:])]),
         "commit": commit.stdout.strip(),
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -36,6 +36,11 @@ def circumstances() -> dict[str, Any]:
         "versions": versions,
         "load_average": round(os.getloadavg()[0], 1),
     }
+
+
+def shown(argument: str) -> str:
+    """A command's argument as it is recorded: of an absolute path only the name, the rest is this machine's business."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def processor() -> str:
