@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jq.bits import namespace
