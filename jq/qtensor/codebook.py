@@ -82,7 +82,7 @@ class Codebook(QTensor):
         if self.grouping.kind == "flat":
             good = tuple(found[-1:]) == (-(-n * k // size),) or tuple(found[-2:]) == (1, -(-n * k // size))
         else:
-            good = tuple(found[-2:]) == (n, groups_of(k, size))
+            good = tuple(found[-2:]) == (groups_of(n, self.grouping.rows), groups_of(k, size))
         if not good:
             raise FormatError(
                 f"{name}: absmax of shape {tuple(found)} does not fit a weight of ({n}, {k}) in blocks of {size}"

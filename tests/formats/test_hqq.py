@@ -72,7 +72,7 @@ class Module:
 @st.composite
 def modules(draw):
     nbits = draw(st.sampled_from(list(WIDTHS)))
-    packing, bits, per, word = WIDTHS[nbits]
+    _, bits, per, word = WIDTHS[nbits]
     axis = draw(st.integers(0, 1))
     n, k = draw(st.integers(1, 12)), 2 * draw(st.integers(1, 24))
     sizes = [
@@ -80,7 +80,7 @@ def modules(draw):
         if n * k % g == 0 and (nbits == 3 or (n * k // g if axis == 1 else g) % per == 0)
     ]  # fmt: skip
     if not sizes:
-        sizes, nbits, (packing, bits, per, word) = [k], 3, WIDTHS[3]
+        sizes, nbits, (_, bits, per, word) = [k], 3, WIDTHS[3]
     group = draw(st.sampled_from(sizes))
     dtype = draw(st.sampled_from(list(DTYPES)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -265,5 +265,5 @@ def test_config_errors_and_warnings():
         parse(quant_config={"weight_quant_params": {"nbits": 4, "axis": 2}})
     with pytest.warns(jq.errors.JqWarning, match="quantization_config.surprise is not known for hqq"):
         parse(surprise=1)
-    with pytest.raises(FormatError, match="groups of 24 of a .4, 32. weight"):
+    with pytest.raises(FormatError, match=r"groups of 24 of a \(4, 32\) weight"):
         jq.HQQ(group_size=24).quantize(np.ones((4, 32), np.float32))
