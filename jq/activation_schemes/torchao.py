@@ -104,7 +104,7 @@ def float8(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     scales = jnp.asarray(w.scales).astype(jnp.float32)
     if isinstance(block, int) or scales.shape[-1] > 1:  # scales along K: applied before the sum
         groups = codes.reshape(*codes.shape[:-1], scale.shape[-1], -1).astype(jnp.float32) * scale[..., None]
-        y = float_sums(groups.reshape(x.shape), w.dequantize(jnp.float32))
+        y = float_sums(groups.reshape(x.shape), w.replace(dtype="float32").dequantize())
     else:
         y = float_sums(codes, weights) * scale * scales.reshape(1, -1)
     return exact.rounded(_plus(y, bias).astype(x.dtype))
