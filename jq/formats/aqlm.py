@@ -104,7 +104,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Vecto
         codebooks[None],
         code_bits=o.nbits_per_codebook,
         name=prefix,
-        scales=np.ascontiguousarray(scales).reshape(-1),
+        scales=np.ascontiguousarray(scales).reshape(-1, 1),
         formula="sum_scale",
         source=Source("aqlm"),
     )

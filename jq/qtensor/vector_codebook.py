@@ -24,15 +24,15 @@ from jq.qtensor.base import Array, QTensor, Source, padding, register
 class VectorCodebook(QTensor):
     """Weights in vectors of `out_group` rows by `in_group` columns, each the sum of one entry of each codebook.
 
-    `weight[r*og + a, c*ig + b] = formula(codebooks[group(c), m, code[r, c, m], a, b] for m, scales[r])`, group(c) =
-    c // (C / G); then, where they are there: plus `residual` (rounded), the rows of padding cut off, `outliers` put in
+    `weight[r*og + a, c*ig + b] = formula(codebooks[group(c), m, code[r, c, m], a, b] for m, scales[r, c // (C / S)])`,
+    group(c) = c // (C / G); then, where they are there: plus `residual` (rounded), the rows of padding cut off, `outliers` put in
     front as the first columns, columns taken in the order `order`, and `weight * column_scale + column_bias` (two
     roundings).
 
     Fields:
       codes: packed codes of `code_bits` bits, [*stack, R, W]: for each row of vectors C columns of M codes, m fastest.
       codebooks: float[*stack, G, M, entries, og, ig], G groups along K that have codebooks of their own.
-      scales: float[*stack, R], one for each row of vectors, or None.
+      scales: float[*stack, R, S], S groups of columns for each row of vectors, or None.
       residual: VectorCodebook of the same vectors, or None.
       outliers: VectorCodebook of the first columns, or None.
       order: uint16 or int32[*stack, K], the column of the codes that holds input k, or None.
@@ -108,7 +108,11 @@ class VectorCodebook(QTensor):
                 f"{self.code_bits}-bit codes with {self.row_pad} rows of padding"
             )
         rows = self.codes.shape[-2]
-        for part, length in (("scales", rows), ("order", k), ("column_scale", k), ("column_bias", k)):
+        if self.scales is not None and (self.scales.shape[-2] != rows or self.columns % self.scales.shape[-1]):
+            raise FormatError(
+                f"{name}: scales of shape {tuple(self.scales.shape)} for {rows} rows of {self.columns} vectors"
+            )
+        for part, length in (("order", k), ("column_scale", k), ("column_bias", k)):
             found = getattr(self, part)
             if found is not None and found.shape[-1] != length:
                 raise FormatError(f"{name}: {part} has {found.shape[-1]} entries, expected {length}")
@@ -191,7 +195,9 @@ class VectorCodebook(QTensor):
         first = (np.arange(columns) // (columns // groups))[:, None] * books + np.arange(books)  # [C, M]
         index = self.unpack() + (first * entries).astype(np.int32)
         vectors = xp.take(self.codebooks.reshape(-1, og * ig), index, axis=0)  # [R, C, M, og * ig]
-        scales = None if self.scales is None else self.scales[:, None, None]
+        scales = None
+        if self.scales is not None:
+            scales = xp.repeat(self.scales, columns // self.scales.shape[1], axis=1)[:, :, None]
         vectors = FORMULAS[self.formula](vectors, scales)
         return vectors.reshape(rows, columns, og, ig).swapaxes(1, 2).reshape(rows * og, columns * ig)
 
@@ -211,7 +217,7 @@ class VectorCodebook(QTensor):
         )
 
 
-# formula name -> (vectors [R, C, M, og * ig] of the codebooks' dtype, scales [R, 1, 1] or None) -> [R, C, og * ig]
+# formula name -> (vectors [R, C, M, og * ig] of the codebooks' dtype, scales [R, C, 1] or None) -> [R, C, og * ig]
 Formula = Callable[[Array, Any], Array]
 
 

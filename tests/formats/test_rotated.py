@@ -1,0 +1,145 @@
+"""Formats that rotate inputs (HIGGS, FP-Quant): packing, dequantization and the product against plain numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jq
+from jq.errors import FormatError, UnsupportedError
+from jq.formats import fp_quant, higgs
+from jq.formats.base import Context
+from jq.qtensor.rotated import hadamard
+
+CONTEXT = Context(config={"dtype": "bfloat16"}, label="test")
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def slow_pack(codes: np.ndarray, bits: int, tile: int) -> np.ndarray:
+    """FLUTE's 2- and 4-bit order, one code at a time: code [K, N] to a field of an int16 word."""
+    k, n = codes.shape
+    per = 16 // bits
+    words = np.zeros((k, n // per), np.uint16)
+    for row in range(k):
+        for word in range(n // per):
+            chunk, place = divmod(word, tile)
+            for field in range(per):
+                column = chunk * tile * per + ((row % 2) * (per // 2) + field // 2) * tile + place
+                words[row, word] |= int(codes[row // 2 * 2 + 1 - field % 2, column]) << (bits * field)
+    return np.ascontiguousarray(words.T).view(np.int16)
+
+
+@pytest.mark.parametrize(("bits", "tile"), [(4, 32), (4, 64), (2, 32), (2, 64), (3, 32)])
+def test_flute_packing(bits: int, tile: int) -> None:
+    n = tile * {2: 8, 4: 4, 3: 16}[bits] * 2
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (6, n)).astype(np.uint8)
+    words = higgs.pack(codes, bits, tile)
+    assert words.shape == (n * bits // 16, 6) and words.dtype == np.int16
+    np.testing.assert_array_equal(higgs.unpack(words, bits, tile), codes)
+    if bits != 3:
+        np.testing.assert_array_equal(words, slow_pack(codes, bits, tile))
+
+
+def higgs_module(bits: int, n: int, k: int) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    size = 1 << bits
+    codes = rng.integers(0, size, (k, n)).astype(np.uint8)
+    table = rng.standard_normal((size, size, 2)).astype(np.float16)
+    scales = (rng.random((n, k // 64)) * 0.1 + 0.01).astype(np.float16)
+    pairs = codes.T.reshape(n, k // 2, 2)
+    rotated = table[pairs[..., 0], pairs[..., 1]].reshape(n, k) * np.repeat(scales, 64, axis=1)
+    blocks = rotated.astype(np.float32).reshape(n, -1, 32) @ (hadamard(32) * np.float32(32**-0.5))
+    parts = {
+        "weight": higgs.pack(codes, bits, 32),
+        "scales": scales,
+        "tables": np.arange(size).astype(np.float16),
+        "tables2": table,
+    }
+    template = 16 if bits == 4 else 4
+    config = {
+        "bits": bits,
+        "p": 2,
+        "group_size": 64,
+        "hadamard_size": 32,
+        "tune_metadata": {"m": {"template_id": template}},
+    }
+    return parts, blocks.reshape(n, k), config
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_higgs(bits: int) -> None:
+    parts, want, config = higgs_module(bits, 512, 64)
+    q = higgs.load("m", parts, higgs.parse(config, CONTEXT), CONTEXT)
+    assert q.shape == (512, 64) and q.dtype == "float16"
+    np.testing.assert_allclose(np.asarray(q.dequantize()).astype(np.float32), want, atol=2e-3)
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    np.testing.assert_allclose(np.asarray(jq.matmul(x, q)), x @ want.T, atol=1e-2)
+    for name, array in higgs.dump(q.to_jax()).items():
+        assert array.dtype == parts[name].dtype and array.shape == parts[name].shape
+        assert array.tobytes() == parts[name].tobytes(), name
+
+
+def test_higgs_needs_the_template() -> None:
+    parts, _, config = higgs_module(4, 512, 64)
+    with pytest.raises(FormatError, match="template_id None"):
+        higgs.load("m", parts, higgs.parse({**config, "tune_metadata": {}}, CONTEXT), CONTEXT)
+    with pytest.raises(FormatError, match="bits is 5"):
+        higgs.parse({"bits": 5}, CONTEXT)
+
+
+def fp_quant_module(dtype: str, n: int = 8, k: int = 64) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    rng = np.random.default_rng(3)
+    block = fp_quant.BLOCKS[dtype]
+    codes = rng.integers(0, 16, (n, k)).astype(np.uint8)
+    if dtype == "nvfp4":
+        scales = rng.integers(40, 90, (n, k // block)).astype(np.uint8)
+        real = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    else:
+        scales = rng.integers(118, 128, (n, k // block)).astype(np.uint8)
+        real = np.exp2(scales.astype(np.float32) - 127)
+    matrix = (hadamard(block) * np.float32(block**-0.5)).astype(ml_dtypes.bfloat16)
+    rotated = E2M1[codes] * (np.repeat(real, block, axis=1) / np.float32(3))
+    dense = rotated.reshape(n, -1, block) @ matrix.astype(np.float32).T
+    one = np.full(1, 3, ml_dtypes.bfloat16)
+    parts = {
+        "qweight": codes[:, ::2] | codes[:, 1::2] << 4,
+        "scales": scales,
+        "weight_global_scale": one,
+        "act_global_scale": one,
+        "forward_hadamard_matrix": matrix,
+        "backward_hadamard_matrix": matrix,
+    }
+    return parts, dense.reshape(n, k)
+
+
+@pytest.mark.parametrize("dtype", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_fp_quant(dtype: str, padded: bool) -> None:
+    parts, want = fp_quant_module(dtype)
+    if padded:
+        parts["scales"] = np.pad(parts["scales"], [(0, 120), (0, -parts["scales"].shape[1] % 4)], constant_values=7)
+    q = fp_quant.load("m", parts, fp_quant.parse({"forward_dtype": dtype}, CONTEXT), CONTEXT)
+    np.testing.assert_allclose(np.asarray(q.dequantize("float32")), want, rtol=1e-2, atol=2e-2)
+    x = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
+    y = np.asarray(jq.matmul(x, q, quantize_activations=False))
+    np.testing.assert_allclose(y, x @ want.T, rtol=2e-2, atol=0.3)
+    if dtype == "nvfp4":  # rounded inputs: off by some per cent, not more
+        z = np.asarray(jq.matmul(x, q))
+        assert 0.01 < np.linalg.norm(z - y) / np.linalg.norm(y) < 0.2
+    else:
+        with pytest.raises(UnsupportedError, match="quantize_activations=False"):
+            jq.matmul(x, q)
+    for name, array in fp_quant.dump(q.to_jax()).items():
+        assert array.dtype == parts[name].dtype and array.tobytes() == parts[name].tobytes(), name
+
+
+def test_fp_quant_errors() -> None:
+    with pytest.raises(UnsupportedError, match="pseudoquantization stores dense rotated weights"):
+        fp_quant.parse({"pseudoquantization": True}, CONTEXT)
+    parts, _ = fp_quant_module("nvfp4")
+    parts["scales"] = parts["scales"][:, :3]
+    with pytest.raises(FormatError, match=r"m.scales: found shape \(8, 3\), expected \(8, 4\)"):
+        fp_quant.load("m", parts, fp_quant.Options(), CONTEXT)
