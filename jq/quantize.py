@@ -160,6 +160,7 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
     if not todo:
         raise ValueError(f"{label}: no linear layer to quantize ({len(names)} found, all skipped)")
     tensors: dict[str, Any] = {}
+    peaks = _shared_peaks(state, method, todo)
     wanted, done = set(todo), 0
     for key in state:
         name = module_of(key)
@@ -169,7 +170,8 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
         if key.endswith(".weight") and name in wanted:
             if advance is not None:
                 advance(done, len(todo), name)
-            value = method.quantize(_oriented(value, name, state.config), name=name).to_jax()
+            more = {"peak": peaks[name]} if name in peaks else {}
+            value = method.quantize(_oriented(value, name, state.config), name=name, **more).to_jax()
             done += 1
         tensors[key] = value
     config = {
@@ -177,6 +179,19 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
         "quantization_config": _config(method, todo, [n for n in names if n not in wanted], tensors),
     }
     return state.replace(tensors, config)
+
+
+def _shared_peaks(state: State, method: Any, todo: list[str]) -> dict[str, float]:
+    """Largest magnitude over the layers that share a global scale (NVFP4: q, k, v), where the method names such sets."""
+    peaks: dict[str, float] = {}
+    for last_names in getattr(method, "shares", ()):
+        for name in todo:
+            parent, _, last = name.rpartition(".")
+            members = [m for n in last_names if (m := f"{parent}.{n}") in todo]
+            if last in last_names and name not in peaks and len(members) > 1:
+                dense = (np.asarray(state[f"{m}.weight"]).astype(np.float32) for m in members)
+                peaks.update(dict.fromkeys(members, max(float(np.abs(w).max()) for w in dense)))
+    return peaks
 
 
 def _dense(value: QTensor, config: Mapping[str, Any]) -> np.ndarray:

@@ -17,6 +17,13 @@ from jq.formats.compressed_tensors_parts import NAME, grouping_of, pack_dense
 
 WRITES = "0.20.0"  # the version whose layout is written
 DTYPES = ("bfloat16", "float16", "float32")
+# Layers that inference engines fuse into one matrix, so that NVFP4's global scale has to be common.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("w1", "w3"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,12 @@ class CompressedTensors:
     symmetric: bool | None = None
     targets: tuple[str, ...] = ("Linear",)
     format: str = NAME
+
+    @property
+    def shares(self) -> tuple[tuple[str, ...], ...]:
+        """Last names of layers of one parent that share a global scale."""
+        weights = self.scheme().weights
+        return FUSED if weights is not None and weights.strategy == "tensor_group" else ()
 
     def scheme(self) -> Group:
         """The preset with the overrides."""
@@ -90,7 +103,7 @@ class CompressedTensors:
             "input_activations": None if group.inputs is None else args_dict(group.inputs),
             "output_activations": None,
             "targets": list(self.targets),
-            "weights": None if group.weights is None else args_dict(group.weights),
+            "weights": None if group.weights is None else {**args_dict(group.weights), "observer": "memoryless_minmax"},
         }
         return {
             "config_groups": {"group_0": scheme},

@@ -263,10 +263,11 @@ def dump(q: Any) -> Parts:
 class NVFP4:
     """NVFP4 weights as modelopt exports them, inputs in float (W4A16_NVFP4); codes and scales identical on the CPU.
 
-    modelopt gives q, k, v (and gate, up) one weight_scale_2: pass the largest magnitude of the set as `peak`.
+    modelopt gives q, k, v (and gate, up) one weight_scale_2: `jq.quantize` passes the largest magnitude of the set.
     """
 
     format: str = NAME
+    shares: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     def quantize(self, w: Any, name: str = "weight", peak: float | None = None) -> NarrowFloat:
         """w [N, K], K a multiple of 16 -> codes and scales; `dequantize()` gives w's dtype."""
