@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from jq.errors import UnsupportedError
+
 try:  # what jax.dlpack.from_dlpack ends in, without its checks
     from jax._src.lib import _jax
 
@@ -124,6 +126,11 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     tensor = aligned(tensor)
     if tensor.device.type == "cpu" and _import_capsule is not None:
         return _import_capsule(torch._C._to_dlpack(tensor), _cpu(), None)
+    if tensor.device.type == "cuda" and jax.default_backend() != "gpu":
+        raise UnsupportedError(
+            f"a packed layer on {tensor.device}, but this JAX computes on {jax.default_backend()}: install JAX with CUDA "
+            "(pip install jaxq[cuda13]), or load with device_map='cpu'"
+        )
     return jax.dlpack.from_dlpack(tensor)
 
 

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import jq
 from jq_torch import bridge
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +102,32 @@ def dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> torch.Te
     return bridge.from_jax(_dense_program(spec, name)(_leaves(packed, spec)))
 
 
+_kernels: Any = WeakTensorKeyDictionary()
+
+
+def cuda_weight(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> Any:
+    """The GPU kernel's form of a weight, made at its first use (a second packed copy), or None where none fits."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    found = _kernels.get(packed[0])
+    if found is None:
+        from pallas_kernels import torch as kernels
+
+        static = _statics[spec]
+        leaves = [bridge.numpy_leaf(t, d) for t, d in zip(packed, static.dtypes, strict=True)]
+        tensor = jax.tree.unflatten(static.tree, leaves)
+        reason = kernels.available() or kernels.refusal(tensor)
+        if reason is not None:
+            _log.info("%r: no kernel: %s; dequantized at each call", tensor, reason)
+        found = _kernels[packed[0]] = reason or kernels.TorchWeight(tensor, packed[0].device)
+    return None if isinstance(found, str) else found
+
+
 def _linear(x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int) -> torch.Tensor:
     if not _statics[spec].activation:
+        kernel = cuda_weight(packed, spec, x.dtype) if x.is_cuda else None
+        if kernel is not None:
+            return kernel(x)
         return torch.nn.functional.linear(x, dense(packed, spec, x.dtype))
     rows = x.reshape(-1, x.shape[-1])
     tokens = rows.shape[0]
