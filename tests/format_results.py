@@ -85,7 +85,9 @@ class FormatResults:
                 fmt, column = value.split("/", 1)
                 self.counts.setdefault((fmt, column), Counter())[report.outcome] += 1
 
-    def pytest_sessionfinish(self):
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workerinput"):  # a process of pytest-xdist: the main one has all reports
+            return
         cells: dict[str, dict[str, dict[str, int]]] = {}
         for (fmt, column), counts in sorted(self.counts.items()):
             cells.setdefault(fmt, {})[column] = dict(sorted(counts.items()))
