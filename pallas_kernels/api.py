@@ -10,12 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tensors
-from pallas_kernels.form import ROWS, Packed
+from pallas_kernels.form import NESTED_BLOCK, ROWS, Packed
 from pallas_kernels.select import ARCHITECTURES, KERNELS, Choice, choose, device_key
 
 Array = Any
-MAX_TILES = 1 << 21
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +39,8 @@ def supports(w: Any, x: Any = None) -> str | None:
     Args:
       x: array or shape struct; None asks for the weight and the device alone.
     """
+    from pallas_kernels import tensors
+
     if reason := device_reason():
         return reason
     if not getattr(w, "layout", ""):
@@ -67,10 +67,10 @@ def matmul(x: jax.Array, w: Any, *, bias: jax.Array | None = None, layer: Array 
     Returns:
       [..., N] in x's dtype, summed in float32. Differentiable with respect to x (and bias); vmap runs one by one.
     """
-    if not isinstance(w, Packed) and not w.layout:
-        w = tensors.prepare(w)
-    if not isinstance(w, Packed) and hasattr(w, "without_extras"):
-        w = w.replace(extras={}, activation=None, source=None)
+    if not isinstance(w, Packed):
+        from pallas_kernels import tensors
+
+        w = tensors.prepare(w).replace(extras={}, activation=None, source=None)
     n, k = w.shape[-2:]
     if x.shape[-1] != k:
         raise ValueError(f"pallas_kernels.matmul: x of {x.shape} does not fit a weight of {tuple(w.shape)}")
@@ -102,12 +102,18 @@ _matmul.defvjp(_forward, _backward)
 
 @jax.custom_batching.custom_vmap
 def _batched(x: jax.Array, w: Any, bias: jax.Array | None, layer: jax.Array | None) -> jax.Array:
-    packed = w if isinstance(w, Packed) else tensors.packed(w)
+    packed = w if isinstance(w, Packed) else _view(w)
     (m, k), n = x.shape, packed.shape[0]
     device = jax.devices()[0]
     cores = getattr(device, "core_count", None) or 132
     choice = choose(m, n, k, packed.form, device_key(device.device_kind), cores)
     return launch(x, packed, choice, bias, layer)
+
+
+def _view(w: Any) -> Packed:
+    from pallas_kernels import tensors
+
+    return tensors.packed(w)
 
 
 @_batched.def_vmap
@@ -151,7 +157,7 @@ def expand_scales(w: Packed) -> Packed:
     groups = w.scales.shape[-2]
     place = jnp.arange(ROWS)
     row = jnp.arange(w.scales.shape[-3])[:, None, None] * ROWS + (place % 2) * 8 + place // 2
-    block = (row * groups + jnp.arange(groups)[:, None]) // tensors.NESTED_BLOCK
+    block = (row * groups + jnp.arange(groups)[:, None]) // NESTED_BLOCK
 
     def one(codes: jax.Array, tables: dict[str, jax.Array]) -> jax.Array:
         second = tables["absmax2"][jnp.minimum(block, tables["absmax2"].shape[0] - 1)]

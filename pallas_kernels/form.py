@@ -9,6 +9,7 @@ import jax
 
 ROWS = 16  # rows of one tile: the M of one mma instruction
 CHUNK = 64  # weights along K of one tile: four mma steps, 16 bytes of 4-bit codes per thread
+NESTED_BLOCK = 256  # codes of a nested scale that share a second-level scale
 
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "u8": 1}
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 
 _CONSTRAINTS = {"i16": "h", "i32": "r", "i64": "l", "f32": "f"}
 
@@ -271,7 +271,11 @@ def fence_async() -> None:
 
 
 def sync_warp() -> None:
-    asm([], "bar.warp.sync 0xffffffff;")
+    """Joins the lanes of a warp. Belongs behind every branch on a thread's number in front of an instruction for whole
+    warps (mma, ldmatrix, wgmma, barriers): LLVM does not know that inline PTX must not be copied into both sides of a
+    branch (seen: a wgmma loop that hung, because thread 0 had got a copy of its own). It knows it of this operation.
+    """
+    nvvm.bar_warp_sync(raw(0xFFFFFFFF))
 
 
 def sync_block() -> None:

@@ -14,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq import bits as _bits
-from jq.qtensor import Affine, Codebook
+from jq.qtensor import Affine, Codebook, QTensor
 from pallas_kernels import layout
 from pallas_kernels.decode import DECODES
-from pallas_kernels.form import CHUNK, ROWS, Form, Packed
+from pallas_kernels.form import CHUNK, NESTED_BLOCK, ROWS, Form, Packed
 
 NAME = "mma16"
 SCALES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 ZERO_FORMS = {"sub_mul": "code", "f32": "code", "mul_sub": "minus", "mul_add": "plus", "fma": "plus"}
 LOW = "kernel.absmax_low"  # key in extras: lower halves of a split float32 absmax
-NESTED_BLOCK = 256
 
 
 def refusal(w: Any) -> str | None:
@@ -32,6 +31,8 @@ def refusal(w: Any) -> str | None:
         return f"{type(w).__name__} has no kernel"
     if w.layout:
         return None if w.layout.startswith(NAME) else f"unknown layout {w.layout!r}"
+    if isinstance(w.codes, QTensor):
+        return "sparse codes; kernels take packed ones"
     if w.bits != 4:
         return f"{w.bits}-bit codes; kernels take 4"
     if w.out_features % ROWS:

@@ -345,11 +345,13 @@ class _Kernel:
             im, it = self.where(t)
             sums, carry = self.multiply(carry)
             self.epilogue(t, im, it, sums)
+            ptx.sync_warp()
             return carry
 
         ptx.loop(0, self.my_tiles, 1, [Int(0), Int(0)], tile)
         with ptx.when(self.t == 0):
             ptx.tensor_store_wait(0)
+        ptx.sync_warp()
 
     def weights(self, slot: Int) -> Any:
         """This thread's codes and parameters of a step, from shared memory."""
@@ -389,6 +391,7 @@ class _Kernel:
         """Issues the wgmmas of one step, each as soon as its k16 of weights is decoded."""
         plan, form = self.plan, self.plan.form
         ptx.barrier_wait(self.full + slot * 8, parity)
+        ptx.sync_warp()
         words, params = self.weights(slot)
         table = self.at["tables"] + self.lane * 4
         x = self.at["x"] + slot * plan.x_bytes
@@ -414,6 +417,7 @@ class _Kernel:
             sums = self.step(sums, slot, parity)
             ptx.wgmma_wait(0)
             self.release(slot)
+            ptx.sync_warp()
             wrap = (slot + 1) == plan.stages
             return [*sums, ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0)]
 
@@ -438,12 +442,14 @@ class _Kernel:
             buffer = buffers + (i % 2) * (EPILOGUE_ROWS * 128)
             with ptx.when(self.t == 0):
                 ptx.tensor_store_wait(1)
+            ptx.sync_warp()
             ptx.sync_threads(self.wg + 1, 128)
             self.transpose(buffer, sums[i * piece // 2 : (i + 1) * piece // 2])
             ptx.fence_async()
             ptx.sync_threads(self.wg + 1, 128)
             with ptx.when(self.t == 0):
                 ptx.tensor_store(self.maps["y"], [n0, row0 + i * piece], buffer)
+            ptx.sync_warp()
 
     def transpose(self, buffer: Int, sums: list[Any]) -> None:
         """Accumulators (rows of the weight x rows of x) to [rows of x][64] in shared memory, 128-byte swizzle."""

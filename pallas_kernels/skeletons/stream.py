@@ -70,7 +70,7 @@ class Plan:
     form: Form
     config: Config
     dtype: str
-    gathered: bool
+    gathered: bool = False
 
     @property
     def tiles(self) -> int:
@@ -472,6 +472,7 @@ class _Kernel:
             sums, (slot, parity, next_tile, next_piece) = carry[:n_sums], carry[n_sums:]
             nested = self.nested_scales(t, b)
             ptx.barrier_wait(self.bars + slot * 8, parity)
+            ptx.sync_warp()
             at = self.ring + slot * plan.stage_bytes
             if plan.unroll < plan.chunks:
 
@@ -486,10 +487,12 @@ class _Kernel:
                 sums = ptx.loop(0, plan.chunks // plan.unroll, 1, sums, part)
                 ptx.sync_warp()
                 self.fetch(slot, next_tile, next_piece)
+                ptx.sync_warp()
             else:
                 words, params = self.load_part(at, Int(0))
                 ptx.sync_warp()
                 self.fetch(slot, next_tile, next_piece)
+                ptx.sync_warp()
                 params = [self.convert_params(p, nested, g) for g, p in enumerate(params)]
                 for c in range(plan.chunks):
                     sums = self.chunk(sums, words[c], params, b * plan.chunks + c, c)

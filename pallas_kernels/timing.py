@@ -1,0 +1,101 @@
+"""Kernel times from CUPTI over rotated operands, and jobs that may hang in processes that may die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROTATE_BYTES = 300 << 20  # six times the L2 cache of an H100
+
+
+def copies(nbytes: int, most: int = 64) -> int:
+    """How many copies of a weight make ROTATE_BYTES, so that no launch finds its weight in the cache."""
+    return max(1, min(most, -(-ROTATE_BYTES // nbytes)))
+
+
+def median_us(function: Callable, arguments: Sequence[tuple], rounds: int = 2) -> float:
+    """Median over calls of the summed time of all kernels of a call, in microseconds.
+
+    The collector sees every kernel of the process, also those of torch and CuPy; their functions must end with a
+    synchronization.
+    """
+    from jax._src.lib import mosaic_gpu
+
+    cupti = mosaic_gpu._mosaic_gpu_ext
+    jax.block_until_ready([function(*a) for a in arguments])
+    cupti._cupti_init()
+    try:
+        for _ in range(rounds):
+            jax.block_until_ready([function(*a) for a in arguments])
+    finally:
+        times = [ms * 1e3 for _, ms in cupti._cupti_get_timings(True)]
+    calls = rounds * len(arguments)
+    if len(times) % calls:
+        raise RuntimeError(f"{len(times)} kernels for {calls} calls")
+    per = len(times) // calls
+    return statistics.median(sum(times[i * per : (i + 1) * per]) for i in range(calls))
+
+
+class Jobs:
+    """Results of named jobs in a JSON-lines file. A job that is in the file is not run again.
+
+    A kernel that hangs cannot be stopped: the alarm ends the process, and `supervise` starts another one, which goes on
+    behind the job that hung.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.started = {r["job"] for r in self.rows}
+
+    def done(self, name: str) -> dict | None:
+        """The result of a job that succeeded."""
+        found = [r for r in self.rows if r["job"] == name and not r.get("started") and "error" not in r]
+        return found[-1] if found else None
+
+    def open(self, name: str) -> bool:
+        return name not in self.started
+
+    def run(self, name: str, job: Callable[[], dict], limit_s: int = 20, **info: Any) -> None:
+        if not self.open(name):
+            return
+        self._write({"job": name, "started": True, **info})
+        signal.alarm(limit_s)
+        try:
+            result = job()
+        except Exception as e:
+            result = {"error": f"{type(e).__name__}: {str(e)[:300]}"}
+        signal.alarm(0)
+        self._write({"job": name, **info, **result})
+
+    def _write(self, row: dict) -> None:
+        self.started.add(row["job"])
+        self.rows.append(row)
+        with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        if not row.get("started"):
+            print(json.dumps(row), flush=True)
+
+
+def supervise(arguments: Sequence[str], seconds: float) -> None:
+    """Runs `python arguments...` again until it ends well, or the time is over."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 5:
+        try:
+            code = subprocess.run([sys.executable, *arguments], timeout=left, env=dict(os.environ)).returncode
+        except subprocess.TimeoutExpired:
+            print("out of time", flush=True)
+            return
+        if code == 0:
+            return
+        print(f"worker ended with {code}; going on", flush=True)

@@ -1,0 +1,188 @@
+"""Measures configurations and writes the table that `select` reads: `python -m pallas_kernels.tune`.
+
+    python -m pallas_kernels.tune --jobs tune.jsonl --seconds 300
+    python -m pallas_kernels.tune --write tune.jsonl        # the fastest of each shape -> tuned/<device>.json
+
+Each configuration is checked against float32 before it counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import api, layout, reference, select
+from pallas_kernels.decode import DECODES
+from pallas_kernels.form import Form, Packed
+from pallas_kernels.select import Choice
+from pallas_kernels.skeletons import gemm, stream
+from pallas_kernels.timing import Jobs, copies, median_us, supervise
+
+# Linear layers of 8B and 70B models: square, fused q/k/v, fused gate/up, down, and gate/up of 70B.
+SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (6144, 4096))
+FORMS = {"affine": Form(), "codebook": Form("codebook", 4, 64, "bf16")}
+ROWS = {"affine": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096), "codebook": (1, 8)}
+MAX_ERROR = 1e-2
+TYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def random_weight(form: Form, n: int, k: int, seed: int = 0) -> Packed:
+    """A packed weight of random codes and scales."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & 15
+    groups = form.groups(k)
+    tables = {}
+    if form.kind == "codebook":
+        tables["table"] = jnp.linspace(-1, 1, 16) ** 3
+    if form.scale == "u8":
+        scales = jax.random.bits(keys[1], (n, groups), jnp.uint8)
+        second = jax.random.uniform(keys[2], (-(-n * groups // 256),)) * 0.02 + 0.001
+        tables |= {"table2": jnp.linspace(-1, 1, 256) ** 3, "absmax2": second, "offset": jnp.float32(0.03)}
+    else:
+        scales = (jax.random.uniform(keys[1], (n, groups)) * 0.02 + 0.001).astype(TYPES[form.scale])
+    zeros = None
+    if form.zero == "u8":
+        zeros = layout.pack_rows(jax.random.bits(keys[3], (n, groups), jnp.uint8) & 15)
+    elif form.zero:
+        zeros = layout.pack_rows((jax.random.uniform(keys[3], (n, groups)) * 15).astype(TYPES[form.zero]))
+    packed = layout.pack_codes(codes, DECODES[form.kind].order)
+    return Packed(packed, layout.pack_rows(scales), zeros, tables, None, form, (n, k))
+
+
+def rotated(w: Packed) -> list[Packed]:
+    return [w, *(jax.tree.map(lambda a: a + 0, w) for _ in range(copies(w.codes.nbytes) - 1))]
+
+
+def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]:
+    """What is worth measuring at a shape."""
+    out: list[Choice] = []
+
+    def put(config: Any) -> None:
+        out.append(Choice("stream" if isinstance(config, stream.Config) else "gemm", config))
+
+    chunks = -(-k // 64)
+    if m <= 16:
+        S = functools.partial(stream.Config, hint=True)
+        wide = next(c for c in (8, 14, 7, 4, 2, 1) if (chunks // 8) % c == 0)
+        put(S(8, 1, wide, 96 << 10, sms))
+        put(S(8, 1, wide, 128 << 10, sms))
+        put(S(8, 1, wide, 96 << 10, sms, unroll=2))
+        put(S(4, 1, wide, 48 << 10, 2 * sms))
+        put(S(4, 1, wide, 48 << 10, 2 * sms, unroll=2))
+        put(S(16, 1, 4, 128 << 10, sms))
+        put(S(8, 1, 4, 96 << 10, sms))
+        if m > 1:
+            half = next(c for c in (8, 14, 7, 4, 2, 1) if (chunks // 16) % c == 0)
+            put(S(8, 2, half, 96 << 10, sms))
+            put(S(4, 2, wide, 48 << 10, 2 * sms))
+            put(S(4, 4, wide, 48 << 10, 240))
+            for wn, split in ((4, 1), (2, 1), (1, 2), (2, 2)):
+                put(gemm.Config(16 * split, wn, 2, 0, 1, split, sms))
+    else:
+        tiles = sorted({max(32, min(256, 1 << (m - 1).bit_length())), max(32, min(128, 1 << (m - 1).bit_length()))})
+        for tile in tiles:
+            for wn in (1, 2, 4) if tile < 256 else (2,):
+                for share, split in ((1, 1), (2, 1), (1, 2)) if m <= 256 else ((1, 1), (2, 1)):
+                    put(gemm.Config(tile, wn, 1 if tile == 256 else 2, 0, share, split, sms))
+        if 64 <= m <= 256:
+            put(gemm.Config(64, 4, 2, 0, 1, 2, sms))
+            put(gemm.Config(min(m, 128), 3, 2, 0, 1, 2, sms))
+        if m > 256:
+            out = [c for c in out if c.config.tile_m == 256 or c.config.wn == 4]
+            put(gemm.Config(256, 2, 1, 0, 2, 1, sms, False))
+    return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
+
+
+def measure(jobs: Jobs) -> None:
+    """The worker: every configuration of every shape that has no result yet."""
+    device = jax.devices()[0]
+    for kind, form in FORMS.items():
+        for n, k in SHAPES:
+            todo = [
+                (f"{kind} {n}x{k} m={m} {c}", m, c)
+                for m in ROWS[kind]
+                for c in configurations(m, n, k, form, device.core_count)
+            ]
+            todo = [t for t in todo if jobs.open(t[0])]
+            if not todo:
+                continue
+            w = random_weight(form, n, k)
+            sets = rotated(w)
+            most = max(m for _, m, _ in todo)
+            x = jax.random.normal(jax.random.key(1), (most, k), jnp.bfloat16)
+            expected = np.asarray(jax.jit(reference.matmul)(x[:256], w), np.float32)
+            shapes = jax.eval_shape(lambda: w)
+
+            def build(t: tuple[str, int, Choice], k: int = k, shapes: Any = shapes) -> Any:
+                x = jax.ShapeDtypeStruct((t[1], k), jnp.bfloat16)
+                try:
+                    return jax.jit(api.launch, static_argnames="choice").lower(x, shapes, choice=t[2]).compile()
+                except Exception as e:
+                    return e
+
+            signal.alarm(90)
+            with ThreadPoolExecutor(12) as pool:
+                built = list(pool.map(build, todo))
+            for (name, m, choice), kernel in zip(todo, built):
+
+                def job(m: int = m, kernel: Any = kernel) -> dict:
+                    if isinstance(kernel, Exception):
+                        raise kernel
+                    got = np.asarray(kernel(x[:m], w)[:256], np.float32)
+                    want = expected[:m]
+                    error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+                    use = sets if m < 512 else sets[:3]
+                    return {"us": median_us(kernel, [(x[:m], s) for s in use]), "rel_err": error}
+
+                config = dataclasses.asdict(choice.config)
+                jobs.run(name, job, 10, kind=kind, bits=4, n=n, k=k, m=m, kernel=choice.kernel, config=config)
+
+
+def write(jobs: Jobs, device: str) -> Path:
+    """The fastest configuration of each shape and M into the device's table."""
+    best: dict[tuple, dict] = {}
+    for row in jobs.rows:
+        if row.get("us") and row["rel_err"] < MAX_ERROR:
+            key = (row["kind"], row["bits"], row["n"], row["k"], row["m"])
+            if key not in best or row["us"] < best[key]["us"]:
+                best[key] = row
+    fields = ("kind", "bits", "n", "k", "m", "kernel", "config", "us")
+    rows = [{f: best[key][f] for f in fields} for key in sorted(best)]
+    path = select.TABLES / f"{select.device_key(device)}.json"
+    head = {"device": device, "date": datetime.date.today().isoformat(), "jax": jax.__version__}
+    lines = ",\n  ".join(json.dumps(r) for r in rows)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n  {lines}\n]}}\n')
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=Path, default=Path("tune.jsonl"), help="results, one JSON line each")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--write", metavar="DEVICE", help="write the table from the results and end")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        measure(Jobs(args.jobs))
+        return
+    if not args.write:
+        supervise(["-m", "pallas_kernels.tune", "--worker", "--jobs", str(args.jobs)], args.seconds)
+    device = args.write or jax.devices()[0].device_kind
+    print(write(Jobs(args.jobs), device))
+
+
+if __name__ == "__main__":
+    main()
