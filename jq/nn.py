@@ -124,7 +124,26 @@ class RMSNorm(nnx.Module):
 
 def product(x: jax.Array, weight: Any, *, quantize_activations: bool = True) -> jax.Array:
     """x [..., K] times weight [N, K], a QTensor or an array: [..., N] in x's dtype."""
+    if isinstance(weight, QTensor) and isinstance(x, jax.core.Tracer) and jax.default_backend() == "cpu":
+        weight = after(weight, x)
     return matmul(x, weight, quantize_activations=quantize_activations)
+
+
+def after(weight: QTensor, x: jax.Array) -> QTensor:
+    """The same weight, to be unpacked not before `x` is there.
+
+    XLA's CPU backend schedules whatever is ready: in a compiled model it would dequantize all layers first and hold
+    them (428 MB for SmolLM2-135M), also before a loop, and it drops optimization barriers before it schedules. So the
+    codes get a real dependency: one bit is flipped where the first activation is one certain NaN, which no
+    computation gives.
+    """
+    first = jax.lax.bitcast_convert_type(x.reshape(-1)[:1].astype(jnp.float32), jnp.uint32)[0]
+    flip = first == jnp.uint32(0x7FC0DEAD)
+
+    def tie(a: jax.Array) -> jax.Array:
+        return a ^ flip.astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.integer) else a
+
+    return weight.replace(codes=jax.tree.map(tie, weight.codes))
 
 
 def linear_of(

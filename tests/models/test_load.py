@@ -49,6 +49,16 @@ def test_packed_and_dense_give_the_same_logits() -> None:
     assert "model.layers.0.self_attn.q_proj" in jq.quantized(dense)
 
 
+def test_packed_weights_are_not_all_dense_at_once() -> None:
+    """The compiled forward pass has room for a few dense weights, not for those of all layers."""
+    from jq.models import decoder, steps
+
+    model = jq.load(REFERENCE["gptq-4-g32-sym-descact"], packed=True)
+    lowered = steps.logits.lower(*decoder.split(model), jnp.zeros((1, 4), jnp.int32), None)
+    dense = sum(q.size * 4 for q in jq.quantized(model).values())
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 0.6 * dense
+
+
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
     tensors, config = tiny()
     del tensors["model.layers.1.mlp.up_proj.weight"]
