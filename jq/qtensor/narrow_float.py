@@ -263,7 +263,20 @@ def _gguf(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callabl
     return (doubled * spread(half)).astype(dtype)
 
 
+def _amax(top: int) -> Formula:
+    """dtype(float32(code * scale) * amax / top): fouroversix, whose `global_scale` is the largest magnitude."""
+
+    def formula(t: NarrowFloat, scale: Array, amax: Any, dtype: np.dtype, spread: Callable) -> Array:
+        raised = t.values() * spread(scale.astype(np.float32)) * amax.astype(np.float32).reshape(1, 1)
+        return exact.div(raised, np.float32(top) if namespace(raised) is np else jnp.float32(top)).astype(dtype)
+
+    return formula
+
+
 FORMULAS: dict[str, Formula] = {
+    "amax_1536": _amax(6 * 256),
+    "amax_1792": _amax(4 * 448),
+    "amax_2688": _amax(6 * 448),
     "gguf": _gguf,
     "f32": _f32,
     "own": _own,

@@ -1,0 +1,170 @@
+"""Four Over Six: NVFP4 whose blocks of 16 reach to 6 or to 4, whichever is closer.
+
+    quantized_weight_values         uint8 [N', K'/2], two e2m1 codes a byte, low nibble first
+    quantized_weight_scale_factors  float8_e4m3fn [N' * K'/16], in the order of Blackwell's tensor cores, or [N', K'/16]
+    quantized_weight_amax           float32, one value
+    quantized_weight_metadata       int32 or int64 [6]: N, K, N', K', 1, whether scales are in Blackwell's order
+
+N' and K' are N and K padded with zeros to multiples of 128 and 64. Dequantize: dt(float32(code * scale) * amax / top),
+top = 6 * 256 for the adaptive rules, 6 * 448 for "static_6", 4 * 448 for "static_4". The library quantizes activations
+the same way, which is not executed here.
+
+Source: github.com/mit-han-lab/fouroversix of 2026-04 (model/modules/linear.py, quantize/backend.py); no file of it was at
+hand. Only dtype "nvfp4" is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jq.activations import Activation
+from jq.errors import FormatError, UnsupportedError
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.qtensor import Grouping, NarrowFloat, Source
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+VALUES, SCALES, AMAX, METADATA = (
+    f"quantized_weight_{name}" for name in ("values", "scale_factors", "amax", "metadata")
+)
+TOPS = {"static_6": 6 * 448, "static_4": 4 * 448, "mse": 6 * 256, "mae": 6 * 256, "abs_max": 6 * 256}
+KNOWN = {
+    *("quant_method", "activation_dtype", "activation_scale_rule", "dtype", "gradient_dtype", "gradient_scale_rule"),
+    *("keep_master_weights", "matmul_backend", "output_dtype", "quantize_backend", "scale_rule", "weight_dtype"),
+    *("weight_scale_2d", "weight_scale_rule", "module_config_overrides", "modules_to_not_convert"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Scale rule of weights, by module where it is overridden, and the dtype of results."""
+
+    rule: str
+    overrides: Mapping[str, str]
+    dtype: str
+
+
+def parse(config: Mapping[str, Any], context: Context) -> Options:
+    """Reads a quantization_config.
+
+    Raises:
+      FormatError: an unknown rule.
+      UnsupportedError: another dtype than nvfp4, or master weights.
+    """
+    label = f"{context.label}: quantization_config"
+    for key in config.keys() - KNOWN:
+        warn_once(context.label, f"quantization_config.{key} is not known to fouroversix; ignored")
+    if config.get("keep_master_weights"):
+        raise UnsupportedError(
+            f"{label}.keep_master_weights keeps plain weights that are quantized at run time; remove "
+            "quantization_config from config.json to load them as they are"
+        )
+    overrides = config.get("module_config_overrides") or {}
+    if not isinstance(overrides, Mapping) or not all(isinstance(v, Mapping) for v in overrides.values()):
+        raise FormatError(f"{label}.module_config_overrides must map modules to settings")
+    rules = {"": _rule(label, config)}
+    rules |= {
+        name: _rule(f"{label}.module_config_overrides[{name!r}]", {**config, **v}) for name, v in overrides.items()
+    }
+    return Options(rules.pop(""), rules, str(config.get("output_dtype") or "bfloat16"))
+
+
+def _rule(label: str, config: Mapping[str, Any]) -> str:
+    dtype = config.get("weight_dtype") or config.get("dtype") or "nvfp4"
+    rule = config.get("weight_scale_rule") or config.get("scale_rule") or "mse"
+    if dtype != "nvfp4":
+        raise UnsupportedError(f"{label}: dtype {dtype!r} is not read, nvfp4 is")
+    if rule not in TOPS:
+        raise FormatError(f"{label}: scale_rule {rule!r}, expected one of {', '.join(TOPS)}")
+    return str(rule)
+
+
+def to_blocked(scales: np.ndarray) -> np.ndarray:
+    """[N', K'/16] -> one axis, 128 x 4 blocks as Blackwell's tensor cores read them: row r of a block at (r % 32, r // 32)."""
+    rows, columns = scales.shape
+    blocks = scales.reshape(rows // 128, 4, 32, columns // 4, 4)
+    return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1, 4)).reshape(-1)
+
+
+def from_blocked(stored: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Inverse of `to_blocked`."""
+    blocks = stored.reshape(rows // 128, columns // 4, 32, 4, 4)
+    return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1, 4)).reshape(rows, columns)
+
+
+def load(prefix: str, parts: Parts, options: Options, context: Context) -> NarrowFloat:
+    """One module's tensors as a `NarrowFloat`.
+
+    Raises:
+      FormatError: missing tensors, shapes that disagree with the stored metadata.
+    """
+    values, stored = take(parts, VALUES, prefix), take(parts, SCALES, prefix)
+    amax, metadata = take(parts, AMAX, prefix), take(parts, METADATA, prefix)
+    expect_dtype(values, (np.uint8,), f"{prefix}.{VALUES}")
+    expect_dtype(stored, (E4M3,), f"{prefix}.{SCALES}")
+    expect_dtype(amax, (np.float32,), f"{prefix}.{AMAX}")
+    expect_dtype(metadata, (np.int32, np.int64), f"{prefix}.{METADATA}")
+    expect_shape(metadata, (6,), f"{prefix}.{METADATA}", "sizes, padded sizes and flags")
+    if amax.size != 1:
+        raise FormatError(f"{prefix}.{AMAX}: found shape {tuple(amax.shape)}, expected one value")
+    n, k, rows, columns, _, blocked = (int(v) for v in metadata)
+    if not (0 < n <= rows < 1 << 31 and 0 < k <= columns < 1 << 31) or rows % 128 or columns % 64 or k % 16:
+        raise FormatError(f"{prefix}.{METADATA}: sizes ({n}, {k}) padded to ({rows}, {columns}) make no NVFP4 weight")
+    expect_shape(values, (rows, columns // 2), f"{prefix}.{VALUES}", "padded sizes of the metadata")
+    flat = (rows * columns // 16,)
+    if tuple(stored.shape) != flat:
+        expect_shape(stored, (rows, columns // 16), f"{prefix}.{SCALES}", f"padded sizes of the metadata, or {flat}")
+    whole = np.ascontiguousarray(stored).view(np.uint8)
+    grid = from_blocked(whole.reshape(-1), rows, columns // 16) if blocked == 1 else whole.reshape(rows, columns // 16)
+    codes = np.ascontiguousarray(values[:n, : k // 2])
+    rule = options.overrides.get(prefix, options.rule)
+    made = NarrowFloat(
+        codes.view(np.uint32) if k % 8 == 0 else codes,
+        np.ascontiguousarray(grid[:n, : k // 16]),
+        amax,
+        {METADATA: metadata},
+        kind="e2m1",
+        scale_kind="e4m3",
+        grouping=Grouping("block", 1, 16),
+        formula=f"amax_{TOPS[rule]}",
+        dtype=options.dtype,
+        activation=Activation("fouroversix"),
+        source=Source("fouroversix", (("flat", stored.ndim == 1),)),
+    )
+    made.check(prefix)
+    again = dump(made)
+    kept = {name: parts[name] for name in (VALUES, SCALES) if again[name].tobytes() != parts[name].tobytes()}
+    return made.replace(extras={**made.extras, **kept}) if kept else made  # a kernel that left bytes in the padding
+
+
+def dump(q: NarrowFloat) -> Parts:
+    """Stored tensors of a module."""
+    assert q.source is not None
+    metadata = np.asarray(q.extras[METADATA])
+    n, k, rows, columns, _, blocked = (int(v) for v in metadata)
+    codes = np.ascontiguousarray(np.asarray(q.codes)).view(np.uint8)
+    grid = np.pad(np.asarray(q.scales), [(0, rows - n), (0, (columns - k) // 16)])
+    scales = to_blocked(grid) if blocked == 1 else grid
+    found = {
+        VALUES: np.pad(codes, [(0, rows - n), (0, (columns - k) // 2)]),
+        SCALES: scales.reshape(-1 if q.source.get("flat") else grid.shape).view(E4M3),
+        AMAX: np.asarray(q.global_scale),
+    }
+    return {**found, **{name: np.asarray(array) for name, array in q.extras.items()}}
+
+
+FORMAT = Format(
+    name="fouroversix",
+    methods=("fouroversix",),
+    title="Four Over Six: NVFP4 with adaptive block scales",
+    parse=parse,
+    markers=(VALUES,),
+    suffixes=(VALUES, SCALES, AMAX, METADATA),
+    load=load,
+    dump=dump,
+    evidence="source",
+)

@@ -1,0 +1,81 @@
+"""Four Over Six against a slow, obvious numpy version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jq
+from jq.errors import FormatError, UnsupportedError
+from jq.formats import fouroversix
+from jq.formats.base import Context
+
+CONTEXT = Context(label="test")
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+Q = "quantized_weight_"
+
+
+def module(n: int, k: int, *, blocked: bool, top: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    rng = np.random.default_rng(n)
+    rows, columns = -(-n // 128) * 128, -(-k // 64) * 64
+    codes = np.zeros((rows, columns), np.uint8)
+    codes[:n, :k] = rng.integers(0, 16, (n, k))
+    scales = np.zeros((rows, columns // 16), np.uint8)
+    scales[:n, : k // 16] = rng.integers(1, 0x78, (n, k // 16))
+    real = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    amax = np.float32(3.7)
+    want = E2M1[codes] * np.repeat(real, 16, axis=1) * amax / np.float32(top)
+    stored = scales
+    if blocked:  # element by element: row r, column c of a 128 x 4 block lies at ((r % 32) * 4 + r // 32) * 4 + c
+        stored = np.empty(scales.size, np.uint8)
+        for r in range(rows):
+            for c in range(columns // 16):
+                block = (r // 128) * (columns // 64) + c // 4
+                stored[block * 512 + ((r % 32) * 4 + r % 128 // 32) * 4 + c % 4] = scales[r, c]
+    parts = {
+        Q + "values": codes[:, ::2] | codes[:, 1::2] << 4,
+        Q + "scale_factors": stored.view(ml_dtypes.float8_e4m3fn),
+        Q + "amax": amax.reshape(1),
+        Q + "metadata": np.array([n, k, rows, columns, 1, int(blocked)], np.int64),
+    }
+    return parts, want[:n, :k].astype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize(("n", "k", "blocked"), [(128, 64, True), (100, 80, True), (256, 192, True), (64, 64, False)])
+@pytest.mark.parametrize(("rule", "top"), [("mse", 1536), ("static_6", 2688), ("static_4", 1792)])
+def test_decoding(n: int, k: int, blocked: bool, rule: str, top: int) -> None:
+    parts, want = module(n, k, blocked=blocked, top=top)
+    options = fouroversix.parse({"module_config_overrides": {"m": {"weight_scale_rule": rule}}}, CONTEXT)
+    q = fouroversix.load("m", parts, options, CONTEXT)
+    assert q.shape == (n, k)
+    np.testing.assert_array_equal(np.asarray(q.dequantize()).view(np.uint16), want.view(np.uint16))
+    for name, array in fouroversix.dump(q).items():
+        assert (array.dtype, array.shape) == (parts[name].dtype, parts[name].shape), name
+        assert array.tobytes() == parts[name].tobytes(), name
+
+
+def test_padding_is_carried() -> None:
+    parts, want = module(100, 64, blocked=True, top=1536)
+    parts[Q + "values"][120] = 7
+    q = fouroversix.load("m", parts, fouroversix.parse({}, CONTEXT), CONTEXT)
+    np.testing.assert_array_equal(np.asarray(q.dequantize()), want)
+    assert fouroversix.dump(q)[Q + "values"].tobytes() == parts[Q + "values"].tobytes()
+
+
+def test_errors() -> None:
+    with pytest.raises(UnsupportedError, match="dtype 'mxfp4' is not read, nvfp4 is"):
+        fouroversix.parse({"dtype": "mxfp4"}, CONTEXT)
+    with pytest.raises(FormatError, match="scale_rule 'best'"):
+        fouroversix.parse({"scale_rule": "best"}, CONTEXT)
+    parts, _ = module(128, 64, blocked=True, top=1536)
+    q = fouroversix.load("m", parts, fouroversix.parse({}, CONTEXT), CONTEXT)
+    x: Any = np.ones((2, 64), np.float32)
+    with pytest.raises(UnsupportedError, match="quantize_activations=False"):
+        jq.matmul(x, q)
+    assert jq.matmul(x, q, quantize_activations=False).shape == (2, 128)
+    parts[Q + "metadata"] = np.array([128, 64, 128, 60, 1, 1])
+    with pytest.raises(FormatError, match="make no NVFP4 weight"):
+        fouroversix.load("m", parts, fouroversix.parse({}, CONTEXT), CONTEXT)
