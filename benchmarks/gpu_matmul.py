@@ -1,0 +1,267 @@
+"""Times the 4-bit matmul kernels on an NVIDIA GPU against their limits and their peers.
+
+    python benchmarks/gpu_matmul.py --out benchmarks/results [--seconds 400]
+    python benchmarks/gpu_matmul.py --plot benchmarks/results/gpu_matmul_h100.json
+
+Protocol: CUPTI kernel time, summed over all kernels of a call, median over calls; weights rotate over at least 300 MB, so
+that none is found in the L2 cache. "bare_read_us" is a plain CUDA kernel that reads as many bytes as the weight has for
+the kernel (codes, scales, zeros), the best of ten grids, in the same process; "cublas_us" the faster of XLA's and torch's
+bf16 matmul (at M outside the main table torch's alone). Every row's error is against float32 with the dequantized weight.
+Rows run through `pallas_kernels.api.launch` with the committed table, as a user's call does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pallas_kernels.timing import Jobs, copies, median_us, supervise
+
+MAIN = (1, 8, 16, 64, 256, 4096)
+SWEEP = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192)
+SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (57344, 8192))
+GRIDS = ((132, 1024), (264, 1024), (264, 512), (528, 512), (132, 512), (396, 512), (528, 256), (1056, 256), (1056, 512),
+         (2112, 256))  # fmt: skip
+
+BARE = r"""
+extern "C" __global__ void __launch_bounds__(1024) bare(const uint4* p, size_t n, uint4* out) {
+  size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, step = (size_t)gridDim.x * blockDim.x;
+  uint4 a = {0, 0, 0, 0};
+  for (; i + 7 * step < n; i += 8 * step) {
+    uint4 v[8];
+    #pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = __ldg(p + i + j * step);
+    #pragma unroll
+    for (int j = 0; j < 8; j++) { a.x ^= v[j].x; a.y ^= v[j].y; a.z ^= v[j].z; a.w ^= v[j].w; }
+  }
+  for (; i < n; i += step) { uint4 v = __ldg(p + i); a.x ^= v.x; a.y ^= v.y; a.z ^= v.z; a.w ^= v.w; }
+  if ((a.x ^ a.y ^ a.z ^ a.w) == 0x12345) out[0] = a;
+}
+"""
+
+
+def forms() -> dict:
+    from pallas_kernels.form import Form
+
+    return {
+        "w4a16_g128": Form(),
+        "nf4_b64": Form("codebook", 4, 64, "bf16"),  # float32 absmax: the kernel reads its rounded upper half
+        "nf4_b64_dq": Form("codebook", 4, 64, "u8"),
+        "fp4_b64": Form("codebook", 4, 64, "bf16"),
+        "w4a16_g128_asym": Form(zero="u8"),
+        "w4a16_actorder": Form(),
+        "w4a16_g32": Form(group=32),
+        "hqq_g64": Form(group=64, scale="f16", zero="f16"),
+    }
+
+
+@functools.cache
+def bare_kernel():
+    import cupy
+
+    return cupy.RawKernel(BARE, "bare", options=("-std=c++17",)), cupy.zeros(16, cupy.uint32)
+
+
+@functools.cache
+def bare_us(nbytes: int) -> float:
+    """Best time of a plain read of `nbytes`."""
+    import cupy
+    import numpy as np
+
+    kernel, scratch = bare_kernel()
+    buffers = [cupy.zeros(nbytes // 16 * 4, cupy.uint32) for _ in range(copies(nbytes))]
+    best = float("inf")
+    for grid, block in GRIDS:
+
+        def read(buffer, grid=grid, block=block):
+            kernel((grid,), (block,), (buffer, np.uint64(nbytes // 16), scratch))
+            cupy.cuda.Device().synchronize()
+
+        best = min(best, median_us(read, [(b,) for b in buffers]))
+    del buffers
+    cupy.get_default_memory_pool().free_all_blocks()
+    return best
+
+
+def torch_us(function, arguments) -> float:
+    import torch
+
+    def call(*a):
+        out = function(*a)
+        torch.cuda.synchronize()
+        return out is None
+
+    return median_us(call, arguments)
+
+
+def worker(jobs: Jobs) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import torch
+
+    from pallas_kernels import api, reference, tune
+    from pallas_kernels.select import choose, device_key
+
+    device = jax.devices()[0]
+    key = device_key(device.device_kind)
+    jobs.run("card", lambda: {"card": device.device_kind, "jax": jax.__version__, "torch": torch.__version__})
+    jobs.run("roofline", lambda: {"roofline_gbs": (4 << 30) / bare_us(4 << 30) * 1e-3}, 60)
+    dot = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
+    for n, k in SHAPES:
+        for name, form in forms().items():
+            rows = SWEEP if name == "w4a16_g128" else (1, 8, 16, 64) if name in ("nf4_b64", "nf4_b64_dq") else (1,)
+            todo = [(f"{name} {n}x{k} m={m}", m) for m in rows]
+            todo = [t for t in todo if jobs.open(t[0])]
+            if not todo:
+                continue
+            w = tune.random_weight(form, n, k)
+            if name == "w4a16_actorder":
+                w = w.replace(perm=jax.random.permutation(jax.random.key(9), k).astype(jnp.int32))
+            sets = tune.rotated(w)
+            nbytes = sum(a.nbytes for a in (w.codes, w.scales, *(() if w.zeros is None else (w.zeros,))))
+            x = jax.random.normal(jax.random.key(1), (max(m for _, m in todo), k), jnp.bfloat16)
+            expected = np.asarray(jax.jit(reference.matmul)(x[:256], w), np.float32)
+            bf16 = []
+            if name == "w4a16_g128":
+                bf16 = [jnp.asarray(jax.jit(reference.dense)(w), jnp.bfloat16)]
+                bf16 += [bf16[0] + 0 for _ in range(copies(n * k * 2) - 1)]
+                torch_bf16 = [torch.from_dlpack(b) for b in bf16]
+            shapes = jax.eval_shape(lambda w=w: w)
+
+            def build(t, form=form, n=n, k=k, shapes=shapes):
+                try:
+                    choice = choose(t[1], n, k, form, key, device.core_count)
+                    x = jax.ShapeDtypeStruct((t[1], k), jnp.bfloat16)
+                    return choice, jax.jit(api.launch, static_argnames="choice").lower(
+                        x, shapes, choice=choice
+                    ).compile()
+                except Exception as e:
+                    return None, e
+
+            signal.alarm(90)
+            with ThreadPoolExecutor(12) as pool:
+                built = list(pool.map(build, todo))
+            for (job_name, m), (choice, kernel) in zip(todo, built):
+
+                def job(m=m, choice=choice, kernel=kernel, name=name, n=n, k=k):
+                    if choice is None:
+                        raise kernel
+                    xm = x[:m]
+                    got = np.asarray(kernel(xm, w)[:256], np.float32)
+                    again = np.asarray(kernel(xm, w)[:256], np.float32)
+                    error = float(np.linalg.norm(got - expected[:m]) / np.linalg.norm(expected[:m]))
+                    use = sets if m < 512 else sets[:3]
+                    out = {"us": median_us(kernel, [(xm, s) for s in use]), "rel_err": error}
+                    out |= {"repeatable": bool((got == again).all()), "bare_read_us": bare_us(nbytes), "peers": {}}
+                    out |= {"choice": f"{choice.kernel} {choice.config}", "bytes": nbytes}
+                    if name == "w4a16_g128":
+                        tx = torch.from_dlpack(xm)
+                        few = slice(None if m < 512 else 3)
+                        cublas = {"torch": torch_us(lambda a, b: a @ b.T, [(tx, b) for b in torch_bf16[few]])}
+                        if m in MAIN:
+                            cublas["xla"] = median_us(dot, [(xm, b) for b in bf16[few]])
+                        out |= {"cublas_us": min(cublas.values()), "cublas": cublas}
+                        if m <= 16:
+                            out["peers"] = {"cublas_bf16": min(cublas.values())}
+                        if m in (1, 8, 16):
+                            out["peers"]["tinygemm_bf16_int4_g128"] = tinygemm_us(tx, n, k)
+                    return out
+
+                jobs.run(job_name, job, 25, kernel=name, m=m, n=n, k=k)
+
+
+def tinygemm_us(x, n: int, k: int) -> float:
+    """torch's own int4 kernel on random codes of the same shape."""
+    import torch
+
+    def weight():
+        codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+        scales = torch.full((k // 128, n, 2), 0.004, dtype=torch.bfloat16, device="cuda")
+        return torch.ops.aten._convert_weight_to_int4pack(codes, 8), scales
+
+    sets = [weight() for _ in range(copies(n * k // 2))]
+    return torch_us(lambda w, s: torch.ops.aten._weight_int4pack_mm(x, w, 128, s), sets)
+
+
+def collect(jobs: Jobs, out: Path) -> Path:
+    """The rows of a run as gpu_matmul_<card>.json."""
+    from pallas_kernels.select import device_key
+
+    card = jobs.done("card") or {}
+    rows = [r for r in jobs.rows if "us" in r]
+    fields = ("kernel", "m", "n", "k", "us", "bare_read_us", "cublas_us", "peers", "rel_err", "repeatable", "bytes", "cublas", "choice")  # fmt: skip
+    lines = ",\n  ".join(json.dumps({f: r[f] for f in fields if f in r}) for r in rows)
+    head = {
+        "card": card.get("card"),
+        "date": datetime.date.today().isoformat(),
+        "versions": {k: card.get(k) for k in ("jax", "torch")},
+        "roofline_gbs": (jobs.done("roofline") or {}).get("roofline_gbs"),
+        "command": "python benchmarks/gpu_matmul.py",
+    }
+    path = out / f"gpu_matmul_{device_key(card.get('card') or 'unknown')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n  {lines}\n]}}\n')
+    return path
+
+
+def plot(path: Path) -> None:
+    """Share of the limit against M: the limit is the slower of a bare read and the tensor core's best bf16 rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    data = json.loads(path.read_text())
+    rows = [r for r in data["rows"] if r["kernel"] == "w4a16_g128"]
+    rate = max(2e-6 * r["m"] * r["n"] * r["k"] / r["cublas_us"] for r in rows if r.get("cublas_us"))  # TFLOP/s
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for n, k in SHAPES:
+        mine = sorted((r for r in rows if (r["n"], r["k"]) == (n, k)), key=lambda r: r["m"])
+        ms = [r["m"] for r in mine]
+        limit = [max(r["bare_read_us"], 2e-6 * r["m"] * n * k / rate) for r in mine]
+        axes[0].plot(ms, [b / r["us"] for b, r in zip(limit, mine)], marker="o", ms=3, label=f"{n}x{k}")
+        axes[1].plot(ms, [r["cublas_us"] / r["us"] for r in mine], marker="o", ms=3, label=f"{n}x{k}")
+    for axis, title in zip(axes, ("share of the limit (bare read or tensor core)", "times the speed of cuBLAS bf16")):
+        axis.set(xscale="log", xlabel="rows of x (M)", title=title)
+        axis.grid(alpha=0.3)
+        axis.axhline(1, color="black", lw=0.8)
+    axes[0].set_ylim(0, 1.05)
+    axes[0].legend()
+    figure.suptitle(
+        f"int4 g128, {data['card']}, {data['date']}, jax {data['versions']['jax']}; limit {rate:.0f} TFLOP/s"
+    )
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--jobs", type=Path, default=Path("/tmp/gpu_matmul.jsonl"))
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--collect", action="store_true", help="only write the JSON from --jobs")
+    parser.add_argument("--plot", type=Path, help="only draw the plot of a result file")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.plot:
+        plot(args.plot)
+    elif args.worker:
+        worker(Jobs(args.jobs))
+    else:
+        if not args.collect:
+            supervise([__file__, "--worker", "--jobs", str(args.jobs)], args.seconds)
+        print(collect(Jobs(args.jobs), args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The kernels on the GPU, against float32 with `dequantize()`; the oracle is tested bit for bit against the originals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import weights
+
+import pallas_kernels
+from jq.qtensor import stack
+
+pytestmark = pytest.mark.gpu
+
+
+def error(y, ref):
+    ref = np.asarray(ref, np.float64)
+    return float(np.linalg.norm(np.asarray(y, np.float64) - ref) / max(np.linalg.norm(ref), 1e-30))
+
+
+def product(x, dense):
+    return jnp.dot(x.astype(jnp.float32), dense.astype(jnp.float32).T, precision="highest")
+
+
+def rows(m, k, dtype=jnp.bfloat16, seed=1):
+    return jax.random.normal(jax.random.key(seed), (m, k), dtype)
+
+
+def hold(x, q, w, allowed=1.5):
+    """The kernel's error is below 1e-2 and no worse than 1.5 times that of a dense matmul in x's dtype."""
+    ref = product(x, q.dequantize("float32"))
+    dense = error((product(x, q.dequantize(x.dtype))).astype(x.dtype), ref)
+    got = error(pallas_kernels.matmul(x, w), ref)
+    assert got < 1e-2
+    assert got <= max(allowed * dense, 1.5 * float(jnp.finfo(x.dtype).eps) / 2), (got, dense)
+
+
+@pytest.mark.parametrize("kind", weights.KINDS)
+def test_every_kind_for_few_and_many_rows(kind):
+    k = 4096 if kind == "nf4_b4096" else 1024
+    q = weights.make(kind, 512, k)
+    w = pallas_kernels.prepare(q)
+    assert pallas_kernels.supports(w, rows(1, k)) is None
+    for m in (1, 5, 16, 33, 200):
+        hold(rows(m, k), q, w)
+    hold(rows(7, k, jnp.float16), q, w, allowed=3)  # fp16 has three bits more than a bf16 table
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (144, 192), (4096, 576), (272, 11008), (48, 4096)])
+def test_ragged_shapes(n, k):
+    kind = "w4a16_g32" if k % 128 else "w4a16_g128"
+    q = weights.make(kind, n, k, seed=n)
+    w = pallas_kernels.prepare(q)
+    for m in (1, 3, 16, 17, 130):
+        hold(rows(m, k), q, w)
+
+
+def test_every_m_to_300():
+    q = weights.make("w4a16_g128", 256, 512)
+    w = pallas_kernels.prepare(q)
+    ref = product(rows(300, 512), q.dequantize("float32"))
+    for m in [*range(1, 20), *range(20, 300, 23), 127, 128, 129, 255, 256, 257, 300]:
+        assert error(pallas_kernels.matmul(rows(300, 512)[:m], w), ref[:m]) < 4e-3, m
+
+
+def test_small_integers_are_exact():
+    q = weights.make("w4a16_g128", 256, 512)
+    q = q.replace(scales=jnp.ones_like(q.scales))
+    w = pallas_kernels.prepare(q)
+    for m in (1, 8, 64):
+        x = jax.random.randint(jax.random.key(2), (m, 512), -1, 2).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(
+            pallas_kernels.matmul(x, w), product(x, q.dequantize("float32")).astype(jnp.bfloat16)
+        )
+
+
+def test_every_code_against_one_hot_rows():
+    """x = unit vectors read single weights: all bit patterns, both tables' ends, extreme scales."""
+    for kind in ("w4a16_g128", "nf4_b64", "w4a16_g128_asym"):
+        q = weights.make(kind, 128, 256)
+        if kind == "w4a16_g128":
+            q = q.replace(scales=q.scales.at[:2].set(jnp.asarray([[1e-30], [1e30]], q.scales.dtype)))
+        w = pallas_kernels.prepare(q)
+        for begin in (0, 64, 250):
+            x = jnp.eye(256, dtype=jnp.bfloat16)[begin : begin + 6]
+            ref = np.asarray(q.dequantize("float32"))[:, begin : begin + 6].T
+            np.testing.assert_allclose(np.asarray(pallas_kernels.matmul(x, w), np.float32), ref, rtol=2e-2)
+
+
+def test_repeated_runs_are_bit_identical():
+    q = weights.make("w4a16_g128", 4096, 4096)
+    w = pallas_kernels.prepare(q)
+    for m in (1, 8, 16, 64, 256):
+        x = rows(m, 4096)
+        first = np.asarray(pallas_kernels.matmul(x, w), np.float32)
+        for _ in range(5):
+            np.testing.assert_array_equal(np.asarray(pallas_kernels.matmul(x, w), np.float32), first)
+
+
+def test_bias_stack_scan_vmap_and_gradient():
+    qs = [weights.make("w4a16_g128_asym", 256, 512, seed=i) for i in range(3)]
+    stacked = pallas_kernels.prepare(stack(qs))
+    dense = [q.dequantize("float32") for q in qs]
+    bias = jax.random.normal(jax.random.key(3), (256,))
+    for m in (2, 40):
+        x = rows(m, 512)
+        for i in range(3):
+            one = pallas_kernels.prepare(qs[i])
+            assert error(pallas_kernels.matmul(x, one, bias=bias), product(x, dense[i]) + bias) < 4e-3
+            assert error(pallas_kernels.matmul(x, stacked, layer=i), product(x, dense[i])) < 4e-3
+
+        def body(c, w, x=x):
+            return c, pallas_kernels.matmul(x, w)
+
+        _, ys = jax.jit(lambda w, body=body: jax.lax.scan(body, 0, w))(stacked)
+        vs = jax.vmap(lambda w, x=x: pallas_kernels.matmul(x, w))(stacked)
+        for i in range(3):
+            assert error(ys[i], product(x, dense[i])) < 4e-3
+            assert error(vs[i], product(x, dense[i])) < 4e-3
+        one = pallas_kernels.prepare(qs[0])
+        g = jax.grad(lambda x, one=one: pallas_kernels.matmul(x, one).astype(jnp.float32).sum())(x)
+        assert error(g, jnp.ones((m, 256)) @ dense[0]) < 1e-2
+
+
+def test_memory_after_prepare():
+    for kind, limit in (("w4a16_g128", 1.0), ("w4a16_g128_asym", 1.02), ("nf4_b64", 1.001), ("nf4_b64_dq", 1.001)):
+        q = weights.make(kind, 1024, 4096)
+        assert pallas_kernels.prepare(q).nbytes <= limit * q.nbytes
