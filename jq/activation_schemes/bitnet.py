@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jq import exact
-from jq.activation_schemes.products import integer_matmul
+from jq.activation_schemes.products import float_sums, integer_matmul
 from jq.activations import register
 from jq.matmul import dense_matmul
 from jq.qtensor import Codebook
@@ -32,10 +32,7 @@ def bitlinear(x: jax.Array, w: Any) -> jax.Array:
 @register("autobitlinear")
 def autobitlinear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N]: quantized and dequantized input, ternary product plus bias, then times the scale."""
-    scale = multiplier(x)
-    codes = jnp.clip(jnp.round(x.astype(jnp.float32) * scale), -128, 127)
-    dequantized = exact.rounded(exact.div(codes, scale).astype(x.dtype))
-    y = exact.rounded(dense_matmul(dequantized, ternary(w).astype(x.dtype)))
+    y = exact.rounded(dense_matmul(dequantized(x), ternary(w).astype(x.dtype)))
     if bias is not None:
         y = exact.rounded(y + bias.astype(x.dtype))
     factor = w.absmax if isinstance(w, Codebook) else w.scales
@@ -43,6 +40,23 @@ def autobitlinear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Ar
 
 
 autobitlinear.adds_bias = True  # type: ignore[attr-defined]
+
+
+@register("autobitlinear_online")
+def autobitlinear_online(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
+    """x [M, K] -> [M, N]: the master weights are ternarized and scaled in x's dtype."""
+    y = float_sums(dequantized(x), exact.cast(w.dequantize(), x.dtype))
+    return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
+
+
+autobitlinear_online.adds_bias = True  # type: ignore[attr-defined]
+
+
+def dequantized(x: jax.Array) -> jax.Array:
+    """The input after int8 by token, in its own dtype."""
+    scale = multiplier(x)
+    codes = jnp.clip(jnp.round(x.astype(jnp.float32) * scale), -128, 127)
+    return exact.rounded(exact.div(codes, scale).astype(x.dtype))
 
 
 def multiplier(x: jax.Array) -> jax.Array:

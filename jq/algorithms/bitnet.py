@@ -16,5 +16,10 @@ def absmean_codes(w: np.ndarray) -> tuple[np.ndarray, np.float32]:
     Returns:
       codes int8[N, K] of -1, 0, 1; scale float32, which codes are divided by: 1 / max(mean|w|, 1e-5).
     """
-    scale = np.float32(1) / np.maximum(mean_all(np.abs(w)), np.float32(1e-5))
+    scale = absmean_scale(w)
     return np.clip(np.rint(w * scale), -1, 1).astype(np.int8), scale
+
+
+def absmean_scale(w: np.ndarray) -> np.float32:
+    """1 / max(mean|w|, 1e-5) of a float32 array."""
+    return np.float32(1) / np.maximum(mean_all(np.abs(w)), np.float32(1e-5))

@@ -10,7 +10,9 @@ Source: transformers 5.23 (integrations/bitnet.py, quantizers/quantizer_bitnet.p
 
 Packed codes -1, 0, 1 are stored as 0, 1, 2 in slabs of rows (`jq.formats.slabs`), the first slab in the lowest two bits.
 A float 0 may be -0: such weights are a `Codebook` with the table (-1, 0, 1, -0). Online autobitlinear files hold float
-master weights, which are ternarized at every call: see `jq.formats.bitnet_online`.
+master weights `m.weight` and no scale; they are held as they are and ternarized at every call by the scale
+1 / mean|w|. Which modules are meant follows from the names: every matrix but embeddings, the output and what
+modules_to_not_convert names.
 
 Inputs are quantized to int8 by token (`jq.activation_schemes.bitnet`), after an RMS norm where use_rms_norm.
 """
@@ -18,6 +20,7 @@ Inputs are quantized to int8 by token (`jq.activation_schemes.bitnet`), after an
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -25,9 +28,9 @@ import ml_dtypes
 import numpy as np
 
 from jq.activations import Activation
-from jq.algorithms.bitnet import absmean_codes
+from jq.algorithms.bitnet import absmean_codes, absmean_scale
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_once
 from jq.formats.slabs import pack_slabs, unpack_slabs
 from jq.qtensor import Affine, Codebook, Grouping, QTensor, Source
 
@@ -35,6 +38,8 @@ FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
 PER_BYTE = 4
 TABLE = np.array([-1.0, 0.0, 1.0, -0.0], np.float32)
 _NORM = "rms_norm.weight"
+_SUFFIXES = ("weight_scale", "weight", _NORM)
+_FLOAT_DTYPES = tuple(np.dtype(d) for d in FLOATS)
 _KEYS = ("linear_class", "quantization_mode", "use_rms_norm", "rms_norm_eps", "modules_to_not_convert", "quant_method")
 
 
@@ -47,6 +52,10 @@ class Options:
     use_rms_norm: bool = False
     rms_norm_eps: float = 1e-6
     modules_to_not_convert: tuple[str, ...] | None = None
+
+    @property
+    def online(self) -> bool:
+        return self.linear_class == "autobitlinear" and self.quantization_mode == "online"
 
     @property
     def activation(self) -> Activation:
@@ -72,20 +81,74 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     )
 
 
+def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
+    """Modules with a `weight_scale`; of online files, every matrix that transformers would replace."""
+    if not options.online:
+        return group_by_prefix(names, ("weight_scale",), _SUFFIXES)
+    tied = ("lm_head", "output", "embed_out") if options.modules_to_not_convert is None else ()
+    have, found = set(names), {}
+    for name in names:
+        prefix = name.removesuffix(".weight")
+        if prefix == name or len(context.shapes[name]) != 2 or context.dtypes[name] not in _FLOAT_DTYPES:
+            continue
+        last = prefix.rsplit(".", 1)[-1]
+        if "emb" in last or last in ("wte", "wpe", "shared", *tied) or _skipped(prefix, options.modules_to_not_convert):
+            continue
+        found[prefix] = {s: f"{prefix}.{s}" for s in ("weight", _NORM) if f"{prefix}.{s}" in have}
+    return found
+
+
+def _skipped(module: str, patterns: tuple[str, ...] | None) -> bool:
+    """transformers' rule: a pattern matches from the start to a border between names, or is a suffix."""
+    for pattern in patterns or ():
+        try:
+            matched = re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module)
+        except re.error as e:
+            raise FormatError(f"quantization_config.modules_to_not_convert: {pattern!r} is no pattern: {e}") from e
+        if matched or module.endswith(pattern):
+            return True
+    return False
+
+
+def _load_online(prefix: str, parts: Parts, options: Options) -> Affine:
+    weight = parts["weight"]
+    scale = absmean_scale(weight.astype(np.float32))
+    return Affine(
+        np.ascontiguousarray(weight),
+        np.full((1, 1), scale, np.float32),
+        extras=_norm(prefix, parts, options),
+        code_bits=8 * weight.dtype.itemsize,
+        signed=True,
+        grouping=Grouping("block", 0, 0),
+        formula="div",
+        dtype=str(weight.dtype),
+        activation=dataclasses.replace(options.activation, scheme="autobitlinear_online"),
+        source=Source("bitnet"),
+    )
+
+
+def _norm(prefix: str, parts: Parts, options: Options) -> Parts:
+    """The weight of the layer's own RMS norm, where there is one."""
+    if not options.use_rms_norm:
+        if _NORM in parts:
+            raise FormatError(f"{prefix}.{_NORM}: stored, but quantization_config.use_rms_norm is not set")
+        return {}
+    found = take(parts, _NORM, prefix, why="use_rms_norm is set.")
+    expect_shape(found, (parts["weight"].shape[1],), f"{prefix}.{_NORM}", "one value for each input")
+    return {_NORM: found}
+
+
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor:
-    """One module -> `Affine` (packed) or `Codebook` (ternary floats)."""
+    """One module -> `Affine` (packed codes, or online masters) or `Codebook` (ternary floats)."""
+    if options.online:
+        return _load_online(prefix, parts, options)
     weight, scale = take(parts, "weight", prefix), take(parts, "weight_scale", prefix)
     expect_dtype(scale, FLOATS, f"{prefix}.weight_scale")
     if scale.size != 1:
         raise FormatError(f"{prefix}.weight_scale: found shape {scale.shape}, expected one value for the tensor")
     if weight.ndim != 2:
         raise FormatError(f"{prefix}.weight: found shape {weight.shape}, expected a matrix")
-    extras: Parts = {}
-    if options.use_rms_norm:
-        extras[_NORM] = take(parts, _NORM, prefix, why="use_rms_norm is set.")
-        expect_shape(extras[_NORM], (weight.shape[1],), f"{prefix}.{_NORM}", "one value for each input")
-    elif _NORM in parts:
-        raise FormatError(f"{prefix}.{_NORM}: stored, but quantization_config.use_rms_norm is not set")
+    extras = _norm(prefix, parts, options)
     common: dict[str, Any] = {
         "grouping": Grouping("block", 0, 0),
         "extras": extras,
@@ -133,11 +196,18 @@ def dump(q: Any) -> Parts:
     parts: Parts = {k: np.asarray(v) for k, v in q.extras.items()}
     codes, source = np.asarray(q.unpack()), q.source
     assert source is not None
+    if codes_are_masters(q):
+        return {"weight": np.asarray(q.codes), **parts}
     if isinstance(q, Codebook):
         return {"weight": TABLE[codes].astype(_dtype(source.get("dtype"))), **parts}
     shape = (1,) * source.get("rank")
     packed = pack_slabs(codes + 1, 2, PER_BYTE, high_first=False)
     return {"weight": packed, "weight_scale": np.asarray(q.scales).reshape(shape), **parts}
+
+
+def codes_are_masters(q: Any) -> bool:
+    """Whether a tensor holds online master weights."""
+    return np.dtype(q.codes.dtype).kind not in "iu"
 
 
 def _dtype(name: str) -> np.dtype:
@@ -189,7 +259,8 @@ FORMAT = Format(
     title="BitNet: ternary, 2 bits",
     parse=parse,
     markers=("weight_scale",),
-    suffixes=("weight_scale", "weight", _NORM),
+    suffixes=_SUFFIXES,
+    group=group,
     load=load,
     dump=dump,
     methods_table={"BitNet": BitNet},

@@ -126,11 +126,16 @@ class Affine(QTensor):
         return self.grouping.cols or self.in_features
 
     def describe(self) -> str:
+        if np.dtype(self.codes.dtype).kind not in "iu":
+            return f"ternary of {self.codes.dtype} masters, {self.grouping}"
         kind = "sym" if self.zeros is None else "asym"
         order = ", act-order" if self.g_idx is not None else ""
         return f"int{self.code_bits} {kind}, {self.grouping}{order}"
 
     def unpack(self) -> Array:
+        if np.dtype(self.codes.dtype).kind not in "iu":  # master weights, ternarized at every call (BitNet online)
+            xp = namespace(self.codes, self.scales)
+            return xp.clip(xp.rint(self.codes.astype(np.float32) * self.scales), -1, 1).astype(np.int32)
         return row_codes(self.codes, self.code_bits, self.pad, signed=self.signed)
 
     def group_zeros(self) -> Array | None:
