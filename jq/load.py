@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq.errors import CheckpointError
-from jq.formats import gguf
+from jq.formats import gguf, table
 from jq.models import family_of, kv_cache
 from jq.models.causal_lm import CausalLM
 from jq.models.decoder import Decoder
@@ -109,7 +109,7 @@ def _extra(read: Reader) -> dict[str, Any]:
       CheckpointError: tensors that the family does not know: running without them would be another model.
     """
     known = [n for n in read.state if n.endswith((".k_scale", ".v_scale", ".q_scale", ".prob_scale"))]
-    left = read.leftovers(tuple(known))
+    left = read.leftovers((*known, *_beside_dense(read)))
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise CheckpointError(
@@ -117,6 +117,19 @@ def _extra(read: Reader) -> dict[str, Any]:
             "disagree; jq.load_state reads the tensors as they are"
         )
     return {n: read.state[n] for n in read.state if n not in read.used}
+
+
+def _beside_dense(read: Reader) -> list[str]:
+    """Tensors that the format left beside weights that it did not quantize, e.g. scales of skipped FP8 layers."""
+    config = read.state.config.get("quantization_config") or read.state.config.get("compression_config") or {}
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    suffixes = next((f.beside for f in table().values() if method in f.methods), ())
+    return [
+        name
+        for name in read.state
+        for module, _, suffix in [name.rpartition(".")]
+        if suffix in suffixes and f"{module}.weight" in read.used
+    ]
 
 
 def _cache_dtype(state: State, asked: str | None, compute: np.dtype, quantize_activations: bool) -> str:

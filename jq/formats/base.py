@@ -78,6 +78,8 @@ class Format:
       join: (prefix, suffix) -> stored name, the inverse of `group`.
       parameter: whether a prefix is a parameter (stacked experts), whose State key gets no ".weight".
       metadata: optional (tensors of the State) -> safetensors metadata that newly quantized tensors need.
+      beside: suffixes of tensors that may lie beside a weight that is not quantized after all (scales of frozen or
+        skipped layers); a model runs without them, saving keeps them.
       deferrable: `load` never returns None, so a lazy State may put it off.
       evidence: "reference" (held against files of the original library) or "source" (from its source alone).
     """
@@ -96,6 +98,7 @@ class Format:
     join: Callable[[str, str], str] = lambda prefix, suffix: f"{prefix}.{suffix}"
     parameter: Callable[[str], bool] = lambda prefix: False
     metadata: Callable[[Mapping[str, Any]], dict[str, str]] | None = None
+    beside: tuple[str, ...] = ()
     deferrable: bool = True
     evidence: str = "reference"
 

@@ -201,5 +201,6 @@ FORMAT = Format(
     load=load,
     dump=dump,
     group=group,
+    beside=("weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx", *ACTIVATION_SUFFIXES),
     methods_table=METHODS,
 )

@@ -264,8 +264,13 @@ def _actorder(value: Any, label: str) -> str:
 
 def _check_transforms(value: Any, label: str) -> None:
     """Transforms of the weights are in the weights already; those of activations would have to run."""
-    for name, scheme in ((value or {}).get("config_groups") or {}).items():
-        places = [str(a.get("location")) for a in scheme.get("apply", []) if isinstance(a, Mapping)]
+    value = value or {}
+    groups = value.get("config_groups") or {} if isinstance(value, Mapping) else value
+    if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
+        raise FormatError(f"{label}: transform_config {value!r}, expected an object with config_groups")
+    for name, scheme in groups.items():
+        applied = scheme.get("apply") or []
+        places = [str(a.get("location")) for a in applied if isinstance(a, Mapping)]
         online = sorted({p for p in places if p not in ("weight_input", "weight_output")})
         if online:
             raise UnsupportedError(
@@ -278,6 +283,8 @@ def _check_transforms(value: Any, label: str) -> None:
 def _parse_sparsity(value: Any, label: str) -> Sparsity | None:
     if not value:
         return None
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{label}: {value!r}, expected an object")
     form = str(value.get("format") or "dense")
     _one_of(form, ("dense", "sparse-bitmask", "sparse-24-bitmask"), f"{label}: format")
     return Sparsity(

@@ -173,7 +173,7 @@ def int8_codes(prefix: str, parts: Parts, args: Args, weight: Any, shape: tuple[
         if b == 8:
             codes = np.ascontiguousarray(weight).view(np.uint32 if k % 4 == 0 else np.uint8)
         else:
-            codes = _bits.pack(weight, b)
+            codes = _pack_rows(weight, b)
             pad = _bits.capacity(codes, b) - k
     made = Affine(
         codes,
@@ -191,6 +191,14 @@ def int8_codes(prefix: str, parts: Parts, args: Args, weight: Any, shape: tuple[
     )
     made.check(prefix)
     return made
+
+
+def _pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
+    """`bits.pack`, with nibbles put together bytewise: ten times faster, and the width that matters."""
+    if bits != 4 or codes.shape[1] % 8:
+        return _bits.pack(codes, bits)
+    nibbles = codes.view(np.uint8) & np.uint8(15)
+    return (nibbles[:, 0::2] | nibbles[:, 1::2] << np.uint8(4)).view(np.uint32)
 
 
 def dump_int8(q: Any) -> Parts:

@@ -285,6 +285,7 @@ FORMAT = Format(
     load=load,
     dump=dump,
     group=group,
+    beside=("weight_scale_inv", *EXTRAS),
     join=join,
     parameter=lambda prefix: _EXPERTS.search(prefix) is not None,
     methods_table={"FP8": FP8},

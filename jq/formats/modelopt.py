@@ -303,5 +303,6 @@ FORMAT = Format(
     dump=dump,
     detect=detect,
     group=group,
+    beside=("input_scale", "output_scale"),
     methods_table={"NVFP4": NVFP4},
 )

@@ -55,8 +55,9 @@ class Attention(nnx.Module):
             self.k_norm = read.norm(f"{path}.k_norm", spec.head_dim if one_head else narrow)
         self.sinks = read.optional(f"{path}.sinks", (spec.num_heads,)) if spec.sinks else None
         narrow_cache = kv_cache.DTYPES[cache_dtype][1] is not None
-        self.k_scale = read.optional(f"{path}.k_scale", (1,)) if narrow_cache else None
-        self.v_scale = read.optional(f"{path}.v_scale", (1,)) if narrow_cache else None
+        per_head = (spec.num_kv_heads, 1, 1)
+        self.k_scale = read.optional(f"{path}.k_scale", (1,), per_head) if narrow_cache else None
+        self.v_scale = read.optional(f"{path}.v_scale", (1,), per_head) if narrow_cache else None
 
     def empty_cache(self, batch: int, slots: int) -> tuple[kv_cache.Buffer, kv_cache.Buffer]:
         shape = (batch, self.spec.num_kv_heads, slots, self.spec.head_dim)

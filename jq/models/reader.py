@@ -100,12 +100,12 @@ class Reader:
             return QVar(value), None
         return nnx.Param(jnp.swapaxes(value.dequantize(self.dtype), 1, 2)), Packed(value)
 
-    def optional(self, name: str, shape: tuple[int, ...]) -> Any:
+    def optional(self, name: str, shape: tuple[int, ...], *others: tuple[int, ...]) -> Any:
         """An `nnx.Param` of a tensor that may be absent (scalars may be stored as () or (1,)); else None."""
         if name not in self.state:
             return None
         value = self.take(name, None)
-        if tuple(np.shape(value)) not in (shape, ()):
+        if tuple(np.shape(value)) not in (shape, *others, ()):
             raise CheckpointError(f"{self.label}: {name}: found shape {tuple(np.shape(value))}, expected {shape}")
         return nnx.Param(self._compute(name, value))
 
