@@ -282,7 +282,7 @@ def peers(batch: int, context: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", nargs="+", default=["bf16", "w4a16_g128", "nf4"])
+    parser.add_argument("--weights", nargs="+", default=["w4a16_g128", "nf4", "bf16"])
     parser.add_argument("--head", nargs="+", default=["bf16", "w4"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--loop", nargs="+", default=["host", "device"])
@@ -301,8 +301,14 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     card = jax.devices()[0].device_kind
     short = next((name for name in ("h100", "h200") if name in card.lower()), card.lower().replace(" ", "_"))
-    beside = {} if options.no_peers else {b: peers(b, options.context) for b in options.batch}
-    rows = []
+    rows: list[dict] = []
+
+    def write() -> None:  # after each row, so that a run that is cut off keeps what it measured
+        versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
+        result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": rows}
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"gpu_decode_{short}.json").write_text(json.dumps(result, indent=1) + "\n")
+
     for kind in options.weights:
         for head in options.head if kind != "bf16" else options.head[:1]:
             model = model_of(kind, head, options.layers)
@@ -310,22 +316,20 @@ def main() -> None:
             prefill = prefill_seconds(model, 2048)
             for batch in options.batch:
                 for row in decode_rows(model, batch, options.context, options.tokens, options.loop):
-                    row = {
-                        "weights": kind,
-                        "head": head,
-                        **row,
-                        "bound_tok_s": batch / step_s,
-                        "prefill_2048_s": prefill,
-                    }
-                    row["peers"] = beside.get(batch, {}).get(kind, {})
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
+                    bound = {"bound_tok_s": batch / step_s, "prefill_2048_s": prefill, "peers": {}}
+                    rows.append({"weights": kind, "head": head, **row, **bound})
+                    print(json.dumps(rows[-1]), flush=True)
+                    write()
             del model
             gc.collect()
-    versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
-    result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"gpu_decode_{short}.json").write_text(json.dumps(result, indent=1) + "\n")
+    jax.clear_caches()
+    for batch in [] if options.no_peers else options.batch:
+        beside = peers(batch, options.context)
+        for row in rows:
+            if row["batch"] == batch:
+                row["peers"] = beside.get(row["weights"], {})
+        print(json.dumps({"batch": batch, "peers": beside}), flush=True)
+        write()
 
 
 if __name__ == "__main__":
