@@ -1,0 +1,99 @@
+"""SINQ against a slow, obvious numpy version of its layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jq.errors import FormatError, UnsupportedError
+from jq.formats import sinq
+from jq.formats.base import Context
+
+PER = {8: 1, 6: 5, 5: 6, 4: 2, 3: 10, 2: 4, 1: 8}
+
+
+def context(dtype: str) -> Context:
+    return Context(config={"dtype": dtype}, label="test")
+
+
+def module(bits: int, n: int, k: int, group: int, dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random stored tensors and the weight: every step in the dtype that torch promotes to."""
+    rng, per = np.random.default_rng(bits), PER[bits]
+    groups = n * k // group
+    codes = rng.integers(0, 1 << bits, (groups, group))
+    step = -(-groups // per)
+    padded = np.zeros((per * step, group), np.int64)
+    padded[:groups] = codes
+    words = sum(padded[i * step : (i + 1) * step] << (bits * (per - 1 - i)) for i in range(per))
+    x, s = rng.integers(0, 256, (32, groups // 32)), (rng.random((1, groups // 32)) * 1e-3).astype(np.float16)
+    m, zero_x = (rng.random((1, groups // 32)) * 0.1).astype(np.float16), rng.integers(0, 256, (groups, 1))
+    zero_s, zero_m = np.full((1, 1), 0.03, np.float16), np.full((1, 1), 0.5, np.float16)
+    parts = {
+        "W_q": np.asarray(words).astype(np.int32 if bits in (3, 5, 6) else np.uint8),
+        "meta.scale.x": x.astype(np.uint8),
+        "meta.scale.s": s,
+        "meta.scale.m": m,
+        "meta.zero.x": zero_x.astype(np.uint8),
+        "meta.zero.s": zero_s,
+        "meta.zero.m": zero_m,
+        "meta.scale2": (rng.random((1, k)) + 0.5).astype(np.float16),
+    }
+    scale = (x.astype(np.float16) * s + m).reshape(-1, 1)
+    zero = (zero_x.astype(np.float16) * zero_s + zero_m).reshape(-1, 1)
+    work = np.float16 if dtype == "float16" else np.float32
+    dense = (codes.astype(work) - zero.astype(work)) * scale.astype(work)
+    return parts, (dense.reshape(n, k) * parts["meta.scale2"].astype(work)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2, 1])
+def test_decoding(bits: int, dtype: str) -> None:
+    parts, want = module(bits, 48, 128, 64, dtype)
+    ctx = context(dtype)
+    q = sinq.load("m", parts, sinq.parse({"nbits": bits, "group_size": 64}, ctx), ctx)
+    got = np.asarray(q.dequantize())
+    assert got.dtype == np.dtype(getattr(ml_dtypes, dtype, dtype))
+    np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{got.itemsize}"))
+    back = sinq.dump(q.to_jax())
+    assert back.keys() == parts.keys()
+    for name, array in back.items():
+        assert (array.dtype, array.shape) == (parts[name].dtype, parts[name].shape), name
+        assert array.tobytes() == parts[name].tobytes(), name
+
+
+def test_scales_that_are_not_quantized() -> None:
+    parts, _ = module(4, 32, 64, 64, "float32")
+    for name in ("scale", "zero"):
+        x, s, m = (parts.pop(f"meta.{name}.{p}") for p in "xsm")
+        parts[f"meta.{name}"] = (x.astype(np.float16) * s + m).reshape(-1, 1)
+    ctx = context("float32")
+    q = sinq.load("m", parts, sinq.parse({}, ctx), ctx)
+    np.testing.assert_array_equal(np.asarray(q.dequantize()), module(4, 32, 64, 64, "float32")[1])
+    assert all(np.array_equal(a, parts[k]) for k, a in sinq.dump(q).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.pop("meta.scale2"), "m.meta.scale2: missing"),
+        (lambda p: p.pop("meta.zero.s"), "m.meta.zero.s: missing"),
+        (lambda p: p.update(W_q=p["W_q"][:-1]), "do not fit together"),
+        (lambda p: p.update(W_q=p["W_q"].astype(np.int32)), "m.W_q: found dtype int32, expected uint8"),
+        (lambda p: p["meta.scale.s"].__setitem__((0, 0), np.nan), "not finite"),
+    ],
+)
+def test_damage_is_named(change: Any, message: str) -> None:
+    parts, _ = module(4, 48, 128, 64, "bfloat16")
+    change(parts)
+    with pytest.raises(FormatError, match=message):
+        sinq.load("m", parts, sinq.Options(4, 64), context("bfloat16"))
+
+
+def test_config_errors() -> None:
+    with pytest.raises(FormatError, match="nbits is 7"):
+        sinq.parse({"nbits": 7}, context("bfloat16"))
+    with pytest.raises(UnsupportedError, match="tiling_mode '2D' is not read"):
+        sinq.parse({"tiling_mode": "2D"}, context("bfloat16"))
