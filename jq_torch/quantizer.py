@@ -195,8 +195,9 @@ class JqQuantizer(HfQuantizer):
         return module.to_float(weight)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self.pack(model)
-        if self.method is not None:
+        if self.method is None:
+            self.pack(model)
+        else:
             onthefly.finish(self, model)
         for module in model.modules():
             if isinstance(module, Packed):

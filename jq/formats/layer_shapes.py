@@ -30,9 +30,10 @@ def in_features_of(name: str, size: int, config: Mapping[str, Any], fits: Callab
     last = name.rsplit(".", 1)[-1]
     configs = [config, *(v for v in config.values() if isinstance(v, Mapping))]
     hidden, inner, heads = set[int](), set[int](), set[int]()
+    routed = ".experts." in name and any("moe_intermediate_size" in c for c in configs)
     for c in configs:
         hidden |= _numbers(c, _HIDDEN)
-        inner |= _numbers(c, (*_INNER, *_MOE_INNER))
+        inner |= _numbers(c, ("moe_intermediate_size",) if routed else (*_INNER, *_MOE_INNER))
         heads |= _attention_widths(c)
         if "n_embd" in c and c.get("n_inner") is None:
             inner |= {4 * n for n in _numbers(c, ("n_embd",))}
