@@ -148,3 +148,27 @@ def test_config_errors():
     with pytest.raises(FormatError, match=r"w: 6 output features; BitNet packs rows by 4"):
         jq.BitNet().quantize(np.ones((6, 8), np.float32), "w")
     assert bitnet.parse({"quant_method": "bitnet"}, None) == bitnet.Options()  # old files say no more
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_online_masters_are_ternarized_at_every_call(dtype):
+    rng = np.random.default_rng(9)
+    master, norm = rng.normal(size=(8, 64)).astype(dtype), rng.uniform(0.5, 2, 64).astype(dtype)
+    tensors = {f"{NAME}.weight": master, f"{NAME}.rms_norm.weight": norm}
+    tensors |= {f"model.{skipped}.weight": np.ones((4, 4), dtype) for skipped in ("embed_tokens", "layers.1.mlp.gate")}
+    tensors |= {"lm_head.weight": np.ones((4, 4), dtype), "model.norm.weight": np.ones(4, dtype)}
+    options = {"quantization_mode": "online", "use_rms_norm": True, "modules_to_not_convert": ["lm_head", "mlp.gate"]}
+    found = read(bitnet.FORMAT, tensors, config("autobitlinear", **options))
+    assert list(found) == [NAME]
+    w = found[NAME]
+    assert w.shape == (8, 64) and w.codes.nbytes == master.nbytes  # no second copy
+    wide = master.astype(np.float32)
+    mean = np.abs(wide).mean()
+    ternary = np.clip(np.rint(wide / mean), -1, 1)
+    np.testing.assert_array_equal(np.asarray(w.unpack()), ternary)
+    np.testing.assert_allclose(np.asarray(w.dequantize(), np.float32), ternary * mean, rtol=1e-2)
+    x = rng.normal(size=(3, 64)).astype(np.float32)
+    inputs = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6) * norm.astype(np.float32)
+    factor = 127 / np.abs(inputs).max(-1, keepdims=True)
+    want = np.rint(inputs * factor) / factor @ np.asarray(w.dequantize(), np.float32).T
+    np.testing.assert_allclose(jq.matmul(jnp.asarray(x), w), want, rtol=1e-4, atol=1e-4)
