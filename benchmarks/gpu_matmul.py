@@ -139,9 +139,9 @@ def worker(jobs: Jobs) -> None:
                 torch_bf16 = [torch.from_dlpack(b) for b in bf16]
             shapes = jax.eval_shape(lambda w=w: w)
 
-            def build(t, form=form, n=n, k=k, shapes=shapes):
+            def build(t, form=form, n=n, k=k, shapes=shapes, w=w):
                 try:
-                    choice = choose(t[1], n, k, form, key, device.core_count)
+                    choice = choose(t[1], n, k, form, key, device.core_count, w.perm is not None)
                     x = jax.ShapeDtypeStruct((t[1], k), jnp.bfloat16)
                     return choice, jax.jit(api.launch, static_argnames="choice").lower(
                         x, shapes, choice=choice

@@ -106,7 +106,8 @@ def _batched(x: jax.Array, w: Any, bias: jax.Array | None, layer: jax.Array | No
     (m, k), n = x.shape, packed.shape[0]
     device = jax.devices()[0]
     cores = getattr(device, "core_count", None) or 132
-    choice = choose(m, n, k, packed.form, device_key(device.device_kind), cores)
+    gathered = packed.perm is not None and m == 1
+    choice = choose(m, n, k, packed.form, device_key(device.device_kind), cores, gathered)
     return launch(x, packed, choice, bias, layer)
 
 
@@ -143,6 +144,9 @@ def launch(
         if w.perm is not None:
             tail = jnp.broadcast_to(jnp.arange(k, k + -k % 8, dtype=jnp.int32), (*w.perm.shape[:-1], -k % 8))
             w = w.replace(perm=jnp.concatenate([w.perm, tail], -1))
+    if w.perm is not None and (choice.kernel != "stream" or x.shape[0] > 1):
+        x = jnp.take(x, w.perm if layer is None else w.perm[layer[0]], axis=1)
+        w = w.replace(perm=None)
     if choice.kernel == "gemm" and w.form.scale == "u8":
         w = expand_scales(w)
     w = w.replace(shape=(n + -n % 8, k + -k % 8))

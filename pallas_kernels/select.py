@@ -55,19 +55,27 @@ def table(device: str) -> dict[tuple, list[tuple[int, Choice]]]:
     return out
 
 
-def choose(m: int, n: int, k: int, form: Form, device: str = "h100", multiprocessors: int = 132) -> Choice:
-    """The kernel for x [m, k] and a weight [n, k]."""
-    rows = table(device).get((form.kind, form.bits, n, k), [])
-    for largest, choice in rows:
-        if m <= largest and fits(choice, m, n, k, form):
+def choose(
+    m: int, n: int, k: int, form: Form, device: str = "h100", multiprocessors: int = 132, gathered: bool = False
+) -> Choice:
+    """The kernel for x [m, k] and a weight [n, k]. `gathered`: an act-order weight and one row of x."""
+    own = table(device).get((form.kind, form.bits, n, k), [])
+    measured = max((largest for largest, _ in own), default=0)
+    # where a decode function was not measured, what is best for int4 is a good guess
+    other = [r for r in table(device).get(("affine", form.bits, n, k), []) if r[0] > measured]
+    for largest, choice in [*own, *other]:
+        if m <= largest and fits(choice, m, n, k, form, gathered):
             return choice
     return estimate(m, n, k, form, multiprocessors)
 
 
-def fits(choice: Choice, m: int, n: int, k: int, form: Form) -> bool:
+def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = False) -> bool:
     if choice.kernel == "gemm" and form.scale == "u8":
         form = dataclasses.replace(form, scale="bf16")
-    return KERNELS[choice.kernel].Plan(m, n, k, form, choice.config, "bf16").reason() is None
+    plan = KERNELS[choice.kernel].Plan(m, n, k, form, choice.config, "bf16")
+    if gathered and choice.kernel == "stream":
+        plan = dataclasses.replace(plan, gathered=True)
+    return plan.reason() is None
 
 
 def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132) -> list[Choice]:

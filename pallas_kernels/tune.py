@@ -32,7 +32,7 @@ from pallas_kernels.timing import Jobs, copies, median_us, supervise
 # Linear layers of 8B and 70B models: square, fused q/k/v, fused gate/up, down, and gate/up of 70B.
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (6144, 4096))
 FORMS = {"affine": Form(), "codebook": Form("codebook", 4, 64, "bf16")}
-ROWS = {"affine": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096), "codebook": (1,)}
+ROWS = {"affine": (1, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192), "codebook": (1,)}
 MAX_ERROR = 1e-2
 TYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
@@ -84,6 +84,10 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
             put(stream.Config(4, 1, copy(4), 48 << 10, 2 * sms))
             put(stream.Config(8, 1, copy(8), 128 << 10, sms))
             put(stream.Config(16, 1, copy(16), 128 << 10, sms))
+            put(stream.Config(8, 1, copy(8), 48 << 10, 2 * sms))
+            put(stream.Config(4, 1, copy(4), 64 << 10, 2 * sms))
+            put(stream.Config(4, 1, copy(4), 48 << 10, 2 * sms, unroll=4))
+            put(stream.Config(8, 1, copy(8), 112 << 10, sms))
         else:
             put(stream.Config(8, 2, copy(16), 96 << 10, sms))
             put(stream.Config(4, 2, copy(8), 48 << 10, 2 * sms))
@@ -91,6 +95,33 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
             for tile, wn, split in ((16, 4, 1), (16, 2, 1), (32, 1, 2), (32, 2, 2)):
                 put(gemm.Config(tile, wn, 2, 0, 1, split, sms))
         return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
+    tile = min(256, 1 << (m - 1).bit_length())
+    small = {
+        32: ((32, 1, 1, 1), (32, 1, 1, 2), (32, 2, 1, 1), (32, 2, 1, 2), (32, 4, 1, 1)),
+        64: ((64, 1, 1, 2), (64, 2, 1, 2), (64, 2, 1, 1), (64, 4, 1, 1), (64, 4, 2, 1), (64, 2, 2, 1)),
+        128: (
+            (128, 1, 1, 2),
+            (128, 2, 1, 1),
+            (128, 2, 1, 2),
+            (128, 4, 1, 1),
+            (128, 2, 2, 1),
+            (128, 4, 2, 1),
+            (64, 2, 1, 2),
+        ),
+        256: ((128, 2, 1, 2), (128, 3, 1, 2), (128, 4, 1, 1), (256, 2, 1, 1), (256, 2, 2, 1), (128, 2, 1, 1)),
+    }
+    for tile_m, wn, share, split in small[tile]:
+        if m <= 256 or tile_m == 256 or wn == 4:
+            put(gemm.Config(tile_m, wn, 1 if tile_m == 256 or wn * tile_m == 512 else 2, 0, share, split, sms))
+    if 128 < m <= 1024:
+        for wn, split in ((2, 1), (3, 1), (2, 2), (3, 2)):
+            put(gemm.Config(128, wn, 2, 0, 1, split, sms))
+        put(gemm.Config(192, 2, 1, 0, 1, 1, sms))
+        put(gemm.Config(192, 2, 1, 0, 2, 1, sms))
+    if m > 1024:
+        for group in (2, 4, 8):
+            put(gemm.Config(256, 2, 1, 0, 2, 1, sms, group))
+    return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
     tile = min(256, 1 << (m - 1).bit_length())
     small = {
         32: ((32, 1, 1, 1), (32, 1, 1, 2), (32, 2, 1, 1), (32, 2, 1, 2), (32, 4, 1, 1)),

@@ -47,7 +47,7 @@ class Config:
       share: blocks of a cluster that use the same x.
       split: blocks of a cluster that share the K of a tile.
       blocks: blocks to launch.
-      m_major: neighbouring blocks take neighbouring tiles of x (else of the weight).
+      m_group: tiles of x that neighbouring blocks take before they go on to the next rows of the weight; 0: all.
     """
 
     tile_m: int = 256
@@ -57,7 +57,7 @@ class Config:
     share: int = 1
     split: int = 1
     blocks: int = 132
-    m_major: bool = True
+    m_group: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     if reason := plan.reason():
         raise ValueError(f"gemm.matmul: {reason}")
     if w.perm is not None:
-        x = jnp.take(x, w.perm, axis=1)
+        raise ValueError("gemm.matmul: x must be in the order of the codes already")
     optional = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "bias": bias}
     optional |= {**w.tables, "layer": layer}
     names = [name for name, array in optional.items() if array is not None]
@@ -287,7 +287,11 @@ class _Kernel:
         """Tile of x and tile of the weight (64 * wn rows) of this block for the cluster's tile t."""
         plan, c = self.plan, self.plan.config
         u = self.first + t * plan.clusters
-        im, it = (u % plan.m_tiles, u // plan.m_tiles) if c.m_major else (u // plan.n_tiles, u % plan.n_tiles)
+        group = min(c.m_group or plan.m_tiles, plan.m_tiles)
+        first = u // (group * plan.n_tiles) * group  # of the group's tiles of x
+        size = ptx.select(first + group < plan.m_tiles, group, plan.m_tiles - first)
+        rest = u - first * plan.n_tiles
+        im, it = first + rest % size, rest // size
         if c.share > 1:
             it = it * c.share + self.rank % c.share
         return im, it

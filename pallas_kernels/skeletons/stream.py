@@ -31,6 +31,7 @@ from pallas_kernels.ptx import Int
 
 SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
 MAX_ROWS = 16
+MULTIPROCESSORS = 132
 # Exchange buffers. A warp writes sums of batch b + 4 into the buffer of batch b: by then it has seen batch b + 2
 # complete, so every warp has sent batch b + 2, which each does after it has read batch b.
 BUFFERS = 4
@@ -139,11 +140,16 @@ class Plan:
         return self.param_offsets[-1]
 
     @property
+    def limit(self) -> int:
+        """Shared memory of a block: all blocks must be resident at once (Hopper has 132 multiprocessors)."""
+        return SMEM_BYTES // -(-self.config.blocks // MULTIPROCESSORS)
+
+    @property
     def stages(self) -> int:
         """Slots of a warp's ring: what the configuration asks for, less where the work or the memory is smaller."""
         most = -(-self.pieces // self.parts) * -(-self.tiles // self.clusters)
         room = (
-            SMEM_BYTES - 4096 - self.fixed_bytes - BUFFERS * self.owned * self.parts * self.partial_bytes
+            self.limit - 4096 - self.fixed_bytes - BUFFERS * self.owned * self.parts * self.partial_bytes
         ) // self.config.warps
         return max(2, min(min(self.config.ring_bytes // self.config.warps, room) // self.stage_bytes, most, 32))
 
@@ -157,7 +163,7 @@ class Plan:
     def fixed_bytes(self) -> int:
         """Shared memory that does not depend on the length of the rings."""
         tables = DECODES[self.form.kind].shared_bytes(self.form) + (1024 if self.form.scale == "u8" else 0)
-        return self.m * self.x_pitch + tables
+        return self.m * self.x_pitch + tables + self.unordered_bytes
 
     @property
     def columns(self) -> int:
@@ -173,6 +179,11 @@ class Plan:
             for r in range(self.config.cluster)
         ]
         return max(ends) * self.chunks
+
+    @property
+    def unordered_bytes(self) -> int:
+        """x as it comes, and the block's part of the permutation."""
+        return self.k * 2 + self.x_chunks * CHUNK * 4 if self.gathered else 0
 
     @property
     def x_pitch(self) -> int:
@@ -197,6 +208,7 @@ class Plan:
         put("ring", self.config.warps * self.stages * self.stage_bytes)
         put("barriers", 8 * (self.config.warps * self.stages + 1 + BUFFERS))
         put("x", self.m * self.x_pitch)
+        put("unordered", self.unordered_bytes)
         put("tables", DECODES[self.form.kind].shared_bytes(self.form))
         put("table2", 1024 if self.form.scale == "u8" else 0)
         put("partials", BUFFERS * self.owned * self.parts * self.partial_bytes)
@@ -207,10 +219,12 @@ class Plan:
         """Why this launch is not possible, or None."""
         if self.m > MAX_ROWS:
             return f"{self.m} rows of x, at most {MAX_ROWS}"
+        if self.gathered and self.m > 1:
+            return "act-order inside the kernel is for one row of x"
         if self.k % 8:
             return f"in_features {self.k} is not a multiple of 8"
-        if self.layout["bytes"] > SMEM_BYTES:
-            return f"{self.layout['bytes']} bytes of shared memory, {SMEM_BYTES} are there"
+        if self.layout["bytes"] > self.limit:
+            return f"{self.layout['bytes']} bytes of shared memory, {self.limit} are there"
         return None
 
 
@@ -295,7 +309,7 @@ class _Kernel:
         self.x_bar = shared + at["barriers"] + c.warps * plan.stages * 8
         self.sum_bars = self.x_bar + 8
         self.x, self.tables, self.table2 = shared + at["x"], shared + at["tables"], shared + at["table2"]
-        self.partials = shared + at["partials"]
+        self.partials, self.unordered = shared + at["partials"], shared + at["unordered"]
         self.policy = ptx.evict_first() if c.hint else None
         self.block_begin = self.rank * c.warps * plan.pieces // plan.parts  # first piece of this block
         self.block_end = (self.rank + 1) * c.warps * plan.pieces // plan.parts
@@ -308,22 +322,25 @@ class _Kernel:
             for i in range(BUFFERS):
                 ptx.barrier_init(self.sum_bars + 8 * i, 1 if cluster > 1 else warps)
             ptx.fence_barrier_init()
-        if not plan.gathered:
+        if plan.gathered:
+            self.copy_unordered_x()
+        else:
             self.copy_x()
         state = self.start_ring()
         self.decode.fill(plan.form, plan.dtype, self.tables, self.pointers.get("table"), self.thread, warps * 32)
         if plan.form.scale == "u8":
             self.fill_table2()
-        if plan.gathered:
-            self.gather_x()
-        elif plan.k % CHUNK:
+        if plan.k % CHUNK and not plan.gathered:
             self.pad_x()
         ptx.sync_block()
         if cluster > 1:
             ptx.cluster_arrive(relaxed=True)
             ptx.cluster_wait()
-        if not plan.gathered:
-            ptx.barrier_wait(self.x_bar, 0)
+        ptx.barrier_wait(self.x_bar, 0)
+        if plan.gathered:
+            self.order_x()
+            ptx.sync_warp()
+            ptx.sync_block()
 
         size = plan.owned * cluster  # tiles of a batch
         batches = (self.my_tiles + (size - 1)) // size
@@ -412,9 +429,7 @@ class _Kernel:
     def copy_x(self) -> None:
         """The block's part of every row of x, one lane of the first warp a row."""
         plan = self.plan
-        begin = self.block_begin * (plan.chunks * CHUNK)
-        end = self.block_end * (plan.chunks * CHUNK)
-        end = ptx.select(end < plan.k, end, plan.k)
+        begin, end = self.x_range()
         nbytes = (end - begin) * 2
         with ptx.when(self.warp == 0):
             with ptx.when(self.leader):
@@ -434,24 +449,40 @@ class _Kernel:
             for i in range(0, pad * 2, 16):
                 ptx.store_shared(self.x + self.thread * plan.x_pitch + at + i, [0, 0, 0, 0])
 
-    def gather_x(self) -> None:
-        """All threads: x in the order of the codes (act-order), zeros behind the last input."""
+    def copy_unordered_x(self) -> None:
+        """The whole row of x, and the block's part of the permutation (act-order)."""
         plan = self.plan
-        begin = self.block_begin * (plan.chunks * CHUNK)
+        begin, end = self.x_range()
+        with ptx.when(self.thread == 0):
+            ptx.barrier_expect(self.x_bar, plan.k * 2 + (end - begin) * 4)
+            ptx.bulk_copy(self.unordered, self.pointers["x"], plan.k * 2, self.x_bar)
+            source = ptx.address(self.pointers["perm"], begin, 4)
+            ptx.bulk_copy(self.unordered + plan.k * 2, source, (end - begin) * 4, self.x_bar)
+        ptx.sync_warp()
+
+    def order_x(self) -> None:
+        """All threads: x in the order of the codes, eight inputs at a time; zeros behind the last input."""
+        plan = self.plan
+        begin, end = self.x_range()
         width = (self.block_end - self.block_begin) * (plan.chunks * CHUNK)
+        perm = self.unordered + plan.k * 2
 
         def item(i: Int, carry: list[Any]) -> list[Any]:
-            k = begin + i
-            inside = k < plan.k
-            source = Int(ptx.load_global(ptx.address(self.pointers["perm"], ptx.select(inside, k, 0), 4), "u32"))
-            for row in range(plan.m):
-                value = ptx.load_global(ptx.address(self.pointers["x"], source + row * plan.k, 2), "u16")
-                value = ptx.select(inside, value, 0)
-                text = "{ .reg .u16 h; cvt.u16.u32 h, $1; st.shared.u16 [$0], h; }"
-                ptx.asm([], text, self.x + row * plan.x_pitch + i * 2, value)
+            inside = i * 8 < end - begin
+            at = perm + ptx.select(inside, i, 0) * 32
+            places = ptx.load_shared(at, "u32", 4) + ptx.load_shared(at + 16, "u32", 4)
+            values = [Int(ptx.load_shared(self.unordered + Int(p) * 2, "u16")[0]) for p in places]
+            pairs = [ptx.select(inside, values[j] + (values[j + 1] << 16), 0) for j in range(0, 8, 2)]
+            ptx.store_shared(self.x + i * 16, pairs)
             return carry
 
-        ptx.loop(self.thread, width, plan.config.warps * 32, [], item)
+        ptx.loop(self.thread, width >> 3, plan.config.warps * 32, [], item)
+
+    def x_range(self) -> tuple[Int, Int]:
+        """First input of this block, and the one behind its last."""
+        plan = self.plan
+        begin, end = self.block_begin * (plan.chunks * CHUNK), self.block_end * (plan.chunks * CHUNK)
+        return begin, ptx.select(end < plan.k, end, plan.k)
 
     def fill_table2(self) -> None:
         def item(i: Int, carry: list[Any]) -> list[Any]:

@@ -42,7 +42,10 @@ def test_every_kind_for_few_and_many_rows(kind):
     assert pallas_kernels.supports(w, rows(1, k)) is None
     for m in (1, 5, 16, 33, 200):
         hold(rows(m, k), q, w)
-    hold(rows(7, k, jnp.float16), q, w, allowed=3)  # fp16 has three bits more than a bf16 table
+    # the oracle rounds a bfloat16 weight; the kernel multiplies unrounded
+    for m in (7, 40):
+        x = rows(m, k, jnp.float16)
+        assert error(pallas_kernels.matmul(x, w), product(x, q.dequantize("float32"))) < 3e-3
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (144, 192), (4096, 576), (272, 11008), (48, 4096)])
