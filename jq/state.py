@@ -302,7 +302,7 @@ def write_state(state: State, folder: Path) -> None:
     for file, group in placed.items():
         metadata = state.metadata.get(file) if state.metadata else {"format": "pt", **fresh}
         safetensors_file.write(folder / file, group, metadata or {})
-    if len(placed) > 1:
+    if len(placed) > 1 or not (folder / "model.safetensors").exists():  # loaders find other names by the index alone
         _write_index(folder, placed)
     for name, raw in state.side_files.items():
         (folder / name).write_bytes(raw)

@@ -137,11 +137,10 @@ def _columns(prefix: str, bytes_: int, bits: int, rows: int, context: Context) -
     """in_features: what config.json says where that fits the bytes of a row (the last byte may be half used)."""
     per = 8 // bits
     full = bytes_ * per
-    found = in_features_of(prefix, rows * full, context.config, lambda k: k == full)
-    if found is None and per > 1:
-        near = range(full - per + 1, full)
-        found = next((k for k in near if in_features_of(prefix, rows * k, context.config, lambda c, k=k: c == k)), None)
-    return found or full
+    for k in (full, *range(full - per + 1, full)):
+        if in_features_of(prefix, rows * k, context.config, k.__eq__) == k:
+            return k
+    return full
 
 
 def dump(q: Affine) -> Parts:

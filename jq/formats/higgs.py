@@ -40,7 +40,7 @@ class Options:
     bits: int
     group_size: int
     hadamard_size: int
-    templates: Mapping[str, int]
+    templates: Mapping[str, Any]
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -138,7 +138,7 @@ def unpack(words: np.ndarray, bits: int, tile: int) -> np.ndarray:
     unsigned = np.ascontiguousarray(words.T).view(np.uint16)
     if bits != 3:
         shifts = (np.arange(16 // bits) * bits).astype(np.uint16)
-        fields = ((unsigned[..., None] >> shifts) & ((1 << bits) - 1)).astype(np.uint8).reshape(k, n)
+        fields: np.ndarray = ((unsigned[..., None] >> shifts) & ((1 << bits) - 1)).astype(np.uint8).reshape(k, n)
     else:
         first, rest = unsigned[:, : n // 16], unsigned[:, n // 16 :]
         by_row = np.empty((k // 2, n // 512, 32, 3, 2), np.uint16)
@@ -149,8 +149,8 @@ def unpack(words: np.ndarray, bits: int, tile: int) -> np.ndarray:
         stream[..., BITS3] = raw
         triples = stream.reshape(k // 2, -1, 3)
         fields = triples[..., 0] | triples[..., 1] << 1 | triples[..., 2] << 2
+    codes: np.ndarray = np.empty(k * n, np.uint8)
     places = flute_order(np.arange(k * n).reshape(k, n), bits, tile)
-    codes = np.empty(k * n, np.uint8)
     codes[places.reshape(-1)] = fields.reshape(-1)
     return codes.reshape(k, n)
 

@@ -138,7 +138,7 @@ def _sizes(
     if perm is not None:
         readings = [(n, perm.size, r) for n, k, r in readings if k - TILE < perm.size <= k]
     if len(readings) > 1:
-        said = {k for n, k, _ in readings if in_features_of(prefix, n * k, context.config, lambda c, k=k: c == k)}
+        said = {k for n, k, _ in readings if in_features_of(prefix, n * k, context.config, k.__eq__)}
         readings = [r for r in readings if r[1] in said] or readings
     if len(readings) != 1:
         raise FormatError(
@@ -148,7 +148,7 @@ def _sizes(
     n, k, rows = readings[0]
     if perm is None:  # a last tile that is not full
         near = range(k - TILE + 1, k + 1)
-        exact = [c for c in near if in_features_of(prefix, n * c, context.config, lambda x, c=c: x == c)]
+        exact = [c for c in near if in_features_of(prefix, n * c, context.config, c.__eq__)]
         k = exact[0] if len(exact) == 1 else k
     return n, k, rows
 
