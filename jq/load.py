@@ -84,6 +84,7 @@ def build(
         packed=(not on_cpu) if packed is None else packed,
         quantize_activations=quantize_activations,
         label=label,
+        fuse=not on_cpu,
     )
     cache_dtype = _cache_dtype(state, kv_cache_dtype, compute, quantize_activations)
     body = Decoder(read, "model", spec, cache_dtype)

@@ -10,7 +10,7 @@ tensor that `jq.save` and `jq.quantized` use, in a `Packed` variable. Compiled f
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from flax import nnx
 from jq import activations
 from jq.errors import UnsupportedError
 from jq.matmul import matmul
-from jq.qtensor import QTensor
+from jq.qtensor import Affine, Codebook, QTensor
 
 Array = Any  # numpy.ndarray | jax.Array
 
@@ -83,6 +83,80 @@ class Linear(nnx.Module):
             return activations.matmul(x, weight, bias)  # some libraries add the bias before they scale or quantize
         y = product(x, weight, quantize_activations=self.quantize_activations)
         return y if bias is None else y + bias.astype(y.dtype)
+
+
+class FusedLinear(nnx.Module):
+    """Several layers of one input as one matrix, for one kernel launch; at the surface each part keeps its name.
+
+    Args:
+      weight: the parts' rows one after the other (`fuse`), in the device's order.
+      bias: [sum of rows] or None.
+      parts: (name, rows) of each part.
+      shells: the parts without the arrays that `weight` holds.
+    """
+
+    def __init__(
+        self, weight: QTensor, bias: Array | None, parts: tuple[tuple[str, int], ...], shells: tuple[QTensor, ...]
+    ) -> None:
+        self.weight = QVar(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.parts = parts
+        self.shells = Packed(shells)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = product(x, self.weight.get_value())
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+    def quantized(self) -> dict[str, QTensor]:
+        """The parts' own tensors by name."""
+        whole, found, start = restored(self.weight.get_value()), {}, 0
+        for (name, rows), shell in zip(self.parts, self.shells.get_value(), strict=True):
+            cut = whole[start : start + rows]
+            found[name] = shell.replace(**{f: getattr(cut, f) for f in BY_ROW[type(whole)]})
+            start += rows
+        return found
+
+    def biases(self) -> dict[str, Array]:
+        """The parts' biases by name."""
+        if self.bias is None:
+            return {}
+        ends = np.cumsum([rows for _, rows in self.parts])[:-1].tolist()
+        values = jnp.split(self.bias.get_value(), ends)
+        return {name: value for (name, _), value in zip(self.parts, values, strict=True)}
+
+
+# Fields that hold one row for each row of the weight.
+BY_ROW: dict[type, tuple[str, ...]] = {Affine: ("codes", "scales", "zeros"), Codebook: ("codes", "absmax")}
+
+
+def fuse(weights: Sequence[QTensor]) -> tuple[QTensor, tuple[QTensor, ...]] | None:
+    """(one tensor of all rows, what remains of each part), or None where the parts differ in more than their rows."""
+    first = weights[0]
+    fields = BY_ROW.get(type(first))
+    if fields is None or any(type(w) is not type(first) for w in weights):
+        return None
+    shells = tuple(w.replace(**dict.fromkeys(fields)) for w in weights)
+    if len({jax.tree.structure(s.replace(extras={}, source=None)) for s in shells}) > 1:
+        return None
+    if any(not _splits_by_rows(w, fields) for w in weights) or not _equal([s.replace(extras={}) for s in shells]):
+        return None
+    rows = {f: [getattr(w, f) for w in weights] for f in fields}
+    joined = {f: None if v[0] is None else jnp.concatenate(v) for f, v in rows.items()}
+    return first.replace(**joined, extras={}, source=None), shells
+
+
+def _splits_by_rows(w: QTensor, fields: tuple[str, ...]) -> bool:
+    values = [getattr(w, f) for f in fields]
+    grouping = w.grouping  # type: ignore[attr-defined]
+    plain = all(v is None or (not isinstance(v, QTensor) and v.shape[0] == w.out_features) for v in values)
+    return plain and grouping.kind == "block" and grouping.rows == 1 and w.activation is None  # type: ignore[attr-defined]
+
+
+def _equal(shells: list[QTensor]) -> bool:
+    """Whether what the parts share (tables, g_idx) has equal values."""
+    first = jax.tree.leaves(shells[0])
+    others = (jax.tree.leaves(s) for s in shells[1:])
+    return all(np.array_equal(a, b) for leaves in others for a, b in zip(first, leaves, strict=True))
 
 
 class Embedding(nnx.Module):
@@ -193,11 +267,18 @@ def restored(weight: QTensor) -> QTensor:
 
 def quantized(model: nnx.Module) -> dict[str, QTensor]:
     """The quantized tensors of a model by module path (by parameter name where a tensor is a parameter of its own)."""
-    found = {}
+    found: dict[str, QTensor] = {}
+    inside = set()
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, FusedLinear):
+            inside.add(path)
+            found |= {".".join(map(str, (*path[:-1], name))): q for name, q in module.quantized().items()}
     for path, variable in nnx.to_flat_state(nnx.state(model, (QVar, Packed))):
+        if path[:-1] in inside:
+            continue
         name = ".".join(map(str, path))
-        path_name = name.removesuffix(".weight").removesuffix(".packed").removesuffix("_packed")
-        found[path_name] = restored(variable.get_value())
+        name = name.removesuffix(".weight").removesuffix(".packed").removesuffix("_packed")
+        found[name] = restored(variable.get_value())
     return found
 
 

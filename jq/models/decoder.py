@@ -42,8 +42,13 @@ class Attention(nnx.Module):
         self.spec, self.layer, self.cache_dtype = spec, layer, cache_dtype
         hidden, wide = spec.hidden_size, spec.num_heads * spec.head_dim
         narrow = spec.num_kv_heads * spec.head_dim
+        parts = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow}
+        fused = None if spec.fused else read.fused(path, parts, hidden, spec.attention_bias)
+        self.fused = spec.fused or fused is not None
         if spec.fused:
             self.qkv_proj = read.linear(f"{path}.qkv_proj", (wide + 2 * narrow, hidden), spec.attention_bias)
+        elif fused is not None:
+            self.qkv_proj = fused
         else:
             self.q_proj = read.linear(f"{path}.q_proj", (wide, hidden), spec.attention_bias)
             self.k_proj = read.linear(f"{path}.k_proj", (narrow, hidden), spec.attention_bias)
@@ -55,9 +60,8 @@ class Attention(nnx.Module):
             self.k_norm = read.norm(f"{path}.k_norm", spec.head_dim if one_head else narrow)
         self.sinks = read.optional(f"{path}.sinks", (spec.num_heads,)) if spec.sinks else None
         narrow_cache = kv_cache.DTYPES[cache_dtype][1] is not None
-        per_head = (spec.num_kv_heads, 1, 1)
-        self.k_scale = read.optional(f"{path}.k_scale", (1,), per_head) if narrow_cache else None
-        self.v_scale = read.optional(f"{path}.v_scale", (1,), per_head) if narrow_cache else None
+        self.k_scale = _cache_scale(read, path, "k", spec) if narrow_cache else None
+        self.v_scale = _cache_scale(read, path, "v", spec) if narrow_cache else None
 
     def empty_cache(self, batch: int, slots: int) -> tuple[kv_cache.Buffer, kv_cache.Buffer]:
         shape = (batch, self.spec.num_kv_heads, slots, self.spec.head_dim)
@@ -115,7 +119,7 @@ class Attention(nnx.Module):
         """q [B, T, heads, head_dim], k and v [B, T, kv_heads, head_dim], normed where the family does."""
         spec = self.spec
         wide, narrow = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        if spec.fused:
+        if self.fused:
             q, k, v = jnp.split(self.qkv_proj(x), [wide, wide + narrow], axis=-1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -133,6 +137,15 @@ class Attention(nnx.Module):
         )
 
 
+def _cache_scale(read: Reader, path: str, which: str, spec: DecoderSpec) -> Any:
+    """The stored scale of keys ("k") or values ("v"), one or one a head: compressed-tensors' name or ModelOpt's."""
+    for name in (f"{path}.{which}_scale", f"{path}.{which}_proj.{which}_scale"):
+        found = read.optional(name, (1,), (spec.num_kv_heads, 1, 1))
+        if found is not None:
+            return found
+    return None
+
+
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x))."""
 
@@ -145,10 +158,14 @@ class MLP(nnx.Module):
         names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
     ) -> None:
         hidden, width = spec.hidden_size, width or spec.intermediate_size
-        self.activation, self.fused, self.names = spec.activation, spec.fused, names
+        self.activation, self.names = spec.activation, names
         gate, up, down = names
+        joined = None if spec.fused else read.fused(path, {gate: width, up: width}, hidden, spec.mlp_bias)
+        self.fused = spec.fused or joined is not None
         if spec.fused:
             self.gate_up_proj = read.linear(f"{path}.gate_up_proj", (2 * width, hidden), spec.mlp_bias)
+        elif joined is not None:
+            self.gate_up_proj = joined
         else:
             setattr(self, gate, read.linear(f"{path}.{gate}", (width, hidden), spec.mlp_bias))
             setattr(self, up, read.linear(f"{path}.{up}", (width, hidden), spec.mlp_bias))

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jq.models import tokenizer as _tokenizer
-from jq.nn import quantized
+from jq.nn import FusedLinear, quantized
 from jq.state import State
 
 
@@ -75,9 +75,16 @@ class Origin:
         stored = set(self.names)
         for name, tensor in quantized(model).items():
             found[name if name in stored else f"{name}.weight"] = tensor
+        joined = set()
+        for path, module in nnx.iter_modules(model):
+            if isinstance(module, FusedLinear):
+                joined.add(".".join(map(str, (*path, "bias"))))
+                for part, value in module.biases().items():
+                    name = ".".join(map(str, (*path[:-1], part, "bias")))
+                    found[name] = self._restored(name, value)
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
             name = ".".join(map(str, path))
-            if name not in found:
+            if name not in found and name not in joined:
                 found[name] = self._restored(name, variable.get_value())
         order = [n for n in self.names if n in found] + [n for n in found if n not in self.names]
         shell = self.shell
@@ -93,9 +100,9 @@ class Origin:
         )
 
     def _restored(self, name: str, array: Any) -> Any:
-        """A dense tensor in its stored dtype: the stored array where it is still the one that was loaded."""
+        """A dense tensor in its stored dtype: the stored array where the value is still the loaded one."""
         stored, compute = self.kept.get(name, (None, None))
-        if stored is not None and compute is array:
+        if stored is not None and (compute is array or np.array_equal(compute, array, equal_nan=True)):
             return stored
         dtype = self.stored.get(name)
         if dtype is None or array.dtype == dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ from flax import nnx
 
 from jq.errors import CheckpointError
 from jq.models.spec import DecoderSpec
-from jq.nn import Embedding, Linear, Packed, QVar, RMSNorm, linear_of, lossless
+from jq.nn import Embedding, FusedLinear, Linear, Packed, QVar, RMSNorm, fuse, linear_of, lossless, prepared
 from jq.qtensor import QTensor
+from jq.state import State
 
 # Stored by old transformers versions; recomputed from config.json.
 IGNORED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -29,6 +29,7 @@ class Reader:
       packed: compute linear layers from their packed weights.
       quantize_activations: execute activation quantization.
       label: file or directory for messages.
+      fuse: join packed q/k/v and gate/up into one matrix each (one kernel launch).
 
     Attributes:
       kept: stored arrays that the compute dtype cannot hold exactly: name -> (stored array, compute array).
@@ -37,16 +38,18 @@ class Reader:
 
     def __init__(
         self,
-        state: Mapping[str, Any],
+        state: State,
         spec: DecoderSpec,
         *,
         dtype: Any,
         packed: bool,
         quantize_activations: bool,
         label: str,
+        fuse: bool = False,
     ) -> None:
         self.state, self.spec, self.label = state, spec, label
         self.dtype, self.packed, self.quantize_activations = np.dtype(dtype), packed, quantize_activations
+        self.fuse = fuse and packed
         self.used: set[str] = set()
         self.kept: dict[str, tuple[Any, Any]] = {}
         self.stored: dict[str, np.dtype] = {}
@@ -65,6 +68,32 @@ class Reader:
                 quantize_activations=self.quantize_activations,
             )
         return Linear(self._compute(f"{path}.weight", weight), offset)
+
+    def fused(self, path: str, parts: dict[str, int], inputs: int, bias: bool) -> FusedLinear | None:
+        """Layers `path`.name of one input as one, where the device computes from packed weights and these fit together.
+
+        Args:
+          path: of the parent.
+          parts: name -> out_features.
+          inputs: in_features of all.
+          bias: whether each must have a bias.
+        """
+        if not self.fuse:
+            return None
+        names = {part: f"{path}.{part}" for part in parts}
+        weights = [self.state[f"{n}.weight"] for n in names.values() if f"{n}.weight" in self.state]
+        with_bias = [f"{n}.bias" in self.state for n in names.values()]
+        if len(weights) < len(parts) or len(set(with_bias)) > 1 or not all(isinstance(w, QTensor) for w in weights):
+            return None
+        joined = fuse(weights)
+        if joined is None:
+            return None
+        for part, rows in parts.items():
+            self.take(f"{names[part]}.weight", (rows, inputs))
+        biases = [self.array(f"{names[p]}.bias", (rows,)) for p, rows in parts.items()] if bias or with_bias[0] else []
+        whole, shells = joined
+        offset = jnp.concatenate(biases) if biases else None
+        return FusedLinear(prepared(whole, self.dtype), offset, tuple(parts.items()), shells)
 
     def embedding(self, path: str, shape: tuple[int, int]) -> Embedding:
         weight = self.take(f"{path}.weight", shape)

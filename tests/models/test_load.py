@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import jax
@@ -146,3 +147,26 @@ def test_checkpoint_cache_scales_are_used() -> None:
     np.testing.assert_array_equal(np.asarray(model(tokens))[:, 11:-1].argmax(-1), tokens[:, 12:])
     plain = jq.load(folder, quantize_activations=False)
     assert plain.model.layers[0].self_attn.cache_dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["gptq-4-g128-sym", "gptq-2-g64-asym-v1", "awq-gemm-g64", "bnb-nf4", "bnb-nf4-dq-f32"])
+def test_fused_layers_keep_their_names_and_bytes(name: str, tmp_path: Path, monkeypatch) -> None:
+    """What a GPU does with packed weights: q/k/v and gate/up as one matrix."""
+    from jq.models import reader
+
+    folder = REFERENCE.get(name)
+    if folder is None:
+        pytest.skip(f"the directory {name} was not found")
+    apart = jq.load(folder, packed=True)
+    module = sys.modules["jq.load"]  # the name jq.load is the function
+    monkeypatch.setattr(module, "Reader", lambda *a, **k: reader.Reader(*a, **{**k, "fuse": True}))
+    model = jq.load(folder, packed=True)
+    attention = model.model.layers[0].self_attn
+    assert attention.fused == ("dq" not in name)  # nested scales of blocks of 256 do not end with rows
+    ids = np.arange(3, 17)[None]
+    np.testing.assert_allclose(model(ids), apart(ids), atol=2e-4)
+    assert set(jq.quantized(model)) == set(jq.quantized(apart))
+    for path, q in jq.quantized(apart).items():
+        np.testing.assert_array_equal(jq.quantized(model)[path].dequantize(), q.dequantize())
+    jq.save(model, tmp_path / "out")
+    assert stored(tmp_path / "out") == stored(folder)
