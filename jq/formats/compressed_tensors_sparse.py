@@ -2,13 +2,13 @@
 
   sparse-bitmask      compressed [nnz] (any dtype), bitmask uint8 [N, ceil(K/8)], shape int64 [2], row_offsets int64 [N]
   sparse-24-bitmask   compressed [N, K/2], bitmask, shape int64 [2, 1]; float8 or int8 codes where weight_scale is there
-  marlin-24           weight_packed int32 [K/32, 2N], meta int16 [K/32, 2N], scale_packed float16 [groups, N]
+  marlin-24           weight_packed int32 [K/32, N*bits/2], meta int16 [K/32, 2N], scale_packed float16 [groups, N]
 
 Bit k % 8 (lowest first) of byte k // 8 of a mask row is set where the value is kept; values follow in row-major order.
 What the mask of int8 codes lost when the file was written (abs(-128) overflows, so a code of -128 counts as smallest)
 is lost: the stored values are read.
 
-marlin-24 holds 4-bit codes q + 8 of a 2:4 sparse weight, compressed to [K/2, N], in tiles of 16x16 whose 1024 elements
+marlin-24 holds codes q + 2**(bits-1) of 4 or 8 bits of a 2:4 sparse weight, compressed to [K/2, N], in tiles of 16x16 whose 1024 elements
 are permuted for tensor cores, and the place of each kept value in its quad as CUTLASS' reordered 2-bit metadata.
 Source: compressed-tensors 0.10.2 (compressors/sparse_compressors, sparse_quantized_compressors/marlin_24.py).
 """
@@ -105,19 +105,18 @@ def load_marlin(prefix: str, parts: Parts, args: Args) -> Affine:
     expect_dtype(words, (np.int32,), f"{prefix}.weight_packed")
     expect_dtype(meta, (np.int16,), f"{prefix}.meta")
     expect_dtype(scales, (np.float16, ml_dtypes.bfloat16), f"{prefix}.scale_packed")
-    if args.num_bits != 4 or args.type != "int" or not args.symmetric:
+    b = args.num_bits
+    if b not in (4, 8) or args.type != "int" or not args.symmetric:
+        raise FormatError(f"{prefix}: marlin-24 with {args}; the format holds symmetric int4 and int8 only")
+    if words.ndim != 2 or not words.size or words.shape[1] % (32 * b) or scales.ndim != 2:
         raise FormatError(
-            f"{prefix}: marlin-24 with {args}; only symmetric int4 has its layout described and read here"
+            f"{prefix}.weight_packed: found shape {words.shape}, expected (K/32, N*{b}/2) with N a multiple of 64"
         )
-    if words.ndim != 2 or words.shape[1] % 128 or scales.ndim != 2:
-        raise FormatError(
-            f"{prefix}.weight_packed: found shape {words.shape}, expected (K/32, 2N) with N a multiple of 64"
-        )
-    k, n = 32 * words.shape[0], words.shape[1] // 2
+    k, n = 32 * words.shape[0], 2 * words.shape[1] // b
     groups = k // args.group_size if args.group_size else 1
     expect_shape(meta, (k // 32, 2 * n), f"{prefix}.meta", f"2 bits for each kept weight of ({n}, {k})")
     expect_shape(scales, (groups, n), f"{prefix}.scale_packed", f"{args} on ({n}, {k})")
-    codes = _untile(words, k // 2, n).T - 8  # [N, K/2], signed
+    codes = _untile(words, k // 2, n, b).T - (1 << (b - 1))  # [N, K/2], signed
     places = _places(meta, n, k)
     kept = np.zeros((n, k), bool)
     np.put_along_axis(kept, places, True, axis=1)
@@ -128,9 +127,9 @@ def load_marlin(prefix: str, parts: Parts, args: Args) -> Affine:
     plain = np.empty((scales.size // 64, 64), scales.dtype)
     plain[:, order] = scales.reshape(-1, 64)
     made = Affine(
-        Sparse(_bits.pack(codes, 4), pack_mask(kept), value_bits=4, dtype="int8", source=None),
+        Sparse(_bits.pack(codes, b), pack_mask(kept), value_bits=b, dtype="int8", source=None),
         np.ascontiguousarray(plain.reshape(groups, n).T),
-        code_bits=4,
+        code_bits=b,
         signed=True,
         grouping=Grouping("block", 1, args.group_size if groups > 1 else 0),
         formula="sub_mul",
@@ -143,13 +142,14 @@ def load_marlin(prefix: str, parts: Parts, args: Args) -> Affine:
 
 def dump_marlin(q: Any) -> Parts:
     n, k = q.shape
-    codes = np.asarray(_bits.unpack(np.asarray(q.codes.values), 4, signed=True)) + 8  # [N, K/2]
+    b = q.code_bits
+    codes = np.asarray(_bits.unpack(np.asarray(q.codes.values), b, signed=True)) + (1 << (b - 1))  # [N, K/2]
     kept = np.unpackbits(np.asarray(q.codes.mask), axis=1, count=k, bitorder="little").astype(bool)
     places = np.nonzero(kept)[1].reshape(n, k // 2)
     order = _SHORT if q.source.get("short_groups") else _IDENTITY
     scales = np.ascontiguousarray(np.asarray(q.scales).T)
     return {
-        "weight_packed": _tile(np.ascontiguousarray(codes.T)),
+        "weight_packed": _tile(np.ascontiguousarray(codes.T), b),
         "meta": _metadata(places, n, k),
         "scale_packed": scales.reshape(-1, 64)[:, order].reshape(scales.shape),
         **{name: np.asarray(v) for name, v in q.extras.items()},
@@ -166,8 +166,8 @@ def _scale_order(args: Args, k: int) -> np.ndarray:
 
 
 @cache
-def _tile_order() -> np.ndarray:
-    """Permutation of the 1024 codes of 16 rows x 64 columns (four 16x16 tiles), nibble interleave included."""
+def _tile_order(bits: int) -> np.ndarray:
+    """Permutation of the 1024 codes of 16 rows x 64 columns (four 16x16 tiles), interleave within a word included."""
     order = []
     for thread in range(32):
         column = thread // 4
@@ -177,26 +177,25 @@ def _tile_order() -> np.ndarray:
                 base.append(16 * row + (column // 2) * 256 + 8 * (column % 2) + 4 * block)
         for j in range(4):
             order += [p + j for p in base]
-    return np.array(order).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
+    within = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
+    return np.array(order).reshape(-1, len(within))[:, within].reshape(-1)
 
 
-_NIBBLES = tuple(range(0, 32, 4))
-
-
-def _untile(words: np.ndarray, rows: int, n: int) -> np.ndarray:
-    """int32 [K/32, 2N] -> codes int32 [rows = K/2, N] (still offset by 8)."""
-    order = _tile_order()
-    shuffled = _bits.unpack_words(words, _NIBBLES, 4).reshape(-1, order.size)
+def _untile(words: np.ndarray, rows: int, n: int, bits: int) -> np.ndarray:
+    """int32 [K/32, N*bits/2] -> codes int32 [rows = K/2, N] (still offset by 2**(bits-1))."""
+    order = _tile_order(bits)
+    shuffled = _bits.unpack_words(words, tuple(range(0, 32, bits)), bits).reshape(-1, order.size)
     flat = np.empty_like(shuffled)
     flat[:, order] = shuffled
     return flat.reshape(rows // 16, n // 16, 16, 16).transpose(0, 2, 1, 3).reshape(rows, n)
 
 
-def _tile(codes: np.ndarray) -> np.ndarray:
+def _tile(codes: np.ndarray, bits: int) -> np.ndarray:
     """Inverse of `_untile`."""
     rows, n = codes.shape
-    flat = codes.reshape(rows // 16, 16, n // 16, 16).transpose(0, 2, 1, 3).reshape(-1, _tile_order().size)
-    return _bits.pack_words(flat[:, _tile_order()].reshape(rows // 16, -1), _NIBBLES, 4, np.int32)
+    flat = codes.reshape(rows // 16, 16, n // 16, 16).transpose(0, 2, 1, 3).reshape(-1, _tile_order(bits).size)
+    shifts = tuple(range(0, 32, bits))
+    return _bits.pack_words(flat[:, _tile_order(bits)].reshape(rows // 16, -1), shifts, bits, np.int32)
 
 
 def _meta_index(n: int, columns: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jq
 from jq.errors import FormatError, UnsupportedError
+from jq.formats import compressed_tensors_sparse as sparse
 from jq.formats.base import Context
 from jq.formats.compressed_tensors import FORMAT
 from jq.formats.compressed_tensors_config import PRESETS, parse
@@ -266,6 +267,48 @@ def test_sparse_24_on_codes(kind):
     codes[mask] = values.reshape(-1)
     assert_same(q.dequantize(), codes.astype(np.float32) * scales)
     assert held_bytes(q) <= sum(v.nbytes for v in parts.values())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_marlin_24(bits, groups):
+    """Codes, metadata and scales back from their tiles. (A file of the library, 4 bits, is among the references.)"""
+    rng = np.random.default_rng(bits + groups)
+    n, k, half = 64, 512, 1 << (bits - 1)
+    mask = two_of_four(rng, n, k)
+    codes = rng.integers(-half, half, (n, k // 2))
+    places = np.nonzero(mask)[1].reshape(n, k // 2)
+    scales = rng.uniform(0.01, 1, (groups, n)).astype(np.float16)
+    order = sparse._SHORT if groups > 1 else sparse._IDENTITY
+    parts = {
+        "weight_packed": sparse._tile(np.ascontiguousarray(codes.T) + half, bits),
+        "meta": sparse._metadata(places, n, k),
+        "scale_packed": scales.reshape(-1, 64)[:, order].reshape(scales.shape),
+    }
+    assert parts["weight_packed"].shape == (k // 32, n * bits // 2) and parts["meta"].shape == (k // 32, 2 * n)
+    args = (
+        {"num_bits": bits, "strategy": "group", "group_size": 128}
+        if groups > 1
+        else {"num_bits": bits, "strategy": "channel"}
+    )
+    q = read(FORMAT, named(parts), config(args, form="marlin-24"))[NAME]
+    dense = np.zeros((n, k), np.float16)
+    dense[mask] = codes.reshape(-1)
+    assert_same(q.dequantize(), dense * np.repeat(scales.T, k // groups, 1))
+    assert held_bytes(q) == sum(v.nbytes for v in parts.values())
+
+
+def test_marlin_metadata_out_of_order():
+    n = 64
+    parts = {
+        "weight_packed": np.zeros((1, 128), np.int32),
+        "meta": np.zeros((1, 128), np.int16),
+        "scale_packed": np.ones((1, n), np.float16),
+    }
+    with pytest.raises(FormatError, match=r"q_proj.meta: metadata names the places of a quad out of order"):
+        read(FORMAT, named(parts), config({"num_bits": 4, "strategy": "channel"}, form="marlin-24"))
+    with pytest.raises(FormatError, match="holds symmetric int4 and int8 only"):
+        read(FORMAT, named(parts), config({"num_bits": 3, "strategy": "channel"}, form="marlin-24"))
 
 
 def test_mask_that_does_not_count():

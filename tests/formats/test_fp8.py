@@ -8,11 +8,13 @@ import pytest
 from format_reading import assert_same, held_bytes, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_dirs import directories
 
 import jq
 from jq.errors import FormatError
 from jq.formats.base import Context
 from jq.formats.fp8 import FORMAT, parse
+from jq.state import State
 
 NAME = "model.layers.0.self_attn.q_proj"
 E4M3, E8M0, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16
@@ -75,6 +77,21 @@ def test_a_scale_beside_a_float_weight_is_left_alone():
         f"{NAME}.weight_scale_inv": np.full((1, 1), -1e20, np.float32),
     }
     assert read(FORMAT, tensors, config()) == {}
+
+
+def test_a_model_runs_beside_such_scales(tmp_path):
+    state = jq.load_state(directories()["fp8-block128"])
+    added = {
+        f"model.layers.{i}.self_attn.k_proj.weight_scale_inv": np.full((1, 1), -1e20, np.float32) for i in range(2)
+    }
+    jq.save(State({**state, **added}, state.config), tmp_path / "more")
+    ids = np.arange(7)[None]
+    want = jq.load(directories()["fp8-block128"], dtype="float32")(ids)
+    model = jq.load(tmp_path / "more", dtype="float32")
+    np.testing.assert_array_equal(np.asarray(model(ids)), np.asarray(want))
+    jq.save(model, tmp_path / "again")
+    kept = jq.load_state(tmp_path / "again")
+    assert all(np.asarray(kept[name]) == np.float32(-1e20) for name in added)
 
 
 def test_blocks_of_the_grid_where_the_config_does_not_fit():
