@@ -63,10 +63,10 @@ def choose(
     measured = max((largest for largest, _ in own), default=0)
     # where a decode function was not measured, what is best for int4 is a good guess
     other = [r for r in table(device).get(("affine", form.bits, n, k), []) if r[0] > measured]
-    for largest, choice in [*own, *other]:
-        if m <= largest and fits(choice, m, n, k, form, gathered):
-            return choice
-    return estimate(m, n, k, form, multiprocessors)
+    choice = next((c for largest, c in [*own, *other] if m <= largest), None)
+    if choice is not None and fits(choice, m, n, k, form, gathered):
+        return choice
+    return estimate(m, n, k, form, multiprocessors, gathered)
 
 
 def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = False) -> bool:
@@ -78,11 +78,11 @@ def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = Fa
     return plan.reason() is None
 
 
-def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132) -> list[Choice]:
+def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, gathered: bool = False) -> list[Choice]:
     """Configurations that can run, in no order."""
     out = []
     if m <= stream.MAX_ROWS:
-        for warps, cluster, ring in ((8, 1, 96), (4, 1, 48), (8, 2, 96), (16, 1, 128), (4, 4, 48)):
+        for warps, cluster, ring in ((8, 1, 96), (8, 2, 96), (4, 1, 48), (16, 1, 128)):
             blocks = multiprocessors * (2 if warps == 4 and cluster == 1 else 1)
             blocks = blocks // cluster * cluster
             parts = -(-k // CHUNK) // (warps * cluster)
@@ -96,17 +96,17 @@ def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132) -
                     out.append(
                         Choice("gemm", gemm.Config(tile_m, wn, chunks, 0, 1, split, multiprocessors // split * split))
                     )
-    return [c for c in out if fits(c, m, n, k, form)]
+    return [c for c in out if fits(c, m, n, k, form, gathered)]
 
 
 @functools.lru_cache(4096)
-def estimate(m: int, n: int, k: int, form: Form, multiprocessors: int = 132) -> Choice:
+def estimate(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, gathered: bool = False) -> Choice:
     """The candidate with the smallest estimated time.
 
     Raises:
       ValueError: no kernel can run this shape.
     """
-    choices = candidates(m, n, k, form, multiprocessors)
+    choices = candidates(m, n, k, form, multiprocessors, gathered)
     if not choices:
         raise ValueError(f"no kernel for {m} rows and a weight of {n}x{k}")
     if m <= stream.MAX_ROWS and choices[0].kernel == "stream":
