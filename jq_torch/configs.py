@@ -35,6 +35,7 @@ class Verbatim:
     """Mixin in front of a transformers config class: remembers the dict of a file."""
 
     _file: dict[str, Any] | None = None  # the dict as the checkpoint has it
+    quant_method: Any
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -257,8 +257,8 @@ def quantize(model: Any, name: str, weight: torch.Tensor, method: Any) -> None:
         origins: dict[Part, dict[int | None, Origin]] = {}
         fmt = table()[method.format]
         for target, names in known.items():
-            for part, leaf in enumerate(names):
-                origins[target, part] = {
+            for index, leaf in enumerate(names):
+                origins[target, index] = {
                     e: Origin(fmt, f"{path}.{e}.{leaf}", {}, {}) for e in range(int(module.num_experts))
                 }
         module = JqExperts(module, origins)

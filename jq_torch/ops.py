@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import jq
+from jq.matmul import matmul
 from jq_torch import bridge
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def _dense_program(spec: str, dtype: str) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _matmul_program(spec: str) -> Any:
     tree = _statics[spec].tree
-    return jax.jit(lambda x, leaves: jq.matmul(x, jax.tree.unflatten(tree, leaves)).astype(x.dtype))
+    return jax.jit(lambda x, leaves: matmul(x, jax.tree.unflatten(tree, leaves)).astype(x.dtype))
 
 
 def _leaves(packed: list[torch.Tensor], spec: str) -> list[Any]:
@@ -151,7 +151,7 @@ def _expert_program(spec: str, dtype: str) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _expert_matmul_program(spec: str) -> Any:
     tree = _statics[spec].tree
-    return jax.jit(lambda x, leaves, expert: jq.matmul(x, jax.tree.unflatten(tree, leaves)[expert]).astype(x.dtype))
+    return jax.jit(lambda x, leaves, expert: matmul(x, jax.tree.unflatten(tree, leaves)[expert]).astype(x.dtype))
 
 
 def _experts(
