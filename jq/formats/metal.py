@@ -156,5 +156,4 @@ FORMAT = Format(
     load=load,
     dump=dump,
     methods_table={"Metal": Metal},
-    evidence="source",
 )

@@ -197,5 +197,4 @@ FORMAT = Format(
     suffixes=SUFFIXES,
     load=load,
     dump=dump,
-    evidence="source",
 )
