@@ -193,6 +193,10 @@ def _dequantize_jit(tensor: QTensor, dtype: str) -> jax.Array:
 
 
 def _dequantize(tensor: QTensor, dtype: str) -> jax.Array:
+    if tensor.layout:
+        from pallas_kernels import tensors
+
+        tensor = tensors.restore(tensor)
     slim = tensor.replace(extras={}, activation=None, source=None) if hasattr(tensor, "extras") else tensor
     return _dequantize_jit(slim, dtype)
 
