@@ -114,7 +114,7 @@ def group(names: list[str], options: Options, context: Context) -> dict[str, dic
     return found
 
 
-def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor:
+def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affine:
     """One module: its tensors and attributes -> `Affine`."""
     form = read_form(prefix, parts, context)
     codes = _codes(form.w_q, form.packing, form.size, f"{prefix}.W_q")
@@ -267,6 +267,32 @@ def _dense_parameter(param: Any, rank: str, dtype: str) -> np.ndarray:
     return value.reshape({"scalar": (), "column": (-1, 1), "row": (1, -1)}[rank])
 
 
+def build(
+    codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, shape: tuple[int, int], params: Mapping[str, Any], name: str
+) -> Affine:
+    """A module of its own from codes in the grouped order.
+
+    Args:
+      codes: integer[R, C].
+      scale, zero: float [R, 1] (axis 1) or [1, C] (axis 0), in the compute dtype.
+      shape: (N, K).
+      params: hqq's weight_quant_params.
+      name: for messages.
+    """
+    packing = PACKING_OF_NBITS[params["nbits"]]
+    bits, per, word = PACKINGS[packing]
+    packed = pack_slabs(codes, bits, per, high_first=True, dtype=word)
+    parts: Parts = {
+        key: thawed(v) for key, v in encode({**params, "packing": packing, "compute_dtype": f"torch.{scale.dtype}"})
+    }
+    if params["view_as_float"]:
+        parts["W_q"] = packed.view(scale.dtype)
+    else:
+        parts["W_q"] = packed.view(np.int32) if word is np.uint32 else packed
+    parts |= {"scale": scale, "zero": zero, "shape": np.array(shape, np.int64)}
+    return load(name, parts, Options(), Context())
+
+
 @dataclasses.dataclass(frozen=True)
 class HQQ:
     """Half-quadratic quantization, without data (Badri and Shaji 2023; hqq 0.2.8 on the CPU).
@@ -312,17 +338,9 @@ class HQQ:
             w.astype(np.float32).reshape((-1, size) if self.axis == 1 else (size, -1)),
             top=max_code(self.bits), axis=self.axis, round_zero=params["round_zero"], optimize=self.optimize,
         )  # fmt: skip
-        bits, per, word = PACKINGS[packing]
-        packed = pack_slabs(codes, bits, per, high_first=True, dtype=word)
-        values = {**params, "group_size": size, "packing": packing, "compute_dtype": f"torch.{w.dtype}"}
-        parts: Parts = {k: thawed(v) for k, v in encode(values)}
-        parts["W_q"] = (
-            packed.view(w.dtype) if self.view_as_float else packed.view(np.int32) if word is np.uint32 else packed
+        return build(
+            codes, scale.astype(w.dtype), zero.astype(w.dtype), (n, k), {**params, "group_size": size}, name=name
         )
-        parts |= {"scale": scale.astype(w.dtype), "zero": zero.astype(w.dtype), "shape": np.array([n, k], np.int64)}
-        q = load(name, parts, Options(), Context())
-        assert isinstance(q, Affine)
-        return q
 
     def _params(self) -> dict[str, Any]:
         rounds = self.bits == 4 if self.round_zero is None else self.round_zero
