@@ -52,6 +52,7 @@ def packed_layers(model: Any, method: Any) -> None:
             made[shape] = method.quantize(weight).to_numpy()
         layer = JqLinear(shape[1], shape[0])
         layer.put("q", made[shape].arrays(np.copy))
+        layer.use(quantize_activations=True, kernels=True)
         model.set_submodule(path, layer)
 
 

@@ -40,6 +40,7 @@ def layer_of(method: Any, n: int, k: int) -> JqLinear:
     weight = np.random.default_rng(0).standard_normal((n, k), np.float32) * 0.02
     layer = JqLinear(k, n)
     layer.put("q", method.quantize(weight))
+    layer.use(quantize_activations=True, kernels=True)
     return layer
 
 

@@ -34,7 +34,7 @@ class Packed(nn.Module):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.quantize_activations = True
+        self.quantize_activations, self.kernels = True, False
         self._skeletons: dict[str, Any] = {}  # role -> QTensor with ops.Leaf in place of arrays
         self._packed: dict[str, tuple[str, ...]] = {}  # role -> parameter names, in the order of its leaves
         self._operands: dict[str, tuple[str, ...]] = {}  # role -> names of those that the arithmetic needs
@@ -59,7 +59,7 @@ class Packed(nn.Module):
         slim = arithmetic_part(self._skeletons[role])
         self._operands[role] = tuple(self._packed[role][leaf.index] for leaf in jax.tree.leaves(slim))
         active = self.quantize_activations and getattr(slim, "activation", None) is not None
-        self._spec[role] = ops.spec_of(slim, activation=active)
+        self._spec[role] = ops.spec_of(slim, activation=active, kernels=self.kernels)
 
     def reserve(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Room for a stored tensor, on the meta device, for the loader to fill."""
@@ -73,9 +73,9 @@ class Packed(nn.Module):
         for table in (self._skeletons, self._operands, self._spec, self._described):
             table.pop(role, None)
 
-    def use_activations(self, quantize: bool) -> None:
-        """Whether tensors that say so quantize their activations (False: weight-only)."""
-        self.quantize_activations = quantize
+    def use(self, *, quantize_activations: bool, kernels: bool) -> None:
+        """How to multiply: with activations quantized where the tensor says so, with GPU kernels where they fit."""
+        self.quantize_activations, self.kernels = quantize_activations, kernels
         for role in self._skeletons:
             self._name_operands(role)
 
@@ -195,7 +195,7 @@ class JqLinear(Packed, nn.Linear):
         # on disk: hooks bring the stored tensors for the length of one call
         skeleton, tensors = ops.skeleton_of(arithmetic_part(self.origin.load(self._stored_parts())))
         active = self.quantize_activations and getattr(skeleton, "activation", None) is not None
-        return tensors, ops.spec_of(skeleton, activation=active)
+        return tensors, ops.spec_of(skeleton, activation=active)  # no kernel: its order would be made at each call
 
     def to_float(self, weight: torch.Tensor) -> nn.Module:
         """An `nn.Linear` (or Conv1D) with the given dense weight [N, K] and this layer's bias."""

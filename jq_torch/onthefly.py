@@ -259,9 +259,7 @@ def finish(quantizer: Any, model: Any) -> None:
         raise quantizer.failures[0]
     for module in model.modules():
         if isinstance(module, Packed):
-            module.use_activations(quantizer.settings.quantize_activations)
-            if not quantizer.settings.packed:
-                module.keep_dense()
+            quantizer.settings.apply(module)
     config = quantizer.quantization_config
     if str(getattr(config.quant_method, "value", config.quant_method)) != "jq":
         return

@@ -41,21 +41,23 @@ class Static:
     tree: Any
     dtypes: tuple[str, ...]
     activation: bool
+    kernels: bool = False
 
 
 _specs: dict[Static, str] = {}
 _statics: dict[str, Static] = {}
 
 
-def spec_of(skeleton: Any, *, activation: bool) -> str:
+def spec_of(skeleton: Any, *, activation: bool, kernels: bool = False) -> str:
     """The spec of a QTensor whose arrays are `Leaf`s; equal QTensors of different layers get the same one.
 
     Args:
       skeleton: QTensor with `Leaf` in place of arrays; only the tree and the dtypes count.
       activation: quantize the activations as the tensor says.
+      kernels: use the GPU kernels where they fit.
     """
     leaves, tree = jax.tree.flatten(skeleton)
-    static = Static(tree, tuple(leaf.dtype for leaf in leaves), activation)
+    static = Static(tree, tuple(leaf.dtype for leaf in leaves), activation, kernels)
     spec = _specs.get(static)
     if spec is None:
         spec = _specs[static] = f"{type(skeleton).__name__}-{len(_specs)}"
@@ -125,7 +127,7 @@ def cuda_weight(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> An
 
 def _linear(x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int) -> torch.Tensor:
     if not _statics[spec].activation:
-        kernel = cuda_weight(packed, spec, x.dtype) if x.is_cuda else None
+        kernel = cuda_weight(packed, spec, x.dtype) if x.is_cuda and _statics[spec].kernels else None
         if kernel is not None:
             return kernel(x)
         return torch.nn.functional.linear(x, dense(packed, spec, x.dtype))

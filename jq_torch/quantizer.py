@@ -184,9 +184,7 @@ class JqQuantizer(HfQuantizer):
             found = module.qtensor().shape
             if tuple(found) != (module.out_features, module.in_features):
                 raise explain_shape(module.origin, found, (module.out_features, module.in_features))
-        module.use_activations(self.settings.quantize_activations)
-        if not self.settings.packed:
-            module.keep_dense()
+        self.settings.apply(module)
 
     def _float_layer(self, module: JqLinear, parts: Mapping[str, Any]) -> nn.Module:
         """A layer that its format calls not quantized after all; whatever lies beside the weight is carried."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,10 +14,18 @@ class Settings:
       quantize_activations: False computes with float activations where the checkpoint quantizes them.
       packed: False dequantizes every layer once, at its first use, and keeps the dense weight beside the packed one:
         faster on a CPU, at the memory of the float model.
+      kernels: GPU kernels on torch's current stream for 4-bit layers, at the memory of a second packed copy.
     """
 
     quantize_activations: bool = True
     packed: bool = True
+    kernels: bool = False
+
+    def apply(self, module: Any) -> None:
+        """Tells a packed layer or experts module."""
+        module.use(quantize_activations=self.quantize_activations, kernels=self.kernels)
+        if not self.packed:
+            module.keep_dense()
 
 
 _current = Settings()

@@ -77,13 +77,14 @@ class Enabled:
 _stack: list[Enabled] = []
 
 
-def enable(*names: str, quantize_activations: bool = True, packed: bool = True) -> Enabled:
+def enable(*names: str, quantize_activations: bool = True, packed: bool = True, kernels: bool = False) -> Enabled:
     """Lets jq load, run and save quantized models behind `transformers`.
 
     Args:
       names: methods to take over, as `methods()` lists them ("bitsandbytes" means both of its kinds); none: all.
       quantize_activations: False computes with float activations where a checkpoint quantizes them (weight-only).
       packed: False keeps a dequantized copy of each weight from its first use on: faster, more memory.
+      kernels: on a GPU of compute capability 9.0, multiply 4-bit layers by the project's kernels.
 
     Returns:
       An object to use in a `with` statement, which ends the takeover; without one it lasts until `disable()`.
@@ -93,7 +94,7 @@ def enable(*names: str, quantize_activations: bool = True, packed: bool = True) 
     """
     wanted = _expand(names)
     state = Enabled()
-    before = settings.use(settings.Settings(quantize_activations, packed))
+    before = settings.use(settings.Settings(quantize_activations, packed, kernels))
     state.after(lambda: _restore(before))
     for key in wanted:
         original = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(key)

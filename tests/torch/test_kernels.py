@@ -95,6 +95,7 @@ def test_a_packed_layer_takes_the_kernel():
     q = weight("nf4")
     layer = JqLinear(K, N)
     layer.put("q", q)
+    layer.use(quantize_activations=True, kernels=True)
     layer.to("cuda")
     x = torch.randn(2, 5, K, device="cuda", dtype=torch.bfloat16)
     packed, spec = layer.operands()
