@@ -52,9 +52,16 @@ class Context:
 
     @property
     def model_dtype(self) -> str:
-        """The checkpoint's own float dtype from config.json (`dtype` or `torch_dtype`), "float32" if it says none."""
-        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
-        return str(name).removeprefix("torch.")
+        """The checkpoint's own float dtype from config.json (`dtype` or `torch_dtype`), "float32" if it says none.
+
+        Raises:
+          FormatError: it says something that is no float dtype.
+        """
+        found = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        name = str(found).removeprefix("torch.")
+        if name not in ("float32", "float16", "bfloat16", "float64"):
+            raise FormatError(f"{self.label}: config.json: dtype is {found!r}, expected float32, float16 or bfloat16")
+        return name
 
 
 @dataclasses.dataclass(frozen=True)
