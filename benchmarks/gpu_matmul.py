@@ -110,7 +110,7 @@ def worker(jobs: Jobs) -> None:
     import numpy as np
     import torch
 
-    from pallas_kernels import api, reference, tune
+    from pallas_kernels import reference, tune
     from pallas_kernels.select import choose, device_key
 
     device = jax.devices()[0]
@@ -132,53 +132,55 @@ def worker(jobs: Jobs) -> None:
             nbytes = sum(a.nbytes for a in (w.codes, w.scales, *(() if w.zeros is None else (w.zeros,))))
             x = jax.random.normal(jax.random.key(1), (max(m for _, m in todo), k), jnp.bfloat16)
             expected = np.asarray(jax.jit(reference.matmul)(x[:256], w), np.float32)
-            bf16 = []
+            torch_bf16 = []
             if name == "w4a16_g128":
-                bf16 = [jnp.asarray(jax.jit(reference.dense)(w), jnp.bfloat16)]
-                bf16 += [bf16[0] + 0 for _ in range(copies(n * k * 2) - 1)]
-                torch_bf16 = [torch.from_dlpack(b) for b in bf16]
-            shapes = jax.eval_shape(lambda w=w: w)
+                first = jnp.asarray(jax.jit(reference.dense)(w), jnp.bfloat16)
+                torch_bf16 = [torch.from_dlpack(first + 0) for _ in range(copies(n * k * 2))]
+            shapes = jax.eval_shape(lambda w: w, w)
 
-            def build(t, form=form, n=n, k=k, shapes=shapes, w=w):
-                try:
-                    choice = choose(t[1], n, k, form, key, device.core_count, w.perm is not None)
-                    x = jax.ShapeDtypeStruct((t[1], k), jnp.bfloat16)
-                    return choice, jax.jit(api.launch, static_argnames="choice").lower(
-                        x, shapes, choice=choice
-                    ).compile()
-                except Exception as e:
-                    return None, e
-
+            gathered = w.perm is not None
+            choices = [choose(m, n, k, form, key, device.core_count, gathered and m == 1) for _, m in todo]
             signal.alarm(90)
             with ThreadPoolExecutor(12) as pool:
-                built = list(pool.map(build, todo))
-            for (job_name, m), (choice, kernel) in zip(todo, built):
-
-                def job(m=m, choice=choice, kernel=kernel, name=name, n=n, k=k):
-                    if choice is None:
-                        raise kernel
-                    xm = x[:m]
-                    got = np.asarray(kernel(xm, w)[:256], np.float32)
-                    again = np.asarray(kernel(xm, w)[:256], np.float32)
-                    error = float(np.linalg.norm(got - expected[:m]) / np.linalg.norm(expected[:m]))
-                    use = sets if m < 512 else sets[:3]
-                    out = {"us": median_us(kernel, [(xm, s) for s in use]), "rel_err": error}
-                    out |= {"repeatable": bool((got == again).all()), "bare_read_us": bare_us(nbytes), "peers": {}}
-                    out |= {"choice": f"{choice.kernel} {choice.config}", "bytes": nbytes}
-                    if name == "w4a16_g128":
-                        tx = torch.from_dlpack(xm)
-                        few = slice(None if m < 512 else 3)
-                        cublas = {"torch": torch_us(lambda a, b: a @ b.T, [(tx, b) for b in torch_bf16[few]])}
-                        if m in MAIN:
-                            cublas["xla"] = median_us(dot, [(xm, b) for b in bf16[few]])
-                        out |= {"cublas_us": min(cublas.values()), "cublas": cublas}
-                        if m <= 16:
-                            out["peers"] = {"cublas_bf16": min(cublas.values())}
-                        if m in (1, 8, 16):
-                            out["peers"]["tinygemm_bf16_int4_g128"] = tinygemm_us(tx, n, k)
-                    return out
-
+                built = list(
+                    pool.map(lambda a, s=shapes: tune.build(*a, s), [(t[1], c) for t, c in zip(todo, choices)])
+                )
+            for (job_name, m), choice, kernel in zip(todo, choices, built):
+                dense = torch_bf16 if name == "w4a16_g128" else []
+                job = functools.partial(row, kernel, choice, x[:m], sets, expected, nbytes, dense, dot)
                 jobs.run(job_name, job, 25, kernel=name, m=m, n=n, k=k)
+
+
+def row(kernel, choice, x, sets, expected, nbytes, dense, dot) -> dict:
+    """One row of the results.
+
+    Args:
+      dense: bf16 weights as torch arrays for the comparison with cuBLAS, or [].
+      dot: XLA's matmul, jitted.
+    """
+    import jax
+    import numpy as np
+    import torch
+
+    from pallas_kernels import tune
+
+    m, k = x.shape
+    few = slice(None if m < 512 else 3)
+    out = tune.time_one(kernel, x, sets[few], expected)
+    runs = [np.asarray(kernel(x, sets[0])[:256], np.float32) for _ in range(2)]
+    out |= {"repeatable": bool((runs[0] == runs[1]).all()), "bare_read_us": bare_us(nbytes), "peers": {}}
+    out |= {"choice": f"{choice.kernel} {choice.config}", "bytes": nbytes}
+    if dense:
+        tx = torch.from_dlpack(x)
+        cublas = {"torch": torch_us(lambda a, b: a @ b.T, [(tx, b) for b in dense[few]])}
+        if m in MAIN:
+            cublas["xla"] = median_us(dot, [(x, jax.dlpack.from_dlpack(b)) for b in dense[few]])
+        out |= {"cublas_us": min(cublas.values()), "cublas": cublas}
+        if m <= 16:
+            out["peers"] = {"cublas_bf16": min(cublas.values())}
+        if m in (1, 8, 16):
+            out["peers"]["tinygemm_bf16_int4_g128"] = tinygemm_us(tx, dense[0].shape[0], k)
+    return out
 
 
 def tinygemm_us(x, n: int, k: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import reference
 from pallas_kernels.form import NESTED_BLOCK, ROWS, Packed
 from pallas_kernels.select import ARCHITECTURES, KERNELS, Choice, choose, device_key
 
@@ -91,8 +92,10 @@ def _forward(x: jax.Array, w: Any, bias: Any, layer: Any) -> tuple[jax.Array, An
 
 def _backward(saved: Any, g: jax.Array) -> tuple[Any, ...]:
     w, bias, layer = saved
-    one = w if layer is None else jax.tree.map(lambda a: a[layer[0]], w)
-    dense = one.dequantize(g.dtype) if hasattr(one, "dequantize") else _dense(one).astype(g.dtype)
+    packed = w if isinstance(w, Packed) else _view(w)
+    if layer is not None:
+        packed = jax.tree.map(lambda a: a[layer[0]], packed)
+    dense = reference.dense(packed).astype(g.dtype)
     dx = jax.lax.dot_general(g, dense, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return dx.astype(g.dtype), None, None if bias is None else g.astype(jnp.float32).sum(0), None
 
@@ -170,10 +173,3 @@ def expand_scales(w: Packed) -> Packed:
     scales = (jax.vmap(one) if w.stacked else one)(w.scales, w.tables)
     form = dataclasses.replace(w.form, scale="bf16")
     return w.replace(scales=scales, tables={"table": w.tables["table"]}, form=form)
-
-
-def _dense(w: Packed) -> jax.Array:
-    """Dequantized packed weight, float32 [N, K]: the plain twin of the kernels' decode."""
-    from pallas_kernels.reference import dense
-
-    return dense(w)

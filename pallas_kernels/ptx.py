@@ -13,7 +13,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
+from jaxlib.mlir.dialects import arith as _arith
+from jaxlib.mlir.dialects import llvm as _llvm
+from jaxlib.mlir.dialects import nvvm as _nvvm
+from jaxlib.mlir.dialects import scf as _scf
+
+# the generated type stubs know only half of the builders
+arith: Any = _arith
+llvm: Any = _llvm
+nvvm: Any = _nvvm
+scf: Any = _scf
 
 _CONSTRAINTS = {"i16": "h", "i32": "r", "i64": "l", "f32": "f"}
 
@@ -218,7 +227,7 @@ def load_matrices(address: Int) -> list[ir.Value]:
     return asm([i32()] * 4, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", address)
 
 
-def mma(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value], dtype: str) -> list[ir.Value]:
+def mma(a: Sequence[Any], b: Sequence[Any], c: Sequence[Any], dtype: str) -> list[ir.Value]:
     """m16n8k16 product of 16-bit floats (`dtype` "bf16" or "f16") with float32 accumulation."""
     return asm(
         [f32()] * 4,

@@ -82,13 +82,15 @@ def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, g
     """Configurations that can run, in no order."""
     out = []
     if m <= stream.MAX_ROWS:
-        for warps, cluster, ring in ((8, 1, 96), (8, 2, 96), (4, 1, 48), (16, 1, 128)):
+        for warps, cluster, ring in ((8, 1, 96), (8, 2, 96), (4, 1, 48), (16, 1, 128), (4, 4, 48)):
             blocks = multiprocessors * (2 if warps == 4 and cluster == 1 else 1)
+            if cluster == 4:  # some processors of an H100 have no three neighbours: 30 clusters fit, not 33
+                blocks = blocks * 10 // 11
             blocks = blocks // cluster * cluster
             parts = -(-k // CHUNK) // (warps * cluster)
             sizes = [c for c in (8, 14, 7, 4, 2, 1) if parts % c == 0] or [4]
             out.append(Choice("stream", stream.Config(warps, cluster, sizes[0], ring << 10, blocks)))
-    if m > 8:
+    if not out or m > 8:
         for tile_m in (16, 32, 64, 128, 256):
             for wn in (1, 2, 4) if tile_m < 256 else (1, 2):
                 for split in (1, 2):

@@ -124,7 +124,7 @@ def prepare(w: Any) -> Any:
         fields |= {"scales": _rows(w.ndim, w.scales), "g_idx": perm}
         if w.zeros is not None:
             notes["zeros"] = w.zeros_bits
-            zeros = w.group_zeros()
+            zeros: Any = w.group_zeros()
             fields |= {"zeros": _rows(w.ndim, zeros.astype(jnp.uint8) if w.zeros_bits else zeros), "zeros_bits": 0}
     else:
         fields |= _pack_absmax(w, notes)
@@ -261,7 +261,7 @@ def _pack_absmax(w: Codebook, notes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unpack_absmax(w: Codebook, notes: dict[str, str]) -> dict[str, Any]:
-    n, k = w.shape[-2:]
+    k = w.in_features
     stack, block = w.shape[:-2], w.grouping.cols or k
     if isinstance(w.absmax, Codebook):
         nested = w.absmax

@@ -163,31 +163,34 @@ def measure(jobs: Jobs) -> None:
             most = max(m for _, m, _ in todo)
             x = jax.random.normal(jax.random.key(1), (most, k), jnp.bfloat16)
             expected = np.asarray(jax.jit(reference.matmul)(x[:256], w), np.float32)
-            shapes = jax.eval_shape(lambda: w)
-
-            def build(t: tuple[str, int, Choice], k: int = k, shapes: Any = shapes) -> Any:
-                x = jax.ShapeDtypeStruct((t[1], k), jnp.bfloat16)
-                try:
-                    return jax.jit(api.launch, static_argnames="choice").lower(x, shapes, choice=t[2]).compile()
-                except Exception as e:
-                    return e
+            shapes = jax.eval_shape(lambda w: w, w)
 
             signal.alarm(90)
             with ThreadPoolExecutor(12) as pool:
-                built = list(pool.map(build, todo))
+                built = list(pool.map(lambda t, shapes=shapes: build(t[1], t[2], shapes), todo))
             for (name, m, choice), kernel in zip(todo, built):
-
-                def job(m: int = m, kernel: Any = kernel) -> dict:
-                    if isinstance(kernel, Exception):
-                        raise kernel
-                    got = np.asarray(kernel(x[:m], w)[:256], np.float32)
-                    want = expected[:m]
-                    error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-                    use = sets if m < 512 else sets[:3]
-                    return {"us": median_us(kernel, [(x[:m], s) for s in use]), "rel_err": error}
-
+                job = functools.partial(time_one, kernel, x[:m], sets if m < 512 else sets[:3], expected)
                 config = dataclasses.asdict(choice.config)
                 jobs.run(name, job, 10, kind=kind, bits=4, n=n, k=k, m=m, kernel=choice.kernel, config=config)
+
+
+def build(m: int, choice: Choice, weight: Any) -> Any:
+    """The compiled kernel for m rows and a weight of these shapes, or what went wrong."""
+    x = jax.ShapeDtypeStruct((m, weight.shape[1]), jnp.bfloat16)
+    try:
+        return jax.jit(api.launch, static_argnames="choice").lower(x, weight, choice=choice).compile()
+    except Exception as e:
+        return e
+
+
+def time_one(kernel: Any, x: jax.Array, sets: list[Packed], expected: np.ndarray) -> dict:
+    """Time over rotated weights, and error of the first rows on the first weight."""
+    if isinstance(kernel, Exception):
+        raise kernel
+    want = expected[: x.shape[0]]
+    got = np.asarray(kernel(x, sets[0])[: want.shape[0]], np.float32)
+    error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    return {"us": median_us(kernel, [(x, s) for s in sets]), "rel_err": error}
 
 
 def write(jobs: Jobs, device: str) -> Path:

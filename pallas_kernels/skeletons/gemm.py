@@ -299,7 +299,7 @@ class _Kernel:
     # ---- one thread: copies
 
     def produce(self) -> None:
-        plan, c, form = self.plan, self.plan.config, self.plan.form
+        plan, c = self.plan, self.plan.config
         part = c.tile_m // c.share
         policy = ptx.evict_first() if plan.m_tiles == 1 else None
 
@@ -343,8 +343,6 @@ class _Kernel:
     # ---- warpgroups: arithmetic
 
     def consume(self) -> None:
-        plan = self.plan
-
         def tile(t: Int, carry: list[Int]) -> list[Int]:
             im, it = self.where(t)
             sums, carry = self.multiply(carry)

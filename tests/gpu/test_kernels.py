@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import kernel_weights as weights
 import numpy as np
 import pytest
-import weights
 
 import pallas_kernels
 from jq.qtensor import stack

@@ -1,0 +1,87 @@
+"""The kernels' order of codes and parameters is a bijection, and the plain twin of the decode reads it right."""
+
+import jax
+import jax.numpy as jnp
+import kernel_weights as weights
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jq.qtensor import Affine, stack
+from jq.qtensor.base import Grouping
+from pallas_kernels import layout, reference, tensors
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(1, 70), k=st.integers(1, 200), order=st.sampled_from(("split", "natural")), seed=st.integers(0, 99)
+)
+def test_codes_come_back(n, k, order, seed):
+    codes = np.random.default_rng(seed).integers(0, 16, (n, k), np.uint8)
+    packed = layout.pack_codes(jnp.asarray(codes), order)
+    assert packed.shape == (-(-n // 16), -(-k // 64), 128)
+    np.testing.assert_array_equal(layout.unpack_codes(packed, order, (n, k)), codes)
+
+
+def test_position_of_one_code():
+    """Row 13 (g = 5, upper half), input 16 * 2 + 8 + 2 * 3 + 1: lane 4g + t = 23, word 2, register 3, element 1."""
+    codes = np.zeros((16, 64), np.uint8)
+    codes[13, 47] = 15
+    split = np.asarray(layout.pack_codes(jnp.asarray(codes), "split")).view(np.uint32).reshape(32, 4)
+    natural = np.asarray(layout.pack_codes(jnp.asarray(codes), "natural")).view(np.uint32).reshape(32, 4)
+    assert split[23, 2] == 15 << (4 * 3 + 16)
+    assert natural[23, 2] == 15 << (8 * 3 + 4)
+    assert np.count_nonzero(split) == np.count_nonzero(natural) == 1
+
+
+def test_parameters_come_back():
+    scales = np.random.default_rng(0).random((40, 3), np.float32)
+    packed = layout.pack_rows(jnp.asarray(scales))
+    np.testing.assert_array_equal(layout.unpack_rows(packed, 40), scales)
+    np.testing.assert_array_equal(packed[0, 1, :4], scales[[0, 8, 1, 9], 1])
+
+
+@pytest.mark.parametrize("kind", weights.KINDS)
+def test_restore_inverts_prepare(kind):
+    q = weights.make(kind, 64, 4096 if kind == "nf4_b4096" else 512)
+    for original in (q, stack([q, q])):
+        w = tensors.prepare(original)
+        assert w.shape == original.shape and w.layout
+        restored = tensors.restore(w)
+        assert jax.tree.structure(restored) == jax.tree.structure(original)
+        for a, b in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("kind", weights.KINDS)
+def test_plain_twin_agrees_with_dequantize(kind):
+    q = weights.make(kind, 64, 4096 if kind == "nf4_b4096" else 512)
+    dense = np.asarray(reference.dense(tensors.packed(tensors.prepare(q))))
+    expected = np.asarray(q.dequantize("float32"))
+    # dequantize rounds to the tensor's own dtype; a float32 absmax is rounded to bfloat16 by prepare
+    np.testing.assert_allclose(dense, expected, rtol=2**-7, atol=1e-3 * np.abs(expected).max())
+
+
+def test_memory_stays():
+    for kind, limit in (("w4a16_g128", 1.0), ("w4a16_g128_asym", 1.02), ("nf4_b64", 1.001), ("nf4_b64_dq", 1.001)):
+        q = weights.make(kind, 256, 1024)
+        assert tensors.prepare(q).nbytes <= limit * q.nbytes
+
+
+def test_refusals_say_why():
+    codes = jnp.zeros((32, 256), jnp.uint8)
+    ones = jnp.ones((32, 2), jnp.bfloat16)
+    group = Grouping("block", 1, 128)
+    good = Affine.make(codes, ones, code_bits=4, zero_point=8, grouping=group)
+    assert tensors.refusal(good) is None
+    for q, word in (
+        (Affine.make(codes, ones, code_bits=8, zero_point=8, grouping=group), "8-bit"),
+        (Affine.make(codes[:20], ones[:20], code_bits=4, zero_point=8, grouping=group), "out_features 20"),
+        (Affine.make(codes, jnp.ones((32, 11), jnp.bfloat16), code_bits=4, grouping=Grouping("block", 1, 24)), "24"),
+        (good.replace(g_idx=jnp.zeros(256, jnp.int32)), "act-order"),
+    ):
+        assert word in tensors.refusal(q)
+        with pytest.raises(ValueError, match=word):
+            tensors.prepare(q)

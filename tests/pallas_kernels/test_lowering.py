@@ -1,0 +1,86 @@
+"""Every kernel lowers for CUDA without a GPU: layouts, shared memory, dtypes and the whole MLIR are checked by it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import api, select, tune
+from pallas_kernels.form import Form
+from pallas_kernels.skeletons import gemm, stream
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason=f"jax {jax.__version__}: Mosaic GPU of 0.11 is needed"
+)
+
+FORMS = {
+    "g128": Form(),
+    "g32": Form(group=32),
+    "row": Form(group=0),
+    "asym": Form(zero="u8"),
+    "hqq": Form(group=64, scale="f16", zero="f16"),
+    "nf4": Form("codebook", 4, 64, "bf16"),
+    "nf4_dq": Form("codebook", 4, 64, "u8"),
+}
+
+
+def lower(form, n, k, m, choice, dtype=jnp.bfloat16, perm=False, bias=False, stack=0):
+    w = jax.eval_shape(functools.partial(tune.random_weight, form, n, k))
+    if perm:
+        w = w.replace(perm=jax.ShapeDtypeStruct((k,), jnp.int32))
+    if stack:
+        w = jax.tree.map(lambda a: jax.ShapeDtypeStruct((stack, *a.shape), a.dtype), w)
+    x = jax.ShapeDtypeStruct((m, k), dtype)
+    b = jax.ShapeDtypeStruct((n,), jnp.float32) if bias else None
+    layer = jax.ShapeDtypeStruct((1,), jnp.int32) if stack else None
+    traced = jax.jit(api.launch, static_argnames="choice").trace(x, w, choice, b, layer)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+STREAM = select.Choice("stream", stream.Config(cluster=2))
+GEMM = select.Choice("gemm", gemm.Config(64, 2, 2, 0, 1, 2))
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("choice", [STREAM, GEMM], ids=["stream", "gemm"])
+def test_skeleton_times_decode(name, choice):
+    m = 5 if choice is STREAM else 70
+    assert "mosaic_gpu_v2" in lower(FORMS[name], 256, 512, m, choice)
+
+
+def test_options():
+    for choice, m in ((STREAM, 3), (GEMM, 33)):
+        lower(Form(), 200, 584, m, choice, jnp.float16, bias=True, stack=2)
+        lower(Form(), 100, 250, m, choice)  # neither is a multiple of 8
+        lower(Form(), 256, 512, m, choice, perm=True)
+    lower(Form(), 256, 512, 1, STREAM, perm=True)
+
+
+def tuned():
+    rows = {}
+    for device in ("h100", "h200"):
+        for (kind, _bits, n, k), entries in select.table(device).items():
+            for m, choice in entries:
+                rows.setdefault((kind, choice), (n, k, m))
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "choice"), tuned(), ids=str)
+def test_tuned_configurations(kind, choice):
+    n, k, m = tuned()[kind, choice]
+    lower(tune.FORMS[kind], n, k, m, choice)
+
+
+def test_a_choice_exists_for_any_shape():
+    for m in (1, 2, 7, 16, 17, 100, 257, 5000):
+        for n, k in ((16, 64), (576, 576), (49152, 576), (8192, 28672), (128256, 4096), (1000, 200)):
+            for form in FORMS.values():
+                choice = select.choose(m, n, k, form)
+                assert select.fits(choice, m, n, k, form)
+
+
+def test_shared_memory_is_counted():
+    with pytest.raises(ValueError, match="shared memory"):
+        lower(Form(), 256, 65536, 16, select.Choice("stream", stream.Config(cluster=1)))
