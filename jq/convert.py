@@ -23,7 +23,8 @@ def convert(
 ) -> State:
     """Re-encodes a quantized checkpoint so that every dequantized weight stays the same to the bit.
 
-    GPTQ (v1, v2, planar), AWQ (gemm, gemv) and compressed-tensors (pack-quantized) convert into each other wherever
+    GPTQ (v1, v2, planar), AWQ (gemm, gemv), compressed-tensors (pack-quantized), HQQ, torchao (intx), and for symmetric
+    bytes by channel quanto and EETQ, convert into each other wherever
     the target can store bits, groups, zero points and order of the source. Each weight is compared before anything is
     written.
 

@@ -29,7 +29,7 @@ from jq.qtensor import Affine, Grouping, QTensor, Source
 ROWS = np.array([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])  # source row of each row of 16
 TILE = 64
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
-_SOURCE = Source("eetq")
+SOURCE = Source("eetq")
 
 
 def parse(config: Mapping[str, Any], context: Context) -> None:
@@ -71,7 +71,7 @@ def load(prefix: str, parts: Parts, options: None, context: Context) -> QTensor:
         code_bits=8,
         signed=True,
         grouping=Grouping("block", 1, 0),
-        source=_SOURCE if (name, stored.dtype, scales.ndim) == ("weight", np.int8, 1) else Source(
+        source=SOURCE if (name, stored.dtype, scales.ndim) == ("weight", np.int8, 1) else Source(
             "eetq", (("name", name), ("dtype", str(stored.dtype)), ("rank", scales.ndim))
         ),
         name=prefix,
@@ -138,7 +138,7 @@ class EETQ:
             code_bits=8,
             signed=True,
             grouping=Grouping("block", 1, 0),
-            source=_SOURCE,
+            source=SOURCE,
             name=name,
         )
 

@@ -21,6 +21,7 @@ from jq.formats.compressed_tensors_config import Args, Group
 from jq.formats.compressed_tensors_methods import WRITES, args_dict
 from jq.formats.compressed_tensors_parts import pack_dense
 from jq.formats.gptq_config import by_gptqmodel, config_of, with_block_list
+from jq.formats.integer_targets import to_eetq, to_hqq, to_quanto, to_torchao
 from jq.qtensor import Affine, QTensor
 from jq.qtensor.base import groups_of
 
@@ -380,6 +381,10 @@ TARGETS: dict[str, Callable[[Any, list[Summary], Mapping[str, Any], str], Target
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
+    "hqq": to_hqq,
+    "torchao": to_torchao,
+    "quanto": to_quanto,
+    "eetq": to_eetq,
 }
 
 
@@ -395,6 +400,6 @@ def target_of(to: Any, weights: list[Summary], source: Mapping[str, Any], source
             f"{to!r}: weights can be re-encoded as {', '.join(TARGETS)} (jq.GPTQ(), jq.AWQ(), 'compressed-tensors'); other "
             "formats round differently. jq.quantize makes them from a float model"
         )
-    if name != "compressed-tensors":
+    if name in ("gptq", "awq"):
         _check_asked(to, weights)
     return TARGETS[name](to, weights, source, source_format)
