@@ -100,6 +100,10 @@ def select(condition: ir.Value, yes: Any, no: Any) -> Int:
     return Int(arith.select(condition, raw(yes), raw(no)))
 
 
+def select_float(condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+    return arith.select(condition, yes, no)
+
+
 def asm(results: Sequence[ir.Type], text: str, *operands: Any, pure: bool = False) -> list[ir.Value]:
     """Inline PTX. Operands are numbered after the results: `$0` is the first result.
 

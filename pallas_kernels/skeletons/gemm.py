@@ -492,7 +492,7 @@ class _Kernel:
         own: list[Any] = [ptx.zero()] * share
         for r in range(c.split):
             mine = self.rank == r
-            own = [_select_float(mine, s, o) for s, o in zip(sums[r * share : (r + 1) * share], own)]
+            own = [ptx.select_float(mine, s, o) for s, o in zip(sums[r * share : (r + 1) * share], own)]
             # my place in the inbox of r: ranks below r keep their number, ranks above it move down by one
             place = ptx.select(self.rank < r, self.rank, self.rank - 1)
             at = self.at["inbox"] + place * inbox + self.wg * inbox_wg + self.t * 16
@@ -518,11 +518,11 @@ class _Kernel:
             above = received[max(r - 1, 0)]
             for i in range(share):
                 other = (
-                    _select_float(self.rank < r, above[i], below[i])
+                    ptx.select_float(self.rank < r, above[i], below[i])
                     if 0 < r < c.split - 1
                     else (above[i] if r else below[i])
                 )
-                totals[i] = ptx.add(totals[i], _select_float(self.rank == r, own[i], other))
+                totals[i] = ptx.add(totals[i], ptx.select_float(self.rank == r, own[i], other))
         with ptx.when(ptx.select(self.t < c.split, 1, 0) & ptx.select(self.t == self.rank, 0, 1) == 1):
             ptx.arrive_remote(self.freed, self.t)
         return totals
@@ -531,9 +531,3 @@ class _Kernel:
 def _when_positive(t: Int, function: Any) -> None:
     with ptx.when(Int(0) < t):
         function()
-
-
-def _select_float(condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
-    from jaxlib.mlir.dialects import arith
-
-    return arith.select(condition, yes, no)
