@@ -26,7 +26,7 @@ from jaxlib.mlir import ir
 from pallas_kernels import ptx
 from pallas_kernels.decode import DECODES, affine
 from pallas_kernels.decode.scaled import as_floats, shifts
-from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS, Form, Packed
+from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form, Packed
 from pallas_kernels.ptx import Int
 
 SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
@@ -310,7 +310,6 @@ class _Kernel:
         self.sum_bars = self.x_bar + 8
         self.x, self.tables, self.table2 = shared + at["x"], shared + at["tables"], shared + at["table2"]
         self.partials, self.unordered = shared + at["partials"], shared + at["unordered"]
-        self.offset = ptx.load_global(pointers["offset"], "f32") if plan.form.scale == "u8" else None
         self.policy = ptx.evict_first() if c.hint else None
         self.block_begin = self.rank * c.warps * plan.pieces // plan.parts  # first piece of this block
         self.block_end = (self.rank + 1) * c.warps * plan.pieces // plan.parts
@@ -558,46 +557,33 @@ class _Kernel:
         return out
 
     def nested_scales(self, t: Int, b: Int) -> list[list[ir.Value]]:
-        """Second-level absmax of each group of a piece, for rows g and g + 8.
-
-        The blocks of 256 that a piece touches are at most two, so two loads a row serve all its groups; one where
-        whole rows lie in a block.
-        """
+        """Second-level absmax of each group of a piece, for rows g and g + 8 (float32, cached by L1)."""
         plan = self.plan
         if plan.form.scale != "u8":
             return []
-        groups, count = plan.form.groups(plan.k), plan.piece_groups
+        row = (self.first_tile + t * plan.clusters) * ROWS + (self.lane >> 2)
+        groups = plan.form.groups(plan.k)
         last = plan.n * groups - 1
-        tile = self.first_tile + t * plan.clusters
-        out: list[list[ir.Value]] = [[] for _ in range(count)]
-        for half in (0, 8):
-            row = tile * ROWS + (self.lane >> 2) + half
-            first = row * groups + self.group_of(self.begin + b)
-            first = ptx.select(first < last, first, last)  # rows of padding
-            block = first // NESTED_BLOCK
-            low = high = self.second_level(block)
-            if NESTED_BLOCK % groups and count > 1:
-                end = first + (count - 1)
-                end = ptx.select(end < last, end, last)
-                high = self.second_level(end // NESTED_BLOCK)
-            border = (block + 1) * NESTED_BLOCK - first  # groups before the next block
-            for g in range(count):
-                same = low is high or g == 0
-                out[g].append(low if same else ptx.select_float(Int(g) < border, low, high))
+        out = []
+        for g in range(plan.piece_groups):
+            pair = []
+            for half in (0, 8):
+                block = (row + half) * groups + self.group_of(self.begin + b) + g
+                block = ptx.select(block < last, block, last)  # rows of padding
+                pair.append(ptx.load_global(ptx.address(self.pointers["absmax2"], block >> 8, 4), "f32"))
+            out.append(pair)
         return out
-
-    def second_level(self, block: Int) -> ir.Value:
-        return ptx.load_global(ptx.address(self.pointers["absmax2"], block, 4), "f32")
 
     def convert_params(self, stored: list[list[ir.Value]], nested: list[list[ir.Value]], group: int) -> dict[str, Any]:
         """float32 scales of rows g and g + 8, and what the zeros need."""
         form = self.plan.form
         if form.scale == "u8":
+            offset = ptx.load_global(self.pointers["offset"], "f32")
             pair = Int(stored[0][0])
             scales = []
             for half, second in zip((pair & 255, pair >> 8), nested[group]):
                 value = ptx.load_shared(self.table2 + half * 4, "f32")[0]
-                scales.append(ptx.fma(value, second, self.offset))
+                scales.append(ptx.fma(value, second, offset))
         else:
             scales = as_floats(form.scale, stored[0])
         out: dict[str, Any] = {"scale": scales}
