@@ -280,6 +280,23 @@ def peers(batch: int, context: int) -> dict[str, dict[str, float]]:
         return {}
 
 
+def save(path: Path, card: str, versions: dict[str, str], rows: list[dict]) -> None:
+    """Writes the rows; those of an earlier run that were not measured now stay."""
+
+    def key(row: dict) -> tuple:
+        return tuple(row[k] for k in ("weights", "head", "batch", "context", "loop"))
+
+    new = {key(row): row for row in rows}
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    for row in earlier:
+        if key(row) in new:
+            new[key(row)]["peers"] = new[key(row)]["peers"] or row["peers"]
+    kept = [row for row in earlier if key(row) not in new]
+    result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": kept + rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", nargs="+", default=["w4a16_g128", "nf4", "bf16"])
@@ -305,9 +322,7 @@ def main() -> None:
 
     def write() -> None:  # after each row, so that a run that is cut off keeps what it measured
         versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
-        result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": rows}
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"gpu_decode_{short}.json").write_text(json.dumps(result, indent=1) + "\n")
+        save(options.out / f"gpu_decode_{short}.json", card, versions, rows)
 
     for kind in options.weights:
         for head in options.head if kind != "bf16" else options.head[:1]:

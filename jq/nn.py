@@ -69,7 +69,7 @@ class Linear(nnx.Module):
     def quantized(self) -> QTensor | None:
         """The quantized weight, None where there is none."""
         weight = self.weight.get_value() if self.packed is None else self.packed.get_value()
-        return weight if isinstance(weight, QTensor) else None
+        return restored(weight) if isinstance(weight, QTensor) else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: float[..., K] -> float[..., N] in x's dtype."""
@@ -242,7 +242,9 @@ def linear_of(
     if packed or active:
         weight = weight if active else prepared(weight, dtype)
         return Linear(weight, bias, quantize_activations=quantize_activations)
-    return Linear(weight.dequantize(dtype), bias, packed=weight, quantize_activations=quantize_activations)
+    dense = weight.dequantize(dtype)
+    kept = weight if jax.default_backend() == "cpu" else weight.to_numpy()  # what only saving needs stays on the host
+    return Linear(dense, bias, packed=kept, quantize_activations=quantize_activations)
 
 
 def prepared(weight: QTensor, dtype: Any) -> QTensor:
