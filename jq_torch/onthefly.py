@@ -106,6 +106,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "mxfp4": lambda config: jq.MXFP4(),
     "bitnet": lambda config: jq.BitNet(config.linear_class),
     "torchao": lambda config: _torchao(config),
+    "metal": lambda config: jq.Metal(bits=config.bits, group_size=config.group_size),
 }
 
 
@@ -122,16 +123,29 @@ def _torchao(config: Any) -> Any:
     """`TorchAoConfig(Int8WeightOnlyConfig())` of an installed torchao, or its name and arguments without one."""
     kind, options = config.quant_type, dict(getattr(config, "quant_type_kwargs", None) or {})
     if isinstance(kind, dict):
+        kind = kind.get("default", kind)
         kind, options = kind["_type"], {**kind.get("_data", {}), **options}
     elif not isinstance(kind, str):
         kind, options = type(kind).__name__, {**vars(kind), **options}
-    return _made(jq.TorchAO, kind, **options)
+    scheme = re.sub(r"(?<!^)(?=[A-Z])", "_", kind.removesuffix("Config")).lower()
+    return jq.TorchAO(scheme, **_torchao_options(options))
 
 
-def _made(kind: type, *args: Any, **wanted: Any) -> Any:
-    """kind(*args, **wanted) with those options that the method has."""
-    fields = {f.name for f in dataclasses.fields(kind)}
-    return kind(*args, **{k: v for k, v in wanted.items() if k in fields})
+def _torchao_options(options: dict[str, Any]) -> dict[str, Any]:
+    """torchao's arguments in jq's words: a dtype's width, the kind of a granularity object."""
+    found: dict[str, Any] = {}
+    if options.get("group_size"):
+        found["group_size"] = options["group_size"]
+    width = re.search(r"int(\d)$", str(options.get("weight_dtype", "")))
+    if width:
+        found["bits"] = int(width[1])
+    granularity = options.get("granularity")
+    name = type(granularity).__name__.lower()
+    if "tensor" in name or "tensor" in str(granularity).lower():
+        found["granularity"] = "tensor"
+    elif "group" in name:
+        found["group_size"] = granularity.group_size  # type: ignore[union-attr]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +275,8 @@ def finish(quantizer: Any, model: Any) -> None:
         if isinstance(module, Packed):
             quantizer.settings.apply(module)
     config = quantizer.quantization_config
-    if str(getattr(config.quant_method, "value", config.quant_method)) != "jq":
-        return
+    if str(getattr(config.quant_method, "value", config.quant_method)) not in ("jq", "torchao"):
+        return  # a config of transformers says already what the original would write
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
 
     skip = [p for p, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
