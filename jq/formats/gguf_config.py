@@ -130,11 +130,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", SANDWICH, norm_offset=1.0, extra=_gemma2),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", SANDWICH, norm_offset=1.0, extra=_gemma3),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM", {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
+    "phi3": Architecture(
+        "phi3",
+        "Phi3ForCausalLM",
+        {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        extra=lambda key: _present(sliding_window=key("attention.sliding_window")),
+    ),
     "olmo2": Architecture(
         "olmo2",
         "Olmo2ForCausalLM",
         {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+    ),
+    "smollm3": Architecture(
+        "smollm3", "SmolLM3ForCausalLM", permuted=True, extra=lambda key: {"no_rope_layer_interval": 4}
     ),
     "granite": Architecture("granite", "GraniteForCausalLM", permuted=True, extra=_granite),
 }
