@@ -124,15 +124,35 @@ def matmul(x: Array, w: Any, bias: Array | None = None) -> jax.Array:
 
 @jax.jit
 def _matmul_jit(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
-    scheme: Any = scheme_of(w.activation)
     if prepares(w):
         x = PREPARATIONS[w.activation.get("prepare")](x, w)
+    return _straight_through(x, w, bias)
+
+
+@jax.custom_vjp
+def _straight_through(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
+    """The scheme; its gradient is that of the product with the dequantized weight, as if nothing were rounded."""
+    scheme: Any = scheme_of(w.activation)
     if bias is None:
         return scheme(x, w)
     if getattr(scheme, "adds_bias", False):
         return scheme(x, w, bias)
     y = scheme(x, w)
     return y + bias.astype(y.dtype)
+
+
+def _forward(x: jax.Array, w: Any, bias: jax.Array | None) -> tuple[jax.Array, tuple[Any, jax.Array | None]]:
+    return _straight_through(x, w, bias), (w, bias)
+
+
+def _backward(saved: tuple[Any, jax.Array | None], g: jax.Array) -> tuple[jax.Array, None, jax.Array | None]:
+    w, bias = saved
+    contract = (((1,), (0,)), ((), ()))
+    dx = jax.lax.dot_general(g, w.dequantize(g.dtype), contract, preferred_element_type=jnp.float32).astype(g.dtype)
+    return dx, None, None if bias is None else jnp.sum(g, axis=0, dtype=jnp.float32).astype(bias.dtype)
+
+
+_straight_through.defvjp(_forward, _backward)
 
 
 def _float_matmul(x: jax.Array, w: Any) -> jax.Array:
@@ -153,5 +173,11 @@ def _pre_scale(x: jax.Array, w: Any) -> jax.Array:
     return x * jnp.asarray(w.extras["act_pre_scale"]).reshape(1, -1).astype(x.dtype)
 
 
+def _pre_quant_scale(x: jax.Array, w: Any) -> jax.Array:
+    """Product with a stored scale of the inputs (ModelOpt's AWQ): "pre_quant_scale"."""
+    return x * jnp.asarray(w.extras["pre_quant_scale"]).reshape(1, -1).astype(x.dtype)
+
+
 PREPARATIONS["rms_norm"] = _rms_norm
+PREPARATIONS["pre_quant_scale"] = _pre_quant_scale
 PREPARATIONS["pre_scale"] = _pre_scale

@@ -194,13 +194,22 @@ def test_strategies_that_no_library_runs(args, message):
         jq.matmul(jnp.ones((1, 32)), weight(Activation("compressed_tensors", (), (("input", args),))))
 
 
-def test_outputs_are_quantized_where_no_bias_follows():
+def test_outputs_are_quantized_with_the_bias_in_them():
     args = Args(8, "int", True, "token", dynamic=True)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 32)), jnp.float32)
-    w = weight(Activation("compressed_tensors", (), (("output", args), ("bias", False))))
+    rng = np.random.default_rng(1)
+    x, bias = jnp.asarray(rng.standard_normal((3, 32)), jnp.float32), jnp.asarray(rng.standard_normal(6), jnp.float32)
+    w = weight(Activation("compressed_tensors", (), (("output", args),)))
     plain = jq.matmul(x, w, quantize_activations=False)
     want = ct.quantize(plain, args, {}).dequantized
     np.testing.assert_allclose(np.asarray(jq.matmul(x, w)), np.asarray(want), rtol=1e-6)
-    biased = w.replace(activation=Activation("compressed_tensors", (), (("output", args), ("bias", True))))
-    with pytest.raises(UnsupportedError, match="after the bias"):
-        jq.matmul(x, biased)
+    want = ct.quantize(plain + bias, args, {}).dequantized
+    np.testing.assert_allclose(np.asarray(activations.matmul(x, w, bias)), np.asarray(want), rtol=1e-6)
+
+
+def test_gradient_is_straight_through():
+    """Training in front of a quantized layer sees the dequantized weight, not the zero slope of rounding."""
+    w = weight(Activation("compressed_tensors", (), (("input", Args(8, "int", True, "token", dynamic=True)),)))
+    x, bias = jnp.ones((3, 32)), jnp.zeros(6)
+    dx, db = jax.jit(jax.grad(lambda x, b: activations.matmul(x, w, b).sum(), argnums=(0, 1)))(x, bias)
+    np.testing.assert_allclose(np.asarray(dx), np.broadcast_to(np.asarray(w.dequantize()).sum(0), (3, 32)), rtol=1e-6)
+    np.testing.assert_array_equal(np.asarray(db), 3)

@@ -46,20 +46,20 @@ class Quantized(NamedTuple):
 
 
 @register("compressed_tensors")
-def matmul(x: jax.Array, w: Any) -> jax.Array:
+def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N]. Options: "input" and "output" are `Args`; parameters are the stored static scales."""
     inputs, outputs = w.activation.get("input"), w.activation.get("output")
     if inputs is not None:
         x = quantize(x, inputs, _static(w.extras, "input")).dequantized
     y = dense_matmul(x, w.dequantize())
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
     if outputs is not None:
-        if w.activation.get("bias"):
-            raise UnsupportedError(
-                "output activations of a layer with bias are quantized after the bias is added, which is not done here; "
-                "quantize_activations=False computes with float activations"
-            )
-        y = quantize(y, outputs, _static(w.extras, "output")).dequantized
+        y = quantize(rounded(y), outputs, _static(w.extras, "output")).dequantized
     return y
+
+
+matmul.adds_bias = True  # type: ignore[attr-defined]  # outputs are quantized with the bias in them
 
 
 def _static(extras: Mapping[str, Any], name: str) -> dict[str, Any]:

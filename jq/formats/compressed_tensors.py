@@ -93,10 +93,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
         args = need_weights(scheme, prefix)
         tensor = LOADERS[kind_of(prefix, parts, args)](prefix, parts, args, options)
     carried = {k: parts[k] for k in ACTIVATION_SUFFIXES if k in parts}
-    with_bias = f"{prefix}.bias" in context.shapes
-    return tensor.replace(
-        extras={**tensor.extras, **carried}, activation=activation_of(prefix, scheme, carried, with_bias)
-    )
+    return tensor.replace(extras={**tensor.extras, **carried}, activation=activation_of(prefix, scheme, carried))
 
 
 def scheme_of(prefix: str, parts: Parts, options: Options, context: Context) -> Group | None:
@@ -144,7 +141,7 @@ def kind_of(prefix: str, parts: Parts, args: Args) -> str:
     return kind
 
 
-def activation_of(prefix: str, scheme: Group | None, stored: Parts, with_bias: bool) -> Activation | None:
+def activation_of(prefix: str, scheme: Group | None, stored: Parts) -> Activation | None:
     """The description of input and output quantization, None where the scheme has neither."""
     if scheme is None or (scheme.inputs is None and scheme.outputs is None):
         return None
@@ -163,7 +160,7 @@ def activation_of(prefix: str, scheme: Group | None, stored: Parts, with_bias: b
             raise FormatError(f"{prefix}.{key}: missing; config_groups asks for static activations ({scheme.inputs})")
     pairs: list[tuple[str, Any]] = [("input", scheme.inputs)] if scheme.inputs else []
     if scheme.outputs:
-        pairs += [("output", scheme.outputs), ("bias", with_bias)]
+        pairs.append(("output", scheme.outputs))
     return Activation("compressed_tensors", tuple(needed), tuple(pairs))
 
 

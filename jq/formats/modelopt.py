@@ -3,6 +3,7 @@
   NVFP4        weight uint8 [N, K/2] (E2M1, low nibble = even k), weight_scale float8_e4m3fn [N, K/16],
                weight_scale_2 float32 [] (a multiplier: amax / 2688), input_scale float32 [] (likewise)
   FP8          weight float8_e4m3fn [N, K], weight_scale float32 [] or [N] or blocks [N/128, 1, K/128, 1], input_scale []
+  AWQ          pre_quant_scale [K] beside NVFP4: inputs are multiplied by it first (from source, not run)
   MXFP8        weight float8_e4m3fn, weight_scale uint8 [N, K/32]
   INT8         weight int8 [N, K], weight_scale float32 [N]
   KV cache     k_proj.k_scale, v_proj.v_scale: plain arrays of the State
@@ -27,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from jq import bits as _bits
-from jq.activations import Activation
+from jq.activations import FLOAT, Activation
 from jq.algorithms import narrow
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
@@ -35,10 +36,10 @@ from jq.qtensor import Affine, Grouping, NarrowFloat, QTensor, Source
 
 NAME = "modelopt"
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-# Algorithms whose tensors are read. The others multiply inputs by a stored vector first, or pack integers differently.
+SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
+# Algorithms whose tensors are read. The others pack integers differently, or add a low-rank product (SVD).
 ALGORITHMS = (
-    *("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL", "MXFP8"),
+    *("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL", "MXFP8"),
     *("W8A16", "W8A8_SQ_PER_CHANNEL", "W4A8_NVFP4_FP8", "MIXED_PRECISION"),
 )
 WEIGHT_ONLY = ("W4A16_NVFP4", "FP8_PB_WO", "W8A16", "FP8_PB_REAL")
@@ -107,16 +108,13 @@ def group(names: list[str], options: Options, context: Context) -> dict[str, dic
 
     Raises:
       FormatError: a scale without its weight, or a float8 weight without its scale.
-      UnsupportedError: layers with a pre_quant_scale, which multiplies inputs.
+      UnsupportedError: layers with a low-rank product beside the weight.
     """
     there, found = set(names), {}
     for name in names:
         prefix = name.removesuffix(".weight")
-        if name.endswith(".pre_quant_scale"):
-            raise UnsupportedError(
-                f"{name}: inputs are multiplied by it before they are quantized (AWQ, SVDQuant), which is not done here; "
-                "export without it, or fold it into the layer before"
-            )
+        if name.endswith((".svdquant_lora_a", ".svdquant_lora_b")):
+            raise UnsupportedError(f"{name}: a low-rank product beside the weight (SVDQuant), which is not done here")
         if name.endswith(".weight_scale") and f"{name.removesuffix('_scale')}" not in there:
             raise FormatError(f"{name}: no weight beside it; the file is incomplete")
         if name == prefix or np.dtype(context.dtypes[name]).itemsize != 1:
@@ -144,8 +142,12 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
     else:
         expect_dtype(weight, (E4M3, np.uint8, np.int8), f"{prefix}.weight")
         made = _fp8(prefix, parts, weight, options)
-    extras = {"input_scale": parts["input_scale"]} if "input_scale" in parts else {}
-    made = made.replace(extras=extras, activation=_activation(prefix, made, extras, options))
+    extras: Parts = {k: parts[k] for k in ("input_scale", "pre_quant_scale") if k in parts}
+    activation = _activation(prefix, made, extras, options)
+    if "pre_quant_scale" in extras:
+        expect_shape(extras["pre_quant_scale"], (made.in_features,), f"{prefix}.pre_quant_scale", "one for each input")
+        activation = _with_prepared_inputs(activation)
+    made = made.replace(extras=extras, activation=activation)
     made.check(prefix)
     return made
 
@@ -220,6 +222,14 @@ def _int8(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Af
         formula="cast_sub_mul",
         dtype=options.dtype,
         source=Source(NAME, (("kind", "int8"), ("rank", scale.ndim))),
+    )
+
+
+def _with_prepared_inputs(activation: Activation | None) -> Activation:
+    """AWQ: inputs are multiplied by a stored vector, whether they are quantized after that or not."""
+    found = activation or Activation(FLOAT)
+    return Activation(
+        found.scheme, (*found.parameters, "pre_quant_scale"), (*found.options, ("prepare", "pre_quant_scale"))
     )
 
 

@@ -85,6 +85,23 @@ def test_config_of_the_side_file():
     assert parse(FORMAT.detect(Checkpoint()), Context()).algorithm == "FP8"
 
 
+def test_awq_scales_inputs_whether_they_are_quantized_or_not():
+    rng = np.random.default_rng(4)
+    parts = {
+        "weight": rng.integers(0, 256, (6, 16)).astype(np.uint8),
+        "weight_scale": np.ones((6, 2), E4M3),
+        "weight_scale_2": np.asarray(0.5, np.float32),
+        "pre_quant_scale": rng.uniform(0.5, 2, 32).astype(np.float32),
+    }
+    q = read(FORMAT, {f"{NAME}.{k}": v for k, v in parts.items()}, config("NVFP4_AWQ"), "float32")[NAME]
+    x = rng.standard_normal((3, 32)).astype(np.float32)
+    want = (x * parts["pre_quant_scale"]) @ np.asarray(q.dequantize()).T
+    for quantize in (True, False):
+        np.testing.assert_allclose(
+            np.asarray(jq.matmul(x, q, quantize_activations=quantize)), want, rtol=1e-4, atol=1e-4
+        )
+
+
 def test_errors():
     with pytest.raises(FormatError, match="no quant_algo"):
         parse({"quant_method": "modelopt"}, Context())
@@ -105,7 +122,8 @@ def test_errors():
     fails(FormatError, r"q_proj.weight_scale: found shape \(3, 1\)", weight_scale=np.ones((3, 1), E4M3))
     fails(FormatError, "q_proj.weight_scale: found dtype float32", weight_scale=np.ones((2, 1), np.float32))
     fails(FormatError, "q_proj.weight_scale: no weight beside it", weight=None)
-    fails(UnsupportedError, "q_proj.pre_quant_scale: inputs are multiplied", pre_quant_scale=np.ones(16, np.float32))
+    fails(FormatError, r"pre_quant_scale: found shape \(8,\), expected \(16,\)", pre_quant_scale=np.ones(8, BF16))
+    fails(UnsupportedError, "q_proj.svdquant_lora_a: a low-rank product", svdquant_lora_a=np.ones((2, 2), BF16))
     fails(FormatError, "float8 without .*weight_scale", weight=np.ones((2, 16), E4M3), weight_scale=None)
 
 
