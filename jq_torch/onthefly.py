@@ -17,6 +17,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
 
 import jq
 from jq.errors import CalibrationError, JqError, UnsupportedError
@@ -24,6 +25,8 @@ from jq.formats import table
 from jq_torch import bridge, experts
 from jq_torch.linear import JqLinear, Packed
 from jq_torch.plan import Origin
+
+logger = logging.get_logger(__name__)
 
 
 def _dtype_name(dtype: Any, default: str) -> str:
@@ -218,7 +221,14 @@ def targets(model: Any, config: Any, method: Any) -> dict[str, Any]:
         one = method.of(path) if isinstance(method, ByName) else method
         if one is not None:
             found[f"{path}.weight"] = one
-    for path, parts in experts.makeable(model).items():
+    makeable = experts.makeable(model)
+    for path, module in model.named_modules():
+        stacked = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3]
+        if hasattr(module, "num_experts") and stacked and path not in makeable and should_convert_module(path, skip):
+            logger.warning(
+                f"{path}: experts of {type(module).__name__} stay float: no format holds them as the model does"
+            )
+    for path, parts in makeable.items():
         if should_convert_module(path, skip) and not isinstance(method, ByName):
             found |= dict.fromkeys((f"{path}.{parameter}" for parameter in parts), method)
     if not found:
