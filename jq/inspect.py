@@ -245,7 +245,12 @@ def _quantized_rows(ckpt: Checkpoint) -> tuple[str, list[Row], set[str]]:
             continue
         stored_names = [name for prefix in prefixes for name in groups[prefix].values()]
         taken.update(stored_names)
-        row = _row(_pattern(prefixes[0]), len(prefixes), tensor, sum(ckpt.entry(name).nbytes for name in stored_names))
+        row = _row(
+            _pattern(prefixes[0].removesuffix(".weight")),
+            len(prefixes),
+            tensor,
+            sum(ckpt.entry(name).nbytes for name in stored_names),
+        )
         _add(rows, row)
     return str(quantization.get("quant_method") or fmt.name), list(rows.values()), taken
 
