@@ -88,13 +88,14 @@ def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, g
                 blocks = blocks * 10 // 11
             blocks = blocks // cluster * cluster
             parts = -(-k // CHUNK) // (warps * cluster)
-            sizes = [c for c in (8, 14, 7, 4, 2, 1) if parts % c == 0] or [4]
+            room = (ring << 10) // warps // 3  # three copies on their way at least
+            sizes = [c for c in (8, 14, 7, 4, 2, 1) if parts % c == 0 and c * 544 <= room] or [4]
             out.append(Choice("stream", stream.Config(warps, cluster, sizes[0], ring << 10, blocks)))
     if not out or m > 8:
-        for tile_m in (16, 32, 64, 128, 256):
-            for wn in (1, 2, 4) if tile_m < 256 else (1, 2):
+        for tile_m in (16, 32, 64, 128, 192, 256):
+            for wn in (1, 2, 4) if tile_m <= 128 else (2,):
                 for split in (1, 2):
-                    chunks = 1 if tile_m == 256 or (form.group and form.group % CHUNK) else 2
+                    chunks = 1 if tile_m > 128 or (form.group and form.group % CHUNK) else 2
                     out.append(
                         Choice("gemm", gemm.Config(tile_m, wn, chunks, 0, 1, split, multiprocessors // split * split))
                     )

@@ -32,7 +32,7 @@ from pallas_kernels.timing import Jobs, copies, median_us, supervise
 # Linear layers of 8B and 70B models: square, fused q/k/v, fused gate/up, down, and gate/up of 70B.
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (6144, 4096))
 FORMS = {"affine": Form(), "codebook": Form("codebook", 4, 64, "bf16")}
-ROWS = {"affine": (1, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192), "codebook": (1,)}
+ROWS = {"affine": (1, 8, 16, 32, 64, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192), "codebook": (1,)}
 MAX_ERROR = 1e-2
 TYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
@@ -118,6 +118,13 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
             put(gemm.Config(128, wn, 2, 0, 1, split, sms))
         put(gemm.Config(192, 2, 1, 0, 1, 1, sms))
         put(gemm.Config(192, 2, 1, 0, 2, 1, sms))
+        third = [t for t in (80, 96, 160) if m % t == 0]
+        for tile_m in third:
+            for wn, split in ((2, 1), (3, 1), (2, 2), (3, 2)):
+                put(gemm.Config(tile_m, wn, 1 if tile_m > 128 else 2, 0, 1, split, sms))
+        put(gemm.Config(192, 3, 1, 0, 1, 1, sms))
+        put(gemm.Config(192, 3, 1, 0, 1, 2, sms))
+        put(gemm.Config(256, 2, 1, 0, 1, 2, sms))
     if m > 1024:
         for group in (2, 4, 8):
             put(gemm.Config(256, 2, 1, 0, 2, 1, sms, group))

@@ -12,9 +12,7 @@ others send (distributed shared memory, in a fixed order).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -22,168 +20,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from pallas_kernels import ptx
+from pallas_kernels import hopper, ptx
 from pallas_kernels.decode import DECODES
 from pallas_kernels.decode.scaled import scaled_fragment
-from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form, Packed
+from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
 from pallas_kernels.ptx import Int
+from pallas_kernels.skeletons.gemm_plan import CONSUMER_REGISTERS, EPILOGUE_ROWS, PRODUCER_REGISTERS, Config, Plan
 
-SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
-PRODUCER_REGISTERS = 40
-# registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
-CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104}
-EPILOGUE_ROWS = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Knobs of the kernel.
-
-    Fields:
-      tile_m: rows of x in a tile, up to 256, a multiple of 16 * split and of 8 * share.
-      wn: warpgroups of a block, 64 rows of the weight each.
-      chunks: tiles of 64 along K in one step of the ring.
-      stages: length of the ring; 0: as many as fit.
-      share: blocks of a cluster that use the same x.
-      split: blocks of a cluster that share the K of a tile.
-      blocks: blocks to launch.
-      m_group: tiles of x that neighbouring blocks take before they go on to the next rows of the weight; 0: all.
-    """
-
-    tile_m: int = 256
-    wn: int = 2
-    chunks: int = 2
-    stages: int = 0
-    share: int = 1
-    split: int = 1
-    blocks: int = 132
-    m_group: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about one launch."""
-
-    m: int
-    n: int
-    k: int
-    form: Form
-    config: Config
-    dtype: str
-
-    @property
-    def span(self) -> int:
-        """Weights along K of one step."""
-        return self.config.chunks * CHUNK
-
-    @property
-    def steps(self) -> int:
-        return -(-self.k // self.span)
-
-    @property
-    def cluster(self) -> int:
-        return self.config.share * self.config.split
-
-    @property
-    def m_tiles(self) -> int:
-        return -(-self.m // self.config.tile_m)
-
-    @property
-    def n_tiles(self) -> int:
-        """Tiles of 64 * wn rows of the weight, rounded up to what a cluster takes."""
-        tiles = -(-self.n // (64 * self.config.wn))
-        return -(-tiles // self.config.share)
-
-    @property
-    def tiles(self) -> int:
-        """Units of work of a cluster."""
-        return self.m_tiles * self.n_tiles
-
-    @property
-    def clusters(self) -> int:
-        return min(self.config.blocks // self.cluster, self.tiles)
-
-    @property
-    def step_groups(self) -> int:
-        return max(1, self.span // self.form.group) if self.form.group else 1
-
-    @property
-    def x_bytes(self) -> int:
-        return self.config.tile_m * self.span * 2
-
-    @property
-    def code_bytes(self) -> int:
-        return 4 * self.config.wn * self.config.chunks * self.form.chunk_bytes
-
-    @property
-    def param_bytes(self) -> list[int]:
-        return [4 * self.config.wn * self.step_groups * ROWS * ITEM_BYTES[p] for p in self.form.params]
-
-    @property
-    def stage_bytes(self) -> int:
-        return self.x_bytes + self.code_bytes + sum(-(-b // 128) * 128 for b in self.param_bytes)
-
-    @property
-    def sums(self) -> int:
-        """Accumulators of a thread."""
-        return self.config.tile_m // 2
-
-    @property
-    def piece(self) -> int:
-        """Rows of y that one store writes."""
-        return math.gcd(self.config.tile_m // self.config.split, EPILOGUE_ROWS)
-
-    @property
-    def inbox_bytes(self) -> int:
-        """Partial sums that the other blocks of a split send."""
-        s = self.config.split
-        return (s - 1) * self.config.wn * 128 * self.sums // s * 4
-
-    @property
-    def fixed_bytes(self) -> int:
-        epilogue = self.config.wn * 2 * EPILOGUE_ROWS * 128
-        return epilogue + self.inbox_bytes + DECODES[self.form.kind].shared_bytes(self.form) + 1024
-
-    @property
-    def stages(self) -> int:
-        fit = (SMEM_BYTES - self.fixed_bytes - 1024) // (-(-self.stage_bytes // 1024) * 1024)
-        return min(self.config.stages or 12, fit, 12)
-
-    @functools.cached_property
-    def layout(self) -> dict[str, int]:
-        at, out = 0, {}
-
-        def put(name: str, nbytes: int) -> None:
-            nonlocal at
-            out[name] = at
-            at += -(-nbytes // 1024) * 1024
-
-        s = self.stages
-        put("x", s * self.x_bytes)
-        put("codes", s * self.code_bytes)
-        for name, nbytes in zip(("scales", "zeros"), self.param_bytes):
-            put(name, s * -(-nbytes // 128) * 128)
-        put("y", self.config.wn * 2 * EPILOGUE_ROWS * 128)
-        put("inbox", self.inbox_bytes)
-        put("tables", DECODES[self.form.kind].shared_bytes(self.form))
-        put("barriers", 8 * (2 * s + 2))
-        out["bytes"] = at
-        return out
-
-    def reason(self) -> str | None:
-        c = self.config
-        if self.k % 8 or self.n % 8:
-            return f"a weight of {self.n}x{self.k}: both must be multiples of 8 for the tensor copies"
-        if self.form.scale == "u8":
-            return "nested scales"
-        group = self.form.group
-        if group and group % self.span and self.span % group:
-            return f"groups of {group} with steps of {self.span}"
-        if c.tile_m % (8 * c.share) or c.tile_m % (16 * c.split):
-            return f"tile of {c.tile_m} rows of x with share {c.share} and split {c.split}"
-        if self.stages < 2 or self.layout["bytes"] > SMEM_BYTES:
-            return f"{self.layout['bytes']} bytes of shared memory"
-        return None
+__all__ = ["Config", "Plan", "matmul"]
 
 
 def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = None, layer: jax.Array | None = None):
@@ -246,11 +90,11 @@ class _Kernel:
         self.layer = [Int(ptx.load_global(ptx.global_pointer(refs["layer"]), "u32"))] if stacked else []
         lead = (1,) if stacked else ()
         # boxes are given slowest axis first, as shapes are
-        self.maps = {"x": ptx.tensor_map(ctx, refs["x"], (c.tile_m // c.share, CHUNK), 128)}
-        self.maps["y"] = ptx.tensor_map(ctx, refs["y"], (plan.piece, 64), 128)
-        self.maps["codes"] = ptx.tensor_map(ctx, refs["codes"], (*lead, 4 * c.wn, c.chunks, plan.form.bits * 32))
+        self.maps = {"x": hopper.tensor_map(ctx, refs["x"], (c.tile_m // c.share, CHUNK), 128)}
+        self.maps["y"] = hopper.tensor_map(ctx, refs["y"], (plan.piece, 64), 128)
+        self.maps["codes"] = hopper.tensor_map(ctx, refs["codes"], (*lead, 4 * c.wn, c.chunks, plan.form.bits * 32))
         for name in ("scales", "zeros")[: len(plan.form.params)]:
-            self.maps[name] = ptx.tensor_map(ctx, refs[name], (*lead, 4 * c.wn, plan.step_groups, ROWS))
+            self.maps[name] = hopper.tensor_map(ctx, refs[name], (*lead, 4 * c.wn, plan.step_groups, ROWS))
 
     def run(self) -> None:
         plan, c = self.plan, self.plan.config
@@ -272,12 +116,12 @@ class _Kernel:
             ptx.cluster_arrive(relaxed=True)
             ptx.cluster_wait()
         with ptx.when(self.wg == c.wn):
-            ptx.set_registers(PRODUCER_REGISTERS, "dec")
+            hopper.set_registers(PRODUCER_REGISTERS, "dec")
             with ptx.when(self.t == 0):
                 self.produce()
             ptx.sync_warp()
         with ptx.when(self.wg < c.wn):
-            ptx.set_registers(CONSUMER_REGISTERS[c.wn], "inc")
+            hopper.set_registers(CONSUMER_REGISTERS[c.wn], "inc")
             self.consume()
         if plan.cluster > 1:  # a block may not leave while others still reach into its shared memory
             ptx.cluster_arrive(relaxed=True)
@@ -317,16 +161,16 @@ class _Kernel:
                     if c.share > 1:
                         mine = self.rank % c.share
                         target, row = target + mine * (part * 128), im * c.tile_m + mine * part
-                        ptx.tensor_copy(target, self.maps["x"], [k, row], bar, Int((1 << c.share) - 1))
+                        hopper.tensor_copy(target, self.maps["x"], [k, row], bar, Int((1 << c.share) - 1))
                     else:
-                        ptx.tensor_copy(target, self.maps["x"], [k, im * c.tile_m], bar)
+                        hopper.tensor_copy(target, self.maps["x"], [k, im * c.tile_m], bar)
                 codes = self.at["codes"] + slot * plan.code_bytes
                 row = it * (4 * c.wn)
-                ptx.tensor_copy(codes, self.maps["codes"], [0, kk * c.chunks, row, *self.layer], bar, policy=policy)
+                hopper.tensor_copy(codes, self.maps["codes"], [0, kk * c.chunks, row, *self.layer], bar, policy=policy)
                 group = self.group_of(kk)
                 for name, nbytes in zip(("scales", "zeros"), plan.param_bytes):
                     target = self.at[name] + slot * (-(-nbytes // 128) * 128)
-                    ptx.tensor_copy(target, self.maps[name], [0, group, row, *self.layer], bar)
+                    hopper.tensor_copy(target, self.maps[name], [0, group, row, *self.layer], bar)
                 wrap = (slot + 1) == plan.stages
                 return [ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0)]
 
@@ -352,7 +196,7 @@ class _Kernel:
 
         ptx.loop(0, self.my_tiles, 1, [Int(0), Int(0)], tile)
         with ptx.when(self.t == 0):
-            ptx.tensor_store_wait(0)
+            hopper.tensor_store_wait(0)
         ptx.sync_warp()
 
     def weights(self, slot: Int) -> Any:
@@ -387,7 +231,7 @@ class _Kernel:
         else:
             with ptx.when(self.t < c.share):
                 rank = self.rank - self.rank % c.share + self.t
-                ptx.arrive_remote(self.empty + slot * 8, rank)
+                hopper.arrive_remote(self.empty + slot * 8, rank)
 
     def step(self, sums: list[Any], slot: Int, parity: Int) -> list[Any]:
         """Issues the wgmmas of one step, each as soon as its k16 of weights is decoded."""
@@ -403,10 +247,10 @@ class _Kernel:
             used = words[i * per_step : (i + 1) * per_step]
             a = scaled_fragment(form, plan.dtype, used, params[group], table)
             if i % 4 == 0:
-                b = ptx.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
-            ptx.wgmma_fence()
-            sums = ptx.wgmma(sums, a, ptx.advance(b, 32 * (i % 4)) if i % 4 else b, plan.dtype)
-        ptx.wgmma_commit()
+                b = hopper.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
+            hopper.wgmma_fence()
+            sums = hopper.wgmma(sums, a, hopper.advance(b, 32 * (i % 4)) if i % 4 else b, plan.dtype)
+        hopper.wgmma_commit()
         return sums
 
     def multiply(self, carry: list[Int]) -> tuple[list[Any], list[Int]]:
@@ -417,7 +261,7 @@ class _Kernel:
         def body(kk: Int, carry: list[Any]) -> list[Any]:
             sums, (slot, parity) = carry[:count], carry[count:]
             sums = self.step(sums, slot, parity)
-            ptx.wgmma_wait(0)
+            hopper.wgmma_wait(0)
             self.release(slot)
             ptx.sync_warp()
             wrap = (slot + 1) == plan.stages
@@ -443,14 +287,14 @@ class _Kernel:
         for i in range(rows // piece):
             buffer = buffers + (i % 2) * (EPILOGUE_ROWS * 128)
             with ptx.when(self.t == 0):
-                ptx.tensor_store_wait(1)
+                hopper.tensor_store_wait(1)
             ptx.sync_warp()
-            ptx.sync_threads(self.wg + 1, 128)
+            hopper.sync_threads(self.wg + 1, 128)
             self.transpose(buffer, sums[i * piece // 2 : (i + 1) * piece // 2])
             ptx.fence_async()
-            ptx.sync_threads(self.wg + 1, 128)
+            hopper.sync_threads(self.wg + 1, 128)
             with ptx.when(self.t == 0):
-                ptx.tensor_store(self.maps["y"], [n0, row0 + i * piece], buffer)
+                hopper.tensor_store(self.maps["y"], [n0, row0 + i * piece], buffer)
             ptx.sync_warp()
 
     def transpose(self, buffer: Int, sums: list[Any]) -> None:
@@ -463,7 +307,7 @@ class _Kernel:
             at = buffer + row * 128 + ((chunk ^ r) << 4)
             pairs = [ptx.pack_pair(sums[j + 2 * q], sums[j + 2 * q + 1], plan.dtype) for q in range(4)]
             # registers: rows g, rows g + 8 of the first 8 columns, then of the next 8
-            ptx.store_matrices_transposed(at, pairs)
+            hopper.store_matrices_transposed(at, pairs)
 
     def add_bias(self, n0: Int, sums: list[Any]) -> list[Any]:
         plan = self.plan
@@ -524,7 +368,7 @@ class _Kernel:
                 )
                 totals[i] = ptx.add(totals[i], ptx.select_float(self.rank == r, own[i], other))
         with ptx.when(ptx.select(self.t < c.split, 1, 0) & ptx.select(self.t == self.rank, 0, 1) == 1):
-            ptx.arrive_remote(self.freed, self.t)
+            hopper.arrive_remote(self.freed, self.t)
         return totals
 
 

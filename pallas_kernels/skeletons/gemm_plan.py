@@ -1,0 +1,167 @@
+"""Configuration of the wgmma kernel, and everything static about one launch: tiles, sizes and offsets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+from pallas_kernels.decode import DECODES
+from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form
+
+SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
+PRODUCER_REGISTERS = 40
+# registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
+CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104}
+EPILOGUE_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Knobs of the kernel.
+
+    Fields:
+      tile_m: rows of x in a tile, up to 256, a multiple of 16 * split and of 8 * share.
+      wn: warpgroups of a block, 64 rows of the weight each.
+      chunks: tiles of 64 along K in one step of the ring.
+      stages: length of the ring; 0: as many as fit.
+      share: blocks of a cluster that use the same x.
+      split: blocks of a cluster that share the K of a tile.
+      blocks: blocks to launch.
+      m_group: tiles of x that neighbouring blocks take before they go on to the next rows of the weight; 0: all.
+    """
+
+    tile_m: int = 256
+    wn: int = 2
+    chunks: int = 2
+    stages: int = 0
+    share: int = 1
+    split: int = 1
+    blocks: int = 132
+    m_group: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one launch."""
+
+    m: int
+    n: int
+    k: int
+    form: Form
+    config: Config
+    dtype: str
+
+    @property
+    def span(self) -> int:
+        """Weights along K of one step."""
+        return self.config.chunks * CHUNK
+
+    @property
+    def steps(self) -> int:
+        return -(-self.k // self.span)
+
+    @property
+    def cluster(self) -> int:
+        return self.config.share * self.config.split
+
+    @property
+    def m_tiles(self) -> int:
+        return -(-self.m // self.config.tile_m)
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles of 64 * wn rows of the weight, rounded up to what a cluster takes."""
+        tiles = -(-self.n // (64 * self.config.wn))
+        return -(-tiles // self.config.share)
+
+    @property
+    def tiles(self) -> int:
+        """Units of work of a cluster."""
+        return self.m_tiles * self.n_tiles
+
+    @property
+    def clusters(self) -> int:
+        return min(self.config.blocks // self.cluster, self.tiles)
+
+    @property
+    def step_groups(self) -> int:
+        return max(1, self.span // self.form.group) if self.form.group else 1
+
+    @property
+    def x_bytes(self) -> int:
+        return self.config.tile_m * self.span * 2
+
+    @property
+    def code_bytes(self) -> int:
+        return 4 * self.config.wn * self.config.chunks * self.form.chunk_bytes
+
+    @property
+    def param_bytes(self) -> list[int]:
+        return [4 * self.config.wn * self.step_groups * ROWS * ITEM_BYTES[p] for p in self.form.params]
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.x_bytes + self.code_bytes + sum(-(-b // 128) * 128 for b in self.param_bytes)
+
+    @property
+    def sums(self) -> int:
+        """Accumulators of a thread."""
+        return self.config.tile_m // 2
+
+    @property
+    def piece(self) -> int:
+        """Rows of y that one store writes."""
+        return math.gcd(self.config.tile_m // self.config.split, EPILOGUE_ROWS)
+
+    @property
+    def inbox_bytes(self) -> int:
+        """Partial sums that the other blocks of a split send."""
+        s = self.config.split
+        return (s - 1) * self.config.wn * 128 * self.sums // s * 4
+
+    @property
+    def fixed_bytes(self) -> int:
+        epilogue = self.config.wn * 2 * EPILOGUE_ROWS * 128
+        return epilogue + self.inbox_bytes + DECODES[self.form.kind].shared_bytes(self.form) + 1024
+
+    @property
+    def stages(self) -> int:
+        fit = (SMEM_BYTES - self.fixed_bytes - 1024) // (-(-self.stage_bytes // 1024) * 1024)
+        return min(self.config.stages or 12, fit, 12)
+
+    @functools.cached_property
+    def layout(self) -> dict[str, int]:
+        at, out = 0, {}
+
+        def put(name: str, nbytes: int) -> None:
+            nonlocal at
+            out[name] = at
+            at += -(-nbytes // 1024) * 1024
+
+        s = self.stages
+        put("x", s * self.x_bytes)
+        put("codes", s * self.code_bytes)
+        for name, nbytes in zip(("scales", "zeros"), self.param_bytes):
+            put(name, s * -(-nbytes // 128) * 128)
+        put("y", self.config.wn * 2 * EPILOGUE_ROWS * 128)
+        put("inbox", self.inbox_bytes)
+        put("tables", DECODES[self.form.kind].shared_bytes(self.form))
+        put("barriers", 8 * (2 * s + 2))
+        out["bytes"] = at
+        return out
+
+    def reason(self) -> str | None:
+        c = self.config
+        if self.k % 8 or self.n % 8:
+            return f"a weight of {self.n}x{self.k}: both must be multiples of 8 for the tensor copies"
+        if self.form.scale == "u8":
+            return "nested scales"
+        group = self.form.group
+        if group and group % self.span and self.span % group:
+            return f"groups of {group} with steps of {self.span}"
+        if c.tile_m % (8 * c.share) or c.tile_m % (16 * c.split):
+            return f"tile of {c.tile_m} rows of x with share {c.share} and split {c.split}"
+        if self.stages < 2 or self.layout["bytes"] > SMEM_BYTES:
+            return f"{self.layout['bytes']} bytes of shared memory"
+        return None
