@@ -69,6 +69,7 @@ def _ue4m3_table() -> np.ndarray:
 
 
 UE4M3 = _ue4m3_table()
+GGUF_E2M1 = np.where(TABLES["e2m1"] == 0, np.float32(0), 2 * TABLES["e2m1"])
 
 
 @register
@@ -213,8 +214,11 @@ def _mul_pow2(t: NarrowFloat, dtype: np.dtype, spread: Callable) -> Array:
 
     XLA:CPU flushes those to zero, so there they are put together from bits where a scale is that small.
     """
-    values = t.values()
-    exponent = dense_value(t.scales).astype(np.int32) - 127
+    return _times_pow2(t.values(), dense_value(t.scales).astype(np.int32) - 127, dtype, spread)
+
+
+def _times_pow2(values: Array, exponent: Array, dtype: np.dtype, spread: Callable) -> Array:
+    """`_mul_pow2` of values float32[N, K] and exponents int32 per block."""
     if namespace(values, exponent) is np:
         with np.errstate(invalid="ignore", over="ignore"):
             return (values * spread(exact.pow2(exponent))).astype(dtype)
@@ -256,11 +260,11 @@ def _gguf(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callabl
 
     The halved e8m0 scale 2**(byte - 128) is finite for every byte, so that 0 times it is 0.
     """
-    half = exact.pow2(t.scales.astype(np.int32) - 128) if t.scale_kind == "e8m0" else scale * np.float32(0.5)
-    values = t.values()
-    xp = namespace(values)
-    doubled = xp.where(values == 0, xp.zeros_like(values), values) * np.float32(2)
-    return (doubled * spread(half)).astype(dtype)
+    xp = namespace(t.codes)
+    doubled = xp.take(xp.asarray(GGUF_E2M1), t.unpack(), axis=0)  # a table: XLA would merge the factor 2 into the scale
+    if t.scale_kind == "e8m0":
+        return _times_pow2(doubled, dense_value(t.scales).astype(np.int32) - 128, dtype, spread)
+    return (doubled * spread(scale * np.float32(0.5))).astype(dtype)
 
 
 def _amax(top: int) -> Formula:

@@ -50,8 +50,6 @@ def random_blocks(kind: str, rows: int, blocks: int, seed: int) -> np.ndarray:
         raw[..., at : at + 2] = d.view(np.uint8).reshape(rows, blocks, 2)
     if kind == "IQ1_M":  # the exponent's top bit, in the last word: clear, so that the scale is finite
         raw[..., 55] &= 0xBF
-    if kind == "MXFP4":  # 0 and 1 make subnormal weights, which XLA flushes on a CPU; 251 and more overflow
-        raw[..., 0] = raw[..., 0].clip(4, 250)
     return raw.reshape(rows, -1)
 
 
@@ -59,10 +57,13 @@ def bits(a: Any) -> np.ndarray:
     return np.asarray(a).view(np.uint32)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("kind", DECODED)
 def test_blocks_decode_as_gguf_does(kind: str) -> None:
     for seed, (rows, blocks) in enumerate([(1, 1), (3, 2)]):
         raw = random_blocks(kind, rows, blocks, seed)
+        if kind == "MXFP4":  # exponents that make subnormal and infinite weights
+            raw[:, 0] = [0, 1, 255][:rows]
         q = tensor_of(raw, kind)
         want = gguf.dequantize(raw, Type[kind])
         assert q.shape == want.shape and q.dtype == "float32"
@@ -84,6 +85,7 @@ def test_q8_k_has_a_float32_scale() -> None:
     np.testing.assert_array_equal(np.asarray(tensor_of(raw, "Q8_K").dequantize())[0], d * codes)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("kind", ["Q4_K", "IQ4_XS", "IQ3_S", "MXFP4"])
 def test_stacked_experts_and_rows(kind: str) -> None:
     raw = np.stack([random_blocks(kind, 4, 1, seed) for seed in range(3)])
