@@ -12,8 +12,8 @@ class Settings:
 
     Fields:
       quantize_activations: False computes with float activations where the checkpoint quantizes them.
-      packed: False dequantizes every layer once, at its first use, and keeps the dense weight beside the packed one:
-        faster on a CPU, at the memory of the float model.
+      packed: False dequantizes every layer once, at its first use, and keeps the dense weight beside the packed one
+        (no work at each call, the memory of the float model on top).
       kernels: GPU kernels on torch's current stream for 4-bit layers, at the memory of a second packed copy.
     """
 

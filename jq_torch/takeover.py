@@ -83,7 +83,7 @@ def enable(*names: str, quantize_activations: bool = True, packed: bool = True, 
     Args:
       names: methods to take over, as `methods()` lists them ("bitsandbytes" means both of its kinds); none: all.
       quantize_activations: False computes with float activations where a checkpoint quantizes them (weight-only).
-      packed: False keeps a dequantized copy of each weight from its first use on: faster, more memory.
+      packed: False keeps a dequantized copy of each weight from its first use on, at the memory of the float model.
       kernels: on a GPU of compute capability 9.0, multiply 4-bit layers by the project's kernels.
 
     Returns:
