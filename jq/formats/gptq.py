@@ -31,6 +31,7 @@ from jq.qtensor.affine import check_finite, check_indices, pack_zeros
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 FLOATS = (np.float16, "bfloat16", np.float32)
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affine:
@@ -38,7 +39,13 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affin
 
     Raises:
       FormatError: missing tensors; shapes, dtypes or g_idx that disagree with the config or with each other.
+      UnsupportedError: a quantized embedding.
     """
+    if prefix.rpartition(".")[2] in EMBEDDINGS:
+        raise UnsupportedError(
+            f"{prefix}: GPT-QModel's quantized embeddings (codes along the vocabulary) are not read; quantize again with the "
+            "embedding left in float"
+        )
     o = options.of(prefix)
     qweight = take(parts, "qweight", prefix)
     qzeros = take(parts, "qzeros", prefix, why="GPTQ stores zero points of symmetric layers too.")

@@ -1,0 +1,150 @@
+"""AutoRound exports: which storage a packing_format means, exceptions by module, checkpoints without a config."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import jq
+from jq import safetensors_file
+from jq.errors import FormatError, UnsupportedError
+from jq.formats import auto_round, awq, gptq
+from jq.formats.base import Context
+
+
+def parse(**config):
+    return auto_round.parse({"bits": 4, "group_size": 32, **config}, Context(label="here"))
+
+
+@pytest.mark.parametrize(
+    ("packing", "storage"),
+    [
+        ("auto_round:auto_gptq", "gptq"),
+        ("auto_round:gptq", "gptq"),
+        ("auto_round:gptqmodel", "gptq"),
+        ("auto_round:gptq:exllamav2", "gptq"),
+        ("auto_round:auto_awq", "awq"),
+        ("auto_round:awq", "awq"),
+        ("auto_round", "own"),
+        ("auto_round:exllamav2", "own"),
+        ("auto_round:triton", "own"),
+    ],
+)
+def test_packing(packing, storage):
+    assert parse(packing_format=packing).storage == storage
+    assert parse(backend=packing).storage == storage
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "text"),
+    [
+        ({"data_type": "mx_fp"}, UnsupportedError, "here: AutoRound with data_type 'mx_fp'"),
+        ({"packing_format": "auto_round:llm_compressor"}, UnsupportedError, "packing_format 'auto_round:llm_compressor'"),
+        ({"act_bits": 8}, UnsupportedError, "8-bit activations"),
+        ({"bits": None}, FormatError, "quantization_config.bits is missing"),
+        ({"bits": 5}, UnsupportedError, "AutoRound with 5 bits"),
+        ({"extra_config": [1]}, FormatError, "extra_config is list"),
+    ],
+)  # fmt: skip
+def test_refusals(config, error, text):
+    with pytest.raises(error, match=text):
+        parse(**config)
+
+
+def test_extra_config():
+    o = parse(
+        extra_config={"lm_head": {"bits": 8, "group_size": -1}, ".*k_proj": {"sym": False}, "model.x": {"bits": 16}}
+    )
+    assert (o.of("lm_head").bits, o.of("lm_head").group_size) == (8, -1)
+    assert o.of("model.layers.1.self_attn.k_proj").sym is False
+    assert o.of("model.layers.1.self_attn.q_proj") == o
+
+
+@pytest.mark.parametrize(("packing", "rule"), [("auto_round:auto_gptq", "v1-field"), ("auto_round", "v2")])
+def test_zero_points_of_both_gptq_arrangements(packing, rule):
+    rng = np.random.default_rng(0)
+    zeros = rng.integers(1, 16, (32, 2))
+    q = gptq.build(
+        rng.integers(0, 16, (32, 64)),
+        rng.random((32, 2)).astype(np.float16),
+        zeros,
+        bits=4,
+        group_size=32,
+        zeros_rule=rule,
+    )
+    parts = gptq.dump(q)
+    del parts["g_idx"]
+    again = auto_round.load("m.q_proj", parts, parse(packing_format=packing, sym=False), Context())
+    np.testing.assert_array_equal(again.group_zeros(), zeros)
+    np.testing.assert_array_equal(again.dequantize(), q.dequantize())
+    stored = auto_round.dump(again)
+    assert stored.keys() == parts.keys() and all(np.array_equal(stored[k], parts[k]) for k in parts)
+
+
+def write(folder, tensors, config=None, **sides):
+    """A checkpoint directory of numpy tensors."""
+    folder.mkdir(exist_ok=True)
+    items = [(k, (v.dtype, v.shape), lambda v=v: v) for k, v in tensors.items()]
+    safetensors_file.write(folder / "model.safetensors", items, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
+    for name, content in sides.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def modules(q, name="model.layers.0.mlp.up_proj"):
+    dump = awq.dump if q.source.format == "awq" else gptq.dump
+    return {f"{name}.{suffix}": np.asarray(array) for suffix, array in dump(q).items()}
+
+
+def random_gptq():
+    return jq.RTN(4, 32).quantize(np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32))
+
+
+def test_configs_beside_config_json(tmp_path):
+    """AutoGPTQ's quantize_config.json, GPT-QModel's for AWQ, auto-round's quantization_config.json."""
+    q = random_gptq()
+    plain = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    a = write(tmp_path / "a", modules(q), quantize_config=plain)
+    b = write(tmp_path / "b", modules(q), quantization_config=plain | {"quant_method": "auto-round"})
+    converted = jq.convert(jq.load_state(a), None, jq.AWQ())
+    awq_config = converted.config["quantization_config"]
+    c = write(tmp_path / "c", modules(next(iter(jq.quantized(converted).values()))), quantize_config=awq_config)
+    for folder in (a, b, c):
+        (found,) = jq.quantized(jq.load_state(folder)).values()
+        np.testing.assert_array_equal(found.dequantize(), q.dequantize())
+
+
+def test_no_config_at_all(tmp_path):
+    folder = write(tmp_path / "bare", modules(random_gptq()))
+    with pytest.raises(FormatError, match=r"has GPTQ tensors \(\*\.qweight\), but neither config\.json"):
+        jq.load_state(folder)
+
+
+def test_llm_awq_needs_no_config(tmp_path):
+    """llm-awq saves a state_dict alone: storage and groups are told by the tensors."""
+    rng = np.random.default_rng(0)
+    codes, scales = rng.integers(0, 16, (64, 256)), rng.random((64, 4)).astype(np.float16) + np.float16(0.1)
+    pad = ((0, 0), (0, 8 * awq.padded_words(4, 64) - 4))
+    wide = np.ascontiguousarray(np.pad(scales, pad).T)
+    tensors = {
+        "m.up_proj.qweight": awq.fast_words(codes),
+        "m.up_proj.scales": wide,
+        "m.up_proj.scaled_zeros": -wide * np.float16(8),
+    }
+    (found,) = jq.quantized(jq.load_state(write(tmp_path / "bare", tensors))).values()
+    index = np.arange(256) // 64
+    want = (codes - 8.0) * scales.astype(np.float64)[:, index]
+    np.testing.assert_array_equal(found.dequantize(), want.astype(np.float16))
+
+
+def test_embeddings_are_refused(tmp_path):
+    folder = write(
+        tmp_path / "e",
+        modules(random_gptq(), "model.embed_tokens"),
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}},
+    )
+    with pytest.raises(UnsupportedError, match=r"model\.embed_tokens: GPT-QModel's quantized embeddings"):
+        jq.load_state(folder)
