@@ -88,8 +88,8 @@ class Reader:
         joined = fuse(weights)
         if joined is None:
             return None
-        for part, rows in parts.items():
-            self.take(f"{names[part]}.weight", (rows, inputs))
+        for weight, (part, rows) in zip(weights, parts.items(), strict=True):
+            self._check(f"{names[part]}.weight", weight, (rows, inputs))
         biases = [self.array(f"{names[p]}.bias", (rows,)) for p, rows in parts.items()] if bias or with_bias[0] else []
         whole, shells = joined
         offset = jnp.concatenate(biases) if biases else None
@@ -151,12 +151,16 @@ class Reader:
                 + (f"Beside it there are {', '.join(near)}" if near else "Nothing with this prefix is stored")
             )
         value = self.state[name]
+        self._check(name, value, shape)
+        return value
+
+    def _check(self, name: str, value: Any, shape: tuple[int, ...] | None) -> None:
+        """Counts a tensor as used; a shape other than the config's is an error."""
         self.used.add(name)
         if shape is not None and tuple(value.shape) != tuple(shape):
             raise CheckpointError(
                 f"{self.label}: {name}: found shape {tuple(value.shape)}, expected {tuple(shape)} from config.json"
             )
-        return value
 
     def leftovers(self, ignored: tuple[str, ...] = ()) -> list[str]:
         """Tensors that no module took and that cannot be ignored."""
