@@ -243,6 +243,10 @@ class JqLinear(Packed, nn.Linear):
             self._dense_cache = held = self.dequantize(dtype)
         return held
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._dense_cache = None  # it belongs to the numbers that are replaced
+        super()._load_from_state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
         what = self._described.get("q", "not packed")
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {what}"
