@@ -168,4 +168,5 @@ FORMAT = Format(
     join=join,
     parameter=is_experts,
     methods_table={"FbgemmFp8": FbgemmFp8},
+    evidence="source",
 )
