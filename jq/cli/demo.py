@@ -35,9 +35,7 @@ def run(
         str | None, typer.Option(help="Any float model instead of SmolLM2: directory, .gguf file or hub id.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the checkpoints.")] = Path("jaxq-demo"),
-    prompt: Annotated[
-        str, typer.Option(help="What to ask at the end.")
-    ] = "What is gravity? Answer in one sentence.",
+    prompt: Annotated[str, typer.Option(help="What to ask at the end.")] = "What is gravity? Answer in one sentence.",
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a small real model to NF4 and int4, measure both, and let the NF4 one answer. About two minutes, no network.
