@@ -38,7 +38,6 @@ def dense(w: Packed) -> jax.Array:
     return weight if w.perm is None else weight[:, jnp.argsort(w.perm)]
 
 
-def matmul(x: jax.Array, w: Packed) -> jax.Array:
-    """x @ w.T in float32, rounded once to x's dtype."""
-    y = jnp.dot(x.astype(jnp.float32), dense(w).T, precision="highest")
-    return y.astype(x.dtype)
+def product(x: jax.Array, w: Packed) -> jax.Array:
+    """x @ w.T in float32, nothing rounded to 16 bits."""
+    return jnp.dot(x.astype(jnp.float32), dense(w).T, precision="highest")
