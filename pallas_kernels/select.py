@@ -59,10 +59,11 @@ def choose(
     m: int, n: int, k: int, form: Form, device: str = "h100", multiprocessors: int = 132, gathered: bool = False
 ) -> Choice:
     """The kernel for x [m, k] and a weight [n, k]. `gathered`: an act-order weight and one row of x."""
-    own = table(device).get((form.kind, form.bits, n, k), [])
+    entries = table(device) or table("h100")  # a Hopper card that was not measured
+    own = entries.get((form.kind, form.bits, n, k), [])
     measured = max((largest for largest, _ in own), default=0)
     # where a decode function was not measured, what is best for int4 is a good guess
-    other = [r for r in table(device).get(("affine", form.bits, n, k), []) if r[0] > measured]
+    other = [r for r in entries.get(("affine", form.bits, n, k), []) if r[0] > measured]
     choice = next((c for largest, c in [*own, *other] if m <= largest), None)
     if choice is not None and fits(choice, m, n, k, form, gathered):
         return choice
