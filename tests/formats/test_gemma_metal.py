@@ -21,7 +21,9 @@ def context(k: int, dtype: str = "bfloat16") -> Context:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gemma_as_transformers(bits: int, dtype: str) -> None:
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch.nn")  # "torch" alone would find tests/torch
+    import torch
+
     library = pytest.importorskip("transformers.integrations.gemma_quant")
     rng, k = np.random.default_rng(bits), 40 if bits == 8 else 37
     layer = library.QuantizedLinear(k, 24, bias=False, num_bits=bits)
@@ -79,7 +81,9 @@ def test_gemma_errors() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_metal_as_transformers(bits: int, dtype: str) -> None:
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch.nn")  # "torch" alone would find tests/torch
+    import torch
+
     library = pytest.importorskip("transformers.integrations.metal_quantization")
     w = np.random.default_rng(bits).standard_normal((8, 128)).astype(np.float32)
     w[0, :64] = 0.5  # a group of one value
