@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_once
 from jq.formats.bitsandbytes_methods import FP4, NF4, Int8, int8_tensor, nested_absmax, tensor_4bit
 from jq.formats.gptq_config import first
 from jq.qtensor import Affine, Codebook, QTensor
@@ -250,21 +250,35 @@ def _state_bytes(q: Codebook) -> np.ndarray:
     return np.frombuffer(json.dumps(state).encode(), np.uint8)
 
 
+MARKERS = ("SCB", "weight.absmax", "weight.quant_map", *(STATE + k for k in KINDS))
+SUFFIXES = ("weight", "weight_format", *NESTED, *MARKERS)
+
+
+def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
+    """Quantized modules by name.
+
+    Raises:
+      FormatError: an int8 weight without its SCB, which would pass for a dense matrix.
+    """
+    found = group_by_prefix(names, MARKERS, SUFFIXES)
+    for name in names:
+        dtype = context.dtypes.get(name)
+        if name.endswith(".weight") and name[:-7] not in found and dtype is not None and np.dtype(dtype) == np.int8:
+            raise FormatError(
+                f"{context.label}: {name[:-7]}.SCB: missing; {name} is int8 {list(context.shapes.get(name, ()))} and means "
+                "nothing without its row scales. The file is incomplete"
+            )
+    return found
+
+
 FORMAT = Format(
     name="bitsandbytes",
     methods=("bitsandbytes",),
     title="bitsandbytes: LLM.int8, NF4, FP4",
     parse=parse,
-    markers=("SCB", "weight.absmax", "weight.quant_map", *(STATE + k for k in KINDS)),
-    suffixes=(
-        "weight",
-        "SCB",
-        "weight_format",
-        "weight.absmax",
-        "weight.quant_map",
-        *NESTED,
-        *(STATE + k for k in KINDS),
-    ),
+    markers=MARKERS,
+    suffixes=SUFFIXES,
+    group=group,
     load=load,
     dump=dump,
     methods_table={"NF4": NF4, "FP4": FP4, "Int8": Int8},

@@ -214,6 +214,14 @@ def test_int8_errors():
             bnb.load(NAME, good | change, bnb.Options(), Context())
 
 
+def test_int8_weight_without_scales():
+    """It has the shape of a dense matrix, so nothing else would notice."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    context = Context(shapes={name: (4, 8)}, dtypes={name: np.dtype(np.int8)}, label="dir")
+    with pytest.raises(FormatError, match=r"dir: model\.layers\.0\.mlp\.up_proj\.SCB: missing.*is int8 \[4, 8\]"):
+        bnb.group([name], bnb.Options(), context)
+
+
 def test_config():
     assert bnb.parse({"load_in_8bit": True, "llm_int8_threshold": 4}, Context()).threshold == 4.0
     with pytest.raises(FormatError, match="llm_int8_threshold is 'much', expected a number"):
