@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument(
         "--peer-rows", help="JSON lines of an earlier run of peer_transformers.py, in place of a new one"
     )
+    parser.add_argument(
+        "--our-rows", help="JSON lines of an earlier run of ours_cpu.py, with bits_per_weight, likewise"
+    )
     parser.add_argument("--methods", nargs="+", default=["float32", "nf4", "nf4-dq", "fp4", "int8:8"])
     args = parser.parse_args()
     text = str(record.wikitext(args.text))
@@ -43,7 +46,7 @@ def main() -> None:
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, windows in wanted:
+        for name, windows in wanted if not args.our_rows else ():
             path = args.model
             if name != "float32":
                 path = str(Path(folder) / name)
@@ -52,6 +55,8 @@ def main() -> None:
                 [sys.executable, str(HERE / "ours_cpu.py"), "perplexity", path, "--text", text, "--windows", windows]
             )
             rows += [{**row, "method": name, "bits_per_weight": jq.inspect(path).bits_per_weight} for row in found]
+    if args.our_rows:
+        rows = [json.loads(line) for line in Path(args.our_rows).read_text().splitlines()]
     if args.peer_rows:
         peer = [json.loads(line) for line in Path(args.peer_rows).read_text().splitlines()]
     else:
