@@ -21,7 +21,7 @@ def context(k: int, dtype: str = "bfloat16") -> Context:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gemma_as_transformers(bits: int, dtype: str) -> None:
-    pytest.importorskip("torch.nn")  # "torch" alone would find tests/torch
+    pytest.importorskip("torch", reason="torch is not installed")
     import torch
 
     library = pytest.importorskip("transformers.integrations.gemma_quant")
@@ -81,7 +81,7 @@ def test_gemma_errors() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_metal_as_transformers(bits: int, dtype: str) -> None:
-    pytest.importorskip("torch.nn")  # "torch" alone would find tests/torch
+    pytest.importorskip("torch", reason="torch is not installed")
     import torch
 
     library = pytest.importorskip("transformers.integrations.metal_quantization")

@@ -13,7 +13,7 @@ import jq
 from jq.formats.gguf_config import ARCHITECTURES, COMMON_PARTS, MIXTRAL, TOP
 
 gguf = pytest.importorskip("gguf")
-pytest.importorskip("torch.nn")  # "torch" alone would find tests/torch
+pytest.importorskip("torch", reason="torch is not installed")
 import torch  # noqa: E402
 
 COMMON = {
