@@ -17,7 +17,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "jq", "demo", "--json", "--out", folder, *sys.argv[1:]]
         done = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    record.write("demo", done["rows"], prompt=done["prompt"], answer=done["answer"], seconds=done["seconds"])
+    rows = [{**row, "path": record.shown(row["path"])} for row in done["rows"]]
+    record.write("demo", rows, prompt=done["prompt"], answer=done["answer"], seconds=done["seconds"])
 
 
 if __name__ == "__main__":
