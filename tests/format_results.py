@@ -27,8 +27,8 @@ PROVES = {
     "test_reference.py::test_dequantizes_to_the_same_bits": ("read", "identical dequantize"),
     "test_reference.py::test_saves_every_byte_back": ("write", "identical bits"),
     "test_reference.py::test_dumps_from_arrays_alone": ("identical bits",),
-    "torch/test_reference.py::test_nothing_is_missing_and_logits_are_the_librarys": ("torch adapter",),
-    "torch/test_reference.py::test_saved_as_it_was": ("torch adapter",),
+    "jq_torch/test_reference.py::test_nothing_is_missing_and_logits_are_the_librarys": ("torch adapter",),
+    "jq_torch/test_reference.py::test_saved_as_it_was": ("torch adapter",),
 }
 
 
