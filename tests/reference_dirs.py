@@ -34,9 +34,13 @@ _SPECIAL = {
 
 @functools.cache
 def directories() -> dict[str, Path]:
-    """{name: directory} of every reference directory: JAXQ_REFERENCE (paths, os.pathsep between), ../shared, tests."""
+    """{name: directory} of every reference directory.
+
+    Those under the paths of JAXQ_REFERENCE (os.pathsep between them) where it is set; else of ../shared/reference, where
+    that is, and of tests/reference.
+    """
     roots = [Path(p) for p in os.environ.get("JAXQ_REFERENCE", "").split(os.pathsep) if p]
-    roots += [HERE.parent.parent / "shared" / "reference", HERE / "reference"]
+    roots = roots or [HERE.parent.parent / "shared" / "reference", HERE / "reference"]
     found: dict[str, Path] = {}
     for root in roots:
         if root.is_dir():
