@@ -64,7 +64,7 @@ def narrow(seed: int = 0, n: int = 8, k: int = 64) -> NarrowFloat:
 
 def packed_float(seed: int = 0, n: int = 8, k: int = 64) -> NarrowFloat:
     rng = np.random.default_rng(seed)
-    scales = rng.integers(110, 140, (n, k // 32)).astype(np.uint8)
+    scales = rng.integers(118, 130, (n, k // 32)).astype(np.uint8)
     return NarrowFloat.make(
         rng.integers(0, 16, (n, k)),
         scales,
