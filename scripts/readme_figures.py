@@ -88,6 +88,66 @@ def perplexity() -> str:
     return table(header, rows) + f"\n\n`{found['text']}`; " + made_by(found["made"]).lstrip()
 
 
+def gpu_line(found: dict[str, Any]) -> str:
+    """The line under a table of a GPU: card, versions, date, command."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"\n\n{found['card']}; {versions}; {found['date']}" + (f"; {found['command']}" if "command" in found else "")
+
+
+def gpu_matmul() -> str:
+    """4-bit matmul kernels beside their limits: one row a shape, from the H100's results."""
+    found = read("gpu_matmul_h100")
+    if found is None:
+        return NOT_YET
+    cells: dict[tuple[int, int], dict[tuple[str, int], dict]] = {}
+    for row in found["rows"]:
+        cells.setdefault((row["n"], row["k"]), {})[row["kernel"], row["m"]] = row
+    rows = []
+    for (n, k), at in sorted(cells.items(), key=lambda item: item[0][0] * item[0][1]):
+        one, nf4 = at.get(("w4a16_g128", 1)), at.get(("nf4_b64", 1))
+        if one is None:
+            continue
+        many = [at.get(("w4a16_g128", m)) for m in (16, 64, 256, 4096)]
+        rows.append(
+            [
+                f"{n}x{k}",
+                f"{one['us']:.1f}",
+                f"{one['bare_read_us'] / one['us']:.2f}",
+                f"{min(one['peers'].values()) / one['us']:.2f}",
+                "-" if nf4 is None else f"{nf4['us']:.1f}",
+                *("-" if m is None else f"{m['cublas_us'] / m['us']:.2f}" for m in many),
+            ]
+        )
+    header = ["out x in", "int4 M=1, us", "of a bare read", "best peer / ours", "NF4 M=1, us"]
+    header += [f"cuBLAS bf16 / ours, M={m}" for m in (16, 64, 256, 4096)]
+    return table(header, rows) + gpu_line(found)
+
+
+def gpu_decode() -> str:
+    """A model of 8B shapes on the H100."""
+    found = read("gpu_decode_h100")
+    if found is None:
+        return NOT_YET
+    rows = []
+    for row in found["rows"]:
+        if row["loop"] == "device":
+            peers = ", ".join(f"{name} {speed:.0f}" for name, speed in row["peers"].items()) or "-"
+            names = [row["weights"], row["head"], str(row["batch"])]
+            rows.append(
+                [*names, f"{row['tok_s']:.0f}", f"{row['bound_tok_s']:.0f}", f"{row['prefill_2048_s']:.3f}", peers]
+            )
+    header = [
+        "weights",
+        "output matrix",
+        "batch",
+        "tokens/s",
+        "bound",
+        "prefill of 2,048, s",
+        "torch.compile, tokens/s",
+    ]
+    return table(header, rows, right=2) + gpu_line(found)
+
+
 def formats() -> str:
     """The table of formats."""
     from jq.report.format_table import markdown, rows
@@ -99,6 +159,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "cpu_generate": cpu_generate,
     "perplexity": perplexity,
+    "gpu_matmul": gpu_matmul,
+    "gpu_decode": gpu_decode,
     "formats": formats,
 }
 
