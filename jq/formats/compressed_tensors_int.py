@@ -43,7 +43,7 @@ def load_packed(prefix: str, parts: Parts, args: Args, options: Options) -> Affi
     scale, grouping = scales_of(prefix, parts, args, (n, k))
     expect_dtype(scale, FLOATS, f"{prefix}.weight_scale")
     g_idx = group_index(prefix, parts, args, k, scale.shape[1], carried)
-    zeros, form = zero_points(prefix, parts, args, (n, k), scale, carried, packed=True)
+    zeros, form = zero_points(prefix, parts, args, (n, k), scale, carried, packed=True, padded=padded)
     shape = parts.get("weight_shape")
     source = source_of(
         "packed-int",

@@ -97,9 +97,20 @@ def group_index(prefix: str, parts: Parts, args: Args, k: int, groups: int, carr
 
 
 def zero_points(
-    prefix: str, parts: Parts, args: Args, shape: tuple[int, int], scale: np.ndarray, carried: Parts, *, packed: bool
+    prefix: str,
+    parts: Parts,
+    args: Args,
+    shape: tuple[int, int],
+    scale: np.ndarray,
+    carried: Parts,
+    *,
+    packed: bool,
+    padded: bool = False,
 ) -> tuple[np.ndarray | None, str]:
-    """Zero points in the form that `Affine` holds, and how they were stored: "", "packed" or "plain"."""
+    """Zero points in the form that `Affine` holds, and how they were stored: "", "packed" or "plain".
+
+    `padded` says that the weight's words hold whole codes; it decides where the zero points' length fits both packings.
+    """
     stored = parts.get("weight_zero_point")
     offset = 1 << (args.num_bits - 1) if packed else 0
     name = f"{prefix}.weight_zero_point"
@@ -108,12 +119,14 @@ def zero_points(
             raise FormatError(f"{name}: missing, though config_groups says {args}; the file is incomplete")
         return None, ""
     if stored.dtype == np.int32 and packed:
-        zeros = _unpack_zeros(name, stored, args.num_bits, shape[0], scale.shape)
+        zeros = _unpack_zeros(name, stored, args.num_bits, shape[0], scale.shape, padded)
         if args.symmetric:
             _expect_zero(zeros - offset, name)
             carried["weight_zero_point"] = stored
             return None, ""
-        _expect_same(pack_dense(zeros.T, args.num_bits).T, pack_padded(zeros.T, args.num_bits).T, stored, carried)
+        written = (pack_padded if padded else pack_dense)(np.ascontiguousarray(zeros.T), args.num_bits).T
+        if not np.array_equal(written, stored):  # padding bits are set: only the words themselves know them
+            carried["weight_zero_point"] = stored
         return pack_zeros(zeros, args.num_bits), "packed"
     if stored.size != scale.size:
         raise FormatError(f"{name}: found shape {stored.shape}, expected that of weight_scale {scale.shape}")
@@ -126,7 +139,7 @@ def zero_points(
     return (zeros.astype(np.int32) + offset).astype(np.uint8) if packed else zeros, "plain"
 
 
-def _unpack_zeros(name: str, stored: np.ndarray, bits: int, n: int, shape: tuple[int, ...]) -> np.ndarray:
+def _unpack_zeros(name: str, stored: np.ndarray, bits: int, n: int, shape: tuple[int, ...], prefer: bool) -> np.ndarray:
     """int32 [ceil(N*bits/32), groups], packed along N, -> codes int32 [N, groups], still offset by 2**(bits-1)."""
     dense, padded = math.ceil(n * bits / 32), math.ceil(n / (32 // bits))
     if stored.ndim != 2 or stored.shape[1] != shape[1] or stored.shape[0] not in (dense, padded):
@@ -135,19 +148,9 @@ def _unpack_zeros(name: str, stored: np.ndarray, bits: int, n: int, shape: tuple
             "packed along the rows"
         )
     rows = np.ascontiguousarray(stored.T)
-    if 32 % bits and stored.shape[0] == padded and (padded != dense or not uses_upper_bits(rows, bits)):
+    if 32 % bits and stored.shape[0] == padded and (padded != dense or prefer):
         return unpack_padded(rows, bits, n).T
     return _bits.unpack(rows.view(np.uint32), bits, n).T
-
-
-def uses_upper_bits(words: np.ndarray, bits: int) -> bool:
-    return bool((words.view(np.uint32) >> np.uint32(32 // bits * bits)).any())
-
-
-def _expect_same(dense: np.ndarray, padded: np.ndarray, stored: np.ndarray, carried: Parts) -> None:
-    """Carries the stored words where neither packing of their codes gives them back (set padding bits)."""
-    if not (np.array_equal(dense, stored) or np.array_equal(padded, stored)):
-        carried["weight_zero_point"] = stored
 
 
 def _expect_zero(values: np.ndarray, name: str) -> None:
