@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 pytest_plugins = ["format_results", "tiny_checkpoints"]
@@ -14,6 +15,10 @@ pytest_plugins = ["format_results", "tiny_checkpoints"]
 sys.path.insert(0, str(Path(__file__).parent))
 if not os.environ.get("JAXQ_TEST_GPU"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+if os.environ.get("CI"):  # the same examples in every run there; elsewhere new ones each time
+    hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
