@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jq.errors import CalibrationError, UnsupportedError
@@ -161,6 +163,7 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
         raise ValueError(f"{label}: no linear layer to quantize ({len(names)} found, all skipped)")
     tensors: dict[str, Any] = {}
     peaks = _shared_peaks(state, method, todo)
+    dtype = _common_dtype(state, todo)
     wanted, done = set(todo), 0
     for key in state:
         name = module_of(key)
@@ -171,14 +174,40 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
             if advance is not None:
                 advance(done, len(todo), name)
             more = {"peak": peaks[name]} if name in peaks else {}
-            value = method.quantize(_oriented(value, name, state.config), name=name, **more).to_jax()
+            w = _oriented(value, name, state.config).astype(dtype)
+            value = method.quantize(w, name=name, **more).to_jax()
             done += 1
         tensors[key] = value
     config = {
         **state.config,
+        _dtype_key(state.config): str(dtype),
         "quantization_config": _config(method, todo, [n for n in names if n not in wanted], tensors),
     }
     return state.replace(tensors, config)
+
+
+def _common_dtype(state: State, todo: list[str]) -> np.dtype:
+    """The one dtype of the weights to quantize, the widest where they differ; float32 for float64.
+
+    Formats that store no dtype read it from config.json. It becomes config.json's, as where transformers saves a model
+    in another dtype than it was loaded in, so that the weights are the same before saving and after loading.
+    """
+    dtypes = {_float_dtype(state[f"{name}.weight"], state.config) for name in todo}
+    return np.dtype(functools.reduce(jnp.promote_types, dtypes))
+
+
+def _float_dtype(value: Any, config: Mapping[str, Any]) -> np.dtype:
+    if isinstance(value, QTensor):
+        return np.dtype(jnp.dtype(_config_dtype(config)))
+    return np.dtype(np.float32) if value.dtype == np.float64 else np.dtype(value.dtype)
+
+
+def _dtype_key(config: Mapping[str, Any]) -> str:
+    return "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+
+
+def _config_dtype(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def _shared_peaks(state: State, method: Any, todo: list[str]) -> dict[str, float]:
@@ -199,8 +228,7 @@ def _dense(value: QTensor, config: Mapping[str, Any]) -> np.ndarray:
     source = getattr(value, "source", None)
     if source is not None and source.format != "gguf":
         raise UnsupportedError(f"{value!r} is quantized already; start from the float model")
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return np.asarray(value.dequantize(name))
+    return np.asarray(value.dequantize(_config_dtype(config)))
 
 
 def _oriented(value: Any, name: str, config: Mapping[str, Any]) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -47,3 +48,28 @@ def test_what_it_makes_saves_loads_and_runs(name: str, tiny: Path, tmp_path: Pat
     assert json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
     logits = np.asarray(jq.load(tmp_path / "made")(np.arange(12)[None]))
     assert logits.shape == (1, 12, 256) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("said", ["float16", "float32", None])
+@pytest.mark.parametrize("held", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in NO_LINEARS])
+def test_loads_to_the_same_bits_whatever_dtype_config_json_names(
+    name: str, held: type, said: str | None, tmp_path: Path
+) -> None:
+    """Weights in one dtype, config.json that says another or none, and in one case two dtypes in one model."""
+    if name == "EETQ" and held is ml_dtypes.bfloat16 and said is not None:
+        pytest.skip("EETQ quantizes no bfloat16")
+    rng = np.random.default_rng(0)
+    shapes = {"self_attn.q_proj": (64, 128), "self_attn.k_proj": (64, 128), "mlp.down_proj": (64, 256)}
+    tensors = {f"model.layers.0.{m}.weight": rng.standard_normal(s).astype(held) for m, s in shapes.items()}
+    if said is None:
+        tensors["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"].astype("f4")
+    config = {"model_type": "llama"} | ({"torch_dtype": said} if said else {})
+    made = jq.quantize(jq.State(tensors, config), getattr(jq, name)(**OPTIONS.get(name, {})))
+    jq.save(made, tmp_path)
+    again = jq.quantized(jq.load_state(tmp_path))
+    assert len(again) == 3
+    for module, q in jq.quantized(made).items():
+        want, got = np.asarray(q.dequantize()), np.asarray(again[module].dequantize())
+        assert (got.dtype, again[module].dtype) == (want.dtype, q.dtype), module
+        assert got.tobytes() == want.tobytes(), module
