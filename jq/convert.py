@@ -82,18 +82,12 @@ def _summary(q: Any, name: str) -> Summary:
 
 def _converted(q: Any, name: str, tensor: Any) -> QTensor:
     """The weight in the new storage, compared with the old one bit by bit."""
-    new = tensor(integers_of(q, name)).arrays(_array)
+    new = tensor(integers_of(q, name)).to_jax()
     old_dense, new_dense = np.asarray(q.dequantize()), np.asarray(new.dequantize())
     word = f"u{old_dense.dtype.itemsize}"
     if old_dense.dtype != new_dense.dtype or not np.array_equal(old_dense.view(word), new_dense.view(word)):
         raise UnsupportedError(f"{name}: {q!r} would have other weights as {new!r}; nothing was written")
     return new
-
-
-def _array(a: Any) -> Any:
-    import jax.numpy as jnp
-
-    return np.asarray(a) if np.dtype(a.dtype).itemsize == 8 else jnp.asarray(a)
 
 
 def _side_config(state: State) -> dict[str, Any]:

@@ -249,7 +249,7 @@ def _config(method: Any, quantized: list[str], dense: list[str], tensors: Mappin
         skip.append("lm_head")
     config = method.config(skip)
     refine = getattr(method, "refine_config", None)
-    return config if refine is None else refine(config, quantized, skip)
+    return config if refine is None else refine(config, quantized, skip, tensors)
 
 
 def _quantize_model(model: Any, method: Any, skip: Skip, advance: Advance | None) -> Any:

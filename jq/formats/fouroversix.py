@@ -7,7 +7,7 @@
 
 N' and K' are N and K padded with zeros to multiples of 128 and 64. Dequantize: dt(float32(code * scale) * amax / top),
 top = 6 * 256 for the adaptive rules, 6 * 448 for "static_6", 4 * 448 for "static_4". The library quantizes activations
-the same way, which is not executed here.
+the same way (`jq.activation_schemes.fouroversix`). Quantize: `jq.algorithms.fouroversix`.
 
 Source: github.com/mit-han-lab/fouroversix of 2026-04 (model/modules/linear.py, quantize/backend.py); no file of it was at
 hand. Only dtype "nvfp4" is read.
@@ -22,7 +22,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jq import bits as _bits
 from jq.activations import Activation
+from jq.algorithms import fouroversix as algorithm
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
 from jq.qtensor import Grouping, NarrowFloat, Source
@@ -31,7 +33,7 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 VALUES, SCALES, AMAX, METADATA = (
     f"quantized_weight_{name}" for name in ("values", "scale_factors", "amax", "metadata")
 )
-TOPS = {"static_6": 6 * 448, "static_4": 4 * 448, "mse": 6 * 256, "mae": 6 * 256, "abs_max": 6 * 256}
+TOPS = {rule: top * scale for rule, (top, scale) in algorithm.LIMITS.items()}
 KNOWN = {
     *("quant_method", "activation_dtype", "activation_scale_rule", "dtype", "gradient_dtype", "gradient_scale_rule"),
     *("keep_master_weights", "matmul_backend", "output_dtype", "quantize_backend", "scale_rule", "weight_dtype"),
@@ -41,10 +43,10 @@ KNOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Scale rule of weights, by module where it is overridden, and the dtype of results."""
+    """Scale rules of weights and of activations, by module where they are overridden, and the dtype of results."""
 
-    rule: str
-    overrides: Mapping[str, str]
+    rule: tuple[str, str]
+    overrides: Mapping[str, tuple[str, str]]
     dtype: str
 
 
@@ -66,21 +68,25 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     overrides = config.get("module_config_overrides") or {}
     if not isinstance(overrides, Mapping) or not all(isinstance(v, Mapping) for v in overrides.values()):
         raise FormatError(f"{label}.module_config_overrides must map modules to settings")
-    rules = {"": _rule(label, config)}
+    rules = {"": _rules(label, config)}
     rules |= {
-        name: _rule(f"{label}.module_config_overrides[{name!r}]", {**config, **v}) for name, v in overrides.items()
+        name: _rules(f"{label}.module_config_overrides[{name!r}]", {**config, **v}) for name, v in overrides.items()
     }
     return Options(rules.pop(""), rules, str(config.get("output_dtype") or "bfloat16"))
 
 
-def _rule(label: str, config: Mapping[str, Any]) -> str:
-    dtype = config.get("weight_dtype") or config.get("dtype") or "nvfp4"
-    rule = config.get("weight_scale_rule") or config.get("scale_rule") or "mse"
-    if dtype != "nvfp4":
-        raise UnsupportedError(f"{label}: dtype {dtype!r} is not read, nvfp4 is")
-    if rule not in TOPS:
-        raise FormatError(f"{label}: scale_rule {rule!r}, expected one of {', '.join(TOPS)}")
-    return str(rule)
+def _rules(label: str, config: Mapping[str, Any]) -> tuple[str, str]:
+    """Scale rules of the weight and of the activations."""
+    found = []
+    for side in ("weight", "activation"):
+        dtype = config.get(f"{side}_dtype") or config.get("dtype") or "nvfp4"
+        rule = config.get(f"{side}_scale_rule") or config.get("scale_rule") or "mse"
+        if dtype != "nvfp4":
+            raise UnsupportedError(f"{label}: {side} dtype {dtype!r} is not read, nvfp4 is")
+        if rule not in TOPS:
+            raise FormatError(f"{label}: scale_rule {rule!r}, expected one of {', '.join(TOPS)}")
+        found.append(str(rule))
+    return found[0], found[1]
 
 
 def to_blocked(scales: np.ndarray) -> np.ndarray:
@@ -121,7 +127,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
     whole = np.ascontiguousarray(stored).view(np.uint8)
     grid = from_blocked(whole.reshape(-1), rows, columns // 16) if blocked == 1 else whole.reshape(rows, columns // 16)
     codes = np.ascontiguousarray(values[:n, : k // 2])
-    rule = options.overrides.get(prefix, options.rule)
+    rule, inputs = options.overrides.get(prefix, options.rule)
     made = NarrowFloat(
         codes.view(np.uint32) if k % 8 == 0 else codes,
         np.ascontiguousarray(grid[:n, : k // 16]),
@@ -132,7 +138,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
         grouping=Grouping("block", 1, 16),
         formula=f"amax_{TOPS[rule]}",
         dtype=options.dtype,
-        activation=Activation("fouroversix"),
+        activation=Activation("fouroversix", (), (("rule", inputs),)),
         source=Source("fouroversix", (("flat", stored.ndim == 1),)),
     )
     made.check(prefix)
@@ -157,6 +163,52 @@ def dump(q: NarrowFloat) -> Parts:
     return {**found, **{name: np.asarray(array) for name, array in q.extras.items()}}
 
 
+@dataclasses.dataclass(frozen=True)
+class FourOverSix:
+    """NVFP4 with adaptive block scales; codes those of the library's PyTorch code (see `jq.algorithms.fouroversix`).
+
+    Fields:
+      scale_rule: "mse", "mae" or "abs_max" choose 6 or 4 for each block by that error; "static_6", "static_4" do not.
+      weight_scale_2d: scales of 16 x 16 blocks.
+    """
+
+    scale_rule: str = "mse"
+    weight_scale_2d: bool = False
+    format = "fouroversix"
+
+    def quantize(self, w: Any, name: str = "weight") -> NarrowFloat:
+        """w: float[N, K], K a multiple of 16 (with `weight_scale_2d` N too) -> codes and scales, dequantized to bfloat16.
+
+        Raises:
+          FormatError: a size or rule that the library does not have.
+        """
+        options = parse(self.config(), Context(label=name))
+        w = np.asarray(w)
+        if w.ndim != 2 or w.shape[1] % 16 or (self.weight_scale_2d and w.shape[0] % 16):
+            raise FormatError(f"{name}: found shape {w.shape}, expected blocks of 16 to divide it")
+        (n, k), rows, columns = w.shape, -(-w.shape[0] // 128) * 128, -(-w.shape[1] // 64) * 64
+        padded = np.pad(w.astype(np.float32), [(0, rows - n), (0, columns - k)])
+        codes, scales, amax = algorithm.quantize(padded, self.scale_rule, square=self.weight_scale_2d)
+        parts: Parts = {
+            VALUES: _bits.pack(codes, 4).view(np.uint8),
+            SCALES: to_blocked(scales).view(E4M3),
+            AMAX: amax,
+            METADATA: np.array([n, k, rows, columns, 1, 1], np.int64),
+        }
+        return load(name, parts, options, Context(label=name))
+
+    def config(self, skip: list[str] | None = None) -> dict[str, Any]:
+        """The quantization_config of a checkpoint made with these options."""
+        return {
+            "quant_method": "fouroversix",
+            "dtype": "nvfp4",
+            "scale_rule": self.scale_rule,
+            "weight_scale_2d": self.weight_scale_2d,
+            "output_dtype": "bfloat16",
+            "modules_to_not_convert": list(skip) if skip else None,
+        }
+
+
 FORMAT = Format(
     name="fouroversix",
     methods=("fouroversix",),
@@ -166,5 +218,6 @@ FORMAT = Format(
     suffixes=(VALUES, SCALES, AMAX, METADATA),
     load=load,
     dump=dump,
+    methods_table={"FourOverSix": FourOverSix},
     evidence="source",
 )

@@ -9,7 +9,7 @@
 
 The stored weight is that of inputs x @ H, H = forward_hadamard_matrix in each block of g inputs; its values are
 code * scale / weight_global_scale. `dequantize()` takes the rotation back. The library always quantizes activations
-too: nvfp4 is executed with the arithmetic of its pseudoquantization kernel, mxfp4 is not.
+too (`jq.activation_schemes.fp_quant`). Quantize: `jq.algorithms.fp_quant`.
 
 Source: fp_quant 0.3.2 (module/linear.py, linear_fns.py, triton/nvfp4.py); the library needs a GPU and qutlass, no file
 of it was at hand.
@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from jq import bits as _bits
 from jq.activations import Activation
+from jq.algorithms import fp_quant as algorithm
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
 from jq.qtensor import Grouping, NarrowFloat, Source
@@ -65,7 +67,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     for key in config.keys() - set(KNOWN):
         warn_once(context.label, f"quantization_config.{key} is not known to FP-Quant; ignored")
     dtype, method = config.get("forward_dtype", "nvfp4"), config.get("forward_method", "abs_max")
-    if dtype not in BLOCKS or method not in ("abs_max", "quest"):
+    if dtype not in BLOCKS or method not in ("abs_max", *(("quest",) if dtype == "mxfp4" else ())):
         raise FormatError(f"{context.label}: forward_dtype {dtype!r} with forward_method {method!r} is not FP-Quant's")
     if config.get("store_master_weights"):
         raise UnsupportedError(
@@ -149,6 +151,67 @@ def dump(q: Rotated) -> Parts:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class FPQuant:
+    """FP-Quant without calibration: the rotated weight rounded to NVFP4 or MXFP4.
+
+    Follows the reference of QuTLASS's own tests (float64), which its kernel meets but for 1e-4 of the codes.
+
+    Fields:
+      forward_dtype: "nvfp4" or "mxfp4".
+      forward_method: "abs_max", or "quest" (mxfp4): scales from the standard deviation.
+      hadamard_group_size: inputs that are rotated together; None: 16 for nvfp4, 32 for mxfp4.
+      transform_init: "hadamard", "identity" or "gsr" (Hadamard columns in the order of their sign changes).
+    """
+
+    forward_dtype: str = "nvfp4"
+    forward_method: str = "abs_max"
+    hadamard_group_size: int | None = None
+    transform_init: str = "hadamard"
+    format = "fp_quant"
+
+    def quantize(self, w: Any, name: str = "weight") -> Rotated:
+        """w: float[N, K] -> codes and scales; `dequantize()` gives w's dtype.
+
+        Raises:
+          FormatError: an option or a size that the library does not have.
+        """
+        options = parse(self.config(), Context(label=name))
+        w = np.asarray(w)
+        size, block = self._size(), BLOCKS[self.forward_dtype]
+        if w.ndim != 2 or w.shape[1] % size or size % block:
+            raise FormatError(f"{name}: found shape {w.shape}; FP-Quant rotates blocks of {size} inputs")
+        matrix = algorithm.rotation(self.transform_init, size).astype(w.dtype)
+        whole = 3.0 if self.forward_method == "abs_max" else 1.0
+        codes, scales = algorithm.quantize(w, matrix, block, whole, quest=self.forward_method == "quest")
+        n, columns = scales.shape
+        one = np.full(1, whole, w.dtype)
+        parts: Parts = {
+            "qweight": _bits.pack(codes, 4).view(np.uint8),
+            "scales": np.pad(scales, [(0, -n % 128), (0, -columns % 4)]),
+            **dict.fromkeys(GLOBALS, one),
+            **dict.fromkeys(MATRICES, matrix),
+        }
+        return load(name, parts, options, Context({"dtype": str(w.dtype)}, label=name))
+
+    def _size(self) -> int:
+        return self.hadamard_group_size or {"nvfp4": 16, "mxfp4": 32}.get(self.forward_dtype, 16)
+
+    def config(self, skip: list[str] | None = None) -> dict[str, Any]:
+        """The quantization_config of a checkpoint made with these options."""
+        return {
+            "quant_method": "fp_quant",
+            "forward_dtype": self.forward_dtype,
+            "forward_method": self.forward_method,
+            "backward_dtype": "bf16",
+            "store_master_weights": False,
+            "hadamard_group_size": self._size(),
+            "pseudoquantization": False,
+            "transform_init": self.transform_init,
+            "modules_to_not_convert": list(skip) if skip else None,
+        }
+
+
 FORMAT = Format(
     name="fp_quant",
     methods=("fp_quant",),
@@ -158,5 +221,6 @@ FORMAT = Format(
     suffixes=SUFFIXES,
     load=load,
     dump=dump,
+    methods_table={"FPQuant": FPQuant},
     evidence="source",
 )

@@ -17,6 +17,7 @@ field; AutoGPTQ works per field. `meta.quantizer` tells which wrote a file. 3-bi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -334,7 +335,9 @@ class RTN:
             lm_head="lm_head" not in skip,
         )
 
-    def refine_config(self, config: dict[str, Any], quantized: list[str], skip: list[str]) -> dict[str, Any]:
+    def refine_config(
+        self, config: dict[str, Any], quantized: list[str], skip: list[str], tensors: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Adds Optimum's list of what is quantized in a block, which transformers reads in place of `dynamic`."""
         return with_block_list(config, quantized, skip)
 

@@ -6,7 +6,7 @@
     tables2  dt [2**b, 2**b, 2] (stored viewed as float16): values of two neighbouring inputs by their two codes
 
 Which tile order: `tune_metadata[module].template_id` of the config. Dequantize: dt(table * scale), then the rotation is
-taken back; transformers rotates the inputs with blocks of `hadamard_size` instead.
+taken back; transformers rotates the inputs with blocks of `hadamard_size` instead. Quantize: `jq.algorithms.higgs`.
 
 Source: transformers 5.23.0 integrations/higgs.py; flute-kernel 0.4.2, flute/utils.py (`pack`) and the templates that
 it ships. The library needs CUDA, no file of it was at hand. Only templates of that version are known.
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from jq.algorithms import higgs as algorithm
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
 from jq.qtensor import Source
@@ -221,6 +222,90 @@ def dump(q: Rotated) -> Parts:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class HIGGS:
+    """HIGGS without data: the nearest point of a grid for each p numbers of the rotated weight.
+
+    FLUTE chooses a packing by timing its kernels; here `template_id` names it (4 bits: template % 48 < 16 packs tiles of
+    64 outputs, else of 32; other widths: template % 12 < 4). transformers packs anew where the GPU differs.
+
+    Fields:
+      bits: 2, 3 or 4 bits a weight.
+      p: numbers of a grid point, 1 or 2.
+      group_size: inputs for each stored scale, 64, 128 or 256; at most hadamard_size.
+      hadamard_size: inputs that are rotated together; must divide in_features.
+      template_id, num_sms: the kernel's choice that tune_metadata records.
+    """
+
+    bits: int = 4
+    p: int = 2
+    group_size: int = 256
+    hadamard_size: int = 512
+    template_id: int = 16
+    num_sms: int = 132
+    format = "higgs"
+
+    def quantize(self, w: Any, name: str = "weight") -> Rotated:
+        """w: float16 or bfloat16 [N, K] (float32 is stored as float16) -> codes of grid points and scales.
+
+        Raises:
+          FormatError: an option or a size that the library does not have.
+        """
+        options = parse(self._settings(), Context(label=name))
+        w = np.asarray(w)
+        dtype = np.dtype(np.float16) if w.dtype == np.float32 else w.dtype
+        if w.ndim != 2 or w.shape[1] % self.hadamard_size or self.hadamard_size % self.group_size:
+            raise FormatError(
+                f"{name}: found shape {w.shape}; HIGGS needs in_features of whole blocks of hadamard_size "
+                f"{self.hadamard_size}, and blocks of whole groups of {self.group_size}"
+            )
+        tile = tile_of(self.bits, self.template_id, name)
+        if w.shape[0] % (tile * {2: 8, 4: 4, 3: 16}[self.bits]):
+            raise FormatError(f"{name}: {w.shape[0]} outputs do not fill FLUTE's tiles for template {self.template_id}")
+        points, norms = algorithm.quantize(w, self.bits, self.p, self.hadamard_size)
+        grid, size = algorithm.grid(self.p, self.bits), 1 << self.bits
+        codes = points
+        if self.p == 2:
+            codes = np.stack([points >> self.bits, points & (size - 1)], axis=-1).reshape(w.shape)
+            pairs = grid.reshape(size, size, 2)
+            single = np.arange(size)
+        else:
+            single = grid[:, 0]
+            pairs = np.stack(np.meshgrid(single, single, indexing="ij"), axis=-1)
+        parts = {
+            "weight": pack(np.ascontiguousarray(codes.T.astype(np.uint8)), self.bits, tile),
+            "scales": np.repeat(norms.astype(dtype), self.hadamard_size // self.group_size, axis=1),
+            "tables": single.astype(dtype),
+            "tables2": np.ascontiguousarray(pairs.astype(dtype)).view(np.float16),
+        }
+        templates = {name: self.template_id}
+        return load(name, parts, dataclasses.replace(options, templates=templates), Context(label=name))
+
+    def _settings(self) -> dict[str, Any]:
+        return {"bits": self.bits, "p": self.p, "group_size": self.group_size, "hadamard_size": self.hadamard_size}
+
+    def config(self, skip: list[str] | None = None) -> dict[str, Any]:
+        """The quantization_config, without the tune_metadata of modules (`refine_config`)."""
+        return {
+            "quant_method": "higgs",
+            **self._settings(),
+            "modules_to_not_convert": list(skip) if skip else None,
+            "tune_metadata": {},
+        }
+
+    def refine_config(
+        self, config: dict[str, Any], quantized: list[str], skip: list[str], tensors: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Adds what FLUTE's TuneMetaData records of each module."""
+        common = {"M": 1, "num_bits": self.bits, "group_size": self.group_size, "num_sms": self.num_sms}
+        table = {}
+        for name in quantized:
+            q = tensors[f"{name}.weight"]
+            sizes = {"N": q.shape[0], "K": q.shape[1], "dtype": f"torch.{q.dtype}"}
+            table[name] = {**common, **sizes, "device": "cuda:0", "template_id": self.template_id}
+        return {**config, "tune_metadata": table}
+
+
 FORMAT = Format(
     name="higgs",
     methods=("higgs",),
@@ -230,5 +315,6 @@ FORMAT = Format(
     suffixes=SUFFIXES,
     load=load,
     dump=dump,
+    methods_table={"HIGGS": HIGGS},
     evidence="source",
 )

@@ -138,8 +138,8 @@ class QTensor(_Common):
         return jax.tree.map(convert, self)
 
     def to_jax(self) -> Self:
-        """The same tensor with JAX arrays (on the default device)."""
-        return self.arrays(jnp.asarray)
+        """The same tensor with JAX arrays (on the default device); 64-bit ones, which JAX would narrow, in numpy."""
+        return self.arrays(to_jax)
 
     def to_numpy(self) -> Self:
         """The same tensor with numpy arrays."""
@@ -178,6 +178,11 @@ class QTensor(_Common):
 
     def describe(self) -> str:
         return f"{self.bits}-bit"
+
+
+def to_jax(array: Array) -> Array:
+    """A JAX array; of 64-bit values a numpy array, since JAX would silently drop their upper half."""
+    return np.asarray(array) if np.dtype(array.dtype).itemsize == 8 else jnp.asarray(array)
 
 
 def register(cls: type) -> type:
