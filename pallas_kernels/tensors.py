@@ -118,7 +118,7 @@ def prepare(w: Any) -> Any:
             perm = jnp.asarray(np.argsort(g_idx, axis=-1, kind="stable").astype(np.int32))
     order = DECODES[w.kind_name].order
     flip = isinstance(w, Affine) and w.signed
-    codes = _over_stack(w.ndim, functools.partial(_pack_codes, k=k, order=order, flip=flip), w.codes, perm)
+    codes = _over_stack(w.ndim, _pack_codes, w.codes, perm, k=k, order=order, flip=flip)
     fields: dict[str, Any] = {"codes": codes, "pad": -k % CHUNK}
     if isinstance(w, Affine):
         fields |= {"scales": _rows(w.ndim, w.scales), "g_idx": perm}
@@ -140,8 +140,9 @@ def restore(w: Any) -> Any:
     perm = w.g_idx if notes.get("order") == "perm" else None
     order = DECODES[w.kind_name].order
     flip = isinstance(w, Affine) and w.signed
-    unpack = functools.partial(_unpack_codes, shape=(n, k), order=order, flip=flip, pad=int(notes["pad"]))
-    fields: dict[str, Any] = {"codes": _over_stack(w.ndim, unpack, w.codes, perm), "pad": int(notes["pad"])}
+    pad = int(notes["pad"])
+    codes = _over_stack(w.ndim, _unpack_codes, w.codes, perm, shape=(n, k), order=order, flip=flip, pad=pad)
+    fields: dict[str, Any] = {"codes": codes, "pad": pad}
     if isinstance(w, Affine):
         fields["scales"] = _rows(w.ndim, w.scales, back=True)
         if "zeros" in notes:
@@ -187,12 +188,19 @@ def packed(w: Any) -> Packed:
     return Packed(codes, scales, None, tables, None, Form("codebook", w.bits, group, kind), (n, k))  # type: ignore[arg-type]
 
 
-def _over_stack(ndim: int, function: Any, *arrays: Any) -> Any:
-    """function over the leading stack axes of arrays (None stays None)."""
+def _over_stack(ndim: int, function: Any, *arrays: Any, **static: Any) -> Any:
+    """function over the leading stack axes of arrays (None stays None); `static` are its keyword arguments."""
     axes = tuple(None if a is None else 0 for a in arrays)
-    for _ in range(ndim - 2):
-        function = jax.vmap(function, in_axes=axes)
-    return jax.jit(function)(*arrays)
+    return _program(ndim - 2, function, axes, tuple(static.items()))(*arrays)
+
+
+@functools.lru_cache(256)
+def _program(stacked: int, function: Any, axes: tuple[int | None, ...], static: tuple[tuple[str, Any], ...]) -> Any:
+    """Compiled once for the layers of a model, which differ in nothing but numbers."""
+    made = functools.partial(function, **dict(static))
+    for _ in range(stacked):
+        made = jax.vmap(made, in_axes=axes)
+    return jax.jit(made)
 
 
 def _pack_codes(words: jax.Array, perm: jax.Array | None, *, k: int, order: str, flip: bool) -> jax.Array:
@@ -215,14 +223,14 @@ def _unpack_codes(
 
 def _rows(ndim: int, params: jax.Array, back: bool = False) -> jax.Array:
     """[N, G] parameters into the order of `layout.pack_rows`, or back; the shape stays."""
+    return _over_stack(ndim, _reorder, jnp.asarray(params), back=back)
 
-    def one(p: jax.Array) -> jax.Array:
-        n, groups = p.shape
-        if back:
-            return layout.unpack_rows(p.reshape(-1, groups, ROWS), n)
-        return layout.pack_rows(p).reshape(n, groups)
 
-    return _over_stack(ndim, one, jnp.asarray(params))
+def _reorder(params: jax.Array, *, back: bool) -> jax.Array:
+    n, groups = params.shape
+    if back:
+        return layout.unpack_rows(params.reshape(-1, groups, ROWS), n)
+    return layout.pack_rows(params).reshape(n, groups)
 
 
 def _pack_zeros(zeros: jax.Array, width: int) -> jax.Array:
