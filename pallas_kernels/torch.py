@@ -12,7 +12,6 @@ takes 120 us a call (KERNELS: jax 0.11, H100); its private parts do the compilin
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 from typing import Any
 
@@ -45,7 +44,11 @@ def available() -> str | None:
 
 def refusal(w: Any) -> str | None:
     """Why no kernel takes a QTensor, or None; the device is `available`'s business."""
-    return tensors.refusal(w)
+    if reason := tensors.refusal(w):
+        return reason
+    if w.ndim != 2 or w.in_features % 8:
+        return f"a weight of {tuple(w.shape)}; from torch kernels take [N, K] with K a multiple of 8"
+    return None
 
 
 def arrays_of(w: Packed) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def _private() -> tuple[Any, Any]:
 
 
 class _Launcher:
-    """A compiled kernel: device pointers in, work on torch's current stream out."""
+    """A compiled kernel: device pointers in, work on a stream out."""
 
     def __init__(self, lowered: Any) -> None:
         import jax.experimental.mosaic.gpu as mgpu
@@ -110,7 +113,8 @@ class _Launcher:
         if not compiled:
             raise RuntimeError("Mosaic could not compile the kernel")
         self._context = compiled[0]
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+        # PYFUNCTYPE keeps the interpreter's lock: the call only enqueues, giving the lock away would cost more
+        kind = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
         self._launch = kind(compiled[1])
 
     def __call__(self, pointers: Any, stream: int) -> None:
@@ -120,76 +124,124 @@ class _Launcher:
 class TorchWeight:
     """A QTensor in the kernels' order, held by torch; called like `torch.nn.functional.linear` without a bias.
 
+    The first call with a number of rows (above 16: with a power of two) compiles, which a CUDA graph cannot capture.
+
     Attributes:
       shape: (N, K).
       tensors: the arrays by name, on the device.
     """
 
     def __init__(self, q: Any, device: Any = "cuda") -> None:
-        """q: QTensor [N, K] that `refusal` finds nothing against, N and K multiples of 8.
+        """q: QTensor [N, K] that `refusal` finds nothing against.
 
         Raises:
           ValueError: no kernel takes the tensor.
         """
         if reason := refusal(q):
             raise ValueError(f"TorchWeight: {q!r}: {reason}")
-        n, k = q.shape
-        if n % 8 or k % 8:
-            raise ValueError(f"TorchWeight: {q!r}: N and K must be multiples of 8")
+        self.shape = q.shape
         plain = q.replace(extras={}, activation=None, source=None)
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(_workplace()):
             packed = tensors.packed(tensors.prepare(plain.to_jax()))
             many = api.expand_scales(packed) if packed.form.scale == "u8" else packed
-        self.shape = (n, k)
         self.tensors = {name: _tensor(np.asarray(a)).to(device) for name, a in arrays_of(packed).items()}
-        self._few, self._many = skeleton_of(packed), skeleton_of(many.replace(perm=None))
+        self._few, self._many = skeleton_of(packed), skeleton_of(many)
         if many is not packed:  # nested scales, expanded for the kernel of many rows
             self.tensors["scales many"] = _tensor(np.asarray(many.scales)).to(device)
+        self._device = self.tensors["codes"].device
         self._ready: dict[tuple[int, torch.dtype], _Call] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, self.shape[1])
-        rows = flat.shape[0]
-        if rows == 0:
-            return x.new_empty((*x.shape[:-1], self.shape[0]))
-        call = self._ready.get((rows, x.dtype)) or self._prepare(rows, x.dtype)
-        if call.permute:
-            flat = flat.index_select(1, self.tensors["perm"])
+        """x [..., K] bfloat16 or float16 on the weight's device -> [..., N], summed in float32.
+
+        Raises:
+          ValueError: another last axis, dtype or device.
+        """
+        n, k = self.shape
+        size = x.numel()
+        rows = size // k
+        call = self._ready.get((rows if rows <= 16 else bucket(rows), x.dtype))
+        if call is None:
+            self._check(x)
+            if rows == 0:
+                return x.new_empty((*x.shape[:-1], n))
+            call = self._prepare(bucket(rows), x.dtype)
+        if x.shape[-1] != k or x.get_device() != self._device.index:
+            self._check(x)
+        if call.rows == rows and call.perm is None and x.is_contiguous():  # nothing to lay out: the path of decoding
+            y = x.new_empty((*x.shape[:-1], n))
+            call(x.data_ptr(), y.data_ptr())
+            return y
+        flat = x.reshape(-1, k)
+        if call.perm is not None:
+            flat = flat.index_select(1, call.perm)
         if call.rows != rows:
             flat = torch.nn.functional.pad(flat, (0, 0, 0, call.rows - rows))
-        elif not flat.is_contiguous():
-            flat = flat.contiguous()
-        y = flat.new_empty((call.rows, self.shape[0]))
-        call.pointers[0], call.pointers[call.last] = flat.data_ptr(), y.data_ptr()
-        call.launcher(call.pointers, torch.cuda.current_stream(x.device).cuda_stream)
-        return y[:rows].reshape(*x.shape[:-1], self.shape[0])
+        flat = flat.contiguous()
+        y = flat.new_empty((call.rows, n))
+        call(flat.data_ptr(), y.data_ptr())
+        return y[:rows].reshape(*x.shape[:-1], n)
+
+    def _check(self, x: torch.Tensor) -> None:
+        if x.shape[-1] != self.shape[1]:
+            raise ValueError(f"x of shape {tuple(x.shape)} does not fit a weight of {tuple(self.shape)}")
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"x of {x.dtype}; kernels take bfloat16 and float16")
+        if x.device != self._device:
+            raise ValueError(f"x is on {x.device}, the weight on {self._device}")
 
     def _prepare(self, rows: int, dtype: torch.dtype) -> _Call:
-        """What a call with so many rows needs; equal weights of a model share the compiled kernel."""
-        n, k = self.shape
-        wanted, name = bucket(rows), str(dtype).removeprefix("torch.")
-        choice = select.choose(wanted, n, k, self._few.form, *_device(self.tensors["codes"].device))
+        """What a call with so many rows needs; equal weights of a model share the compiled kernel.
+
+        Raises:
+          RuntimeError: the stream is being captured; compiling is not possible then.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"a kernel for {rows} rows is not compiled yet: call the layer once before capturing")
+        (n, k), index = self.shape, self._device.index
+        name = str(dtype).removeprefix("torch.")
+        gathered = self._few.perm is not None and rows == 1  # one row is permuted by the kernel, more are before it
+        choice = select.choose(rows, n, k, self._few.form, *_device(index), gathered)
         skeleton = self._few if choice.kernel == "stream" else self._many
-        names = list(arrays_of(skeleton))
-        pointers = (ctypes.c_void_p * (len(names) + 2))()
-        expanded = skeleton is self._many and "scales many" in self.tensors
-        for i, key in enumerate(names, 1):
-            pointers[i] = self.tensors["scales many" if key == "scales" and expanded else key].data_ptr()
-        permute = skeleton is self._many and "perm" in self.tensors
-        call = _Call(_launcher(_Key(skeleton), wanted, name, choice), pointers, len(names) + 1, wanted, permute)
+        permute = skeleton.perm is not None and not (choice.kernel == "stream" and rows == 1)
+        if permute:
+            skeleton = skeleton.replace(perm=None)
+        expanded = skeleton.form != self._few.form
+        found = [self.tensors["scales many" if n == "scales" and expanded else n] for n in arrays_of(skeleton)]
+        with torch.cuda.device(index):
+            launcher = _launcher(_Key(skeleton), rows, name, choice, index)
+        call = _Call(launcher, found, rows, self.tensors["perm"] if permute else None)
         self._ready[rows, dtype] = call
         return call
 
 
-@dataclasses.dataclass
 class _Call:
-    """A compiled kernel with the pointers of one weight; x goes first into `pointers`, y at `last`."""
+    """A compiled kernel with the pointers of one weight.
 
-    launcher: _Launcher
-    pointers: Any
-    last: int
-    rows: int
-    permute: bool
+    Attributes:
+      rows: of x, as compiled.
+      perm: order of the columns of x that the kernel takes, None for the given one.
+    """
+
+    def __init__(self, launcher: _Launcher, weight: list[torch.Tensor], rows: int, perm: torch.Tensor | None) -> None:
+        self.rows, self.perm = rows, perm
+        self._launcher, self._index = launcher, weight[0].device.index
+        self._weight = [t.data_ptr() for t in weight]
+        self._pointers = ctypes.c_void_p * (len(weight) + 2)
+        self._guard = torch.cuda.device_count() > 1
+
+    def __call__(self, x: int, y: int) -> None:
+        pointers = self._pointers(x, *self._weight, y)
+        if self._guard:
+            with torch.cuda.device(self._index):
+                self._launcher(pointers, torch._C._cuda_getCurrentRawStream(self._index))
+        else:
+            self._launcher(pointers, torch._C._cuda_getCurrentRawStream(self._index))
+
+
+def _workplace() -> Any:
+    """Where weights are brought into the kernels' order: JAX's GPU, tens of times faster, where it has one."""
+    return jax.local_devices()[0] if jax.default_backend() == "gpu" else jax.local_devices(backend="cpu")[0]
 
 
 def skeleton_of(w: Packed) -> Packed:
@@ -213,13 +265,13 @@ class _Key:
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[str, int]:
-    found = torch.cuda.get_device_properties(device)
+def _device(index: int) -> tuple[str, int]:
+    found = torch.cuda.get_device_properties(index)
     return select.device_key(found.name), found.multi_processor_count
 
 
 @functools.lru_cache(maxsize=512)
-def _launcher(key: _Key, rows: int, dtype: str, choice: select.Choice) -> _Launcher:
+def _launcher(key: _Key, rows: int, dtype: str, choice: select.Choice, device: int) -> _Launcher:
     return _Launcher(lower(key.skeleton, rows, dtype, choice))
 
 

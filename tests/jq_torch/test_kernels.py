@@ -16,13 +16,17 @@ METHODS = {
     "hqq": lambda: jq.HQQ(group_size=64),
     "nf4": lambda: jq.NF4(),
     "nf4-double": lambda: jq.NF4(double_quant=True),
+    "act-order": lambda: jq.RTN(group_size=128),
 }
 N, K = 256, 512
 
 
 def weight(name: str):
     dense = np.random.default_rng(0).standard_normal((N, K)).astype(np.float32) * 0.05
-    return METHODS[name]().quantize(dense)
+    q = METHODS[name]().quantize(dense)
+    if name == "act-order":
+        q = q.replace(g_idx=np.random.default_rng(1).permutation(np.repeat(np.arange(K // 128), 128)).astype(np.int32))
+    return q
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
@@ -33,9 +37,11 @@ def test_a_kernel_is_one_mosaic_call(name, rows):
     from pallas_kernels import torch as kernels
 
     packed = tensors.packed(tensors.prepare(weight(name).replace(extras={}, activation=None, source=None).to_jax()))
-    choice = select.choose(rows, N, K, packed.form, "h100", 132)
+    choice = select.choose(rows, N, K, packed.form, "h100", 132, packed.perm is not None and rows == 1)
     if choice.kernel != "stream" and packed.form.scale == "u8":
         packed = api.expand_scales(packed)
+    if rows > 1:  # permuted before the kernel
+        packed = packed.replace(perm=None)
     text = kernels.lower(kernels.skeleton_of(packed), rows, "bfloat16", choice).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
     assert set(re.findall(r"stablehlo\.(\w+)", text)) == {"custom_call"}
@@ -51,17 +57,23 @@ def test_without_a_gpu_the_reason_is_said():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 100])
-def test_numbers_of_the_kernel(name, rows):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_the_kernel(name, dtype):
     from pallas_kernels import torch as kernels
 
     assert kernels.available() is None
     q = weight(name)
-    x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
-    want = x.float() @ torch.from_numpy(np.array(q.dequantize("float32"))).cuda().T
-    got = kernels.TorchWeight(q)(x)
-    assert got.dtype == torch.bfloat16
-    assert (got.float() - want).norm() < 5e-3 * want.norm()
+    layer, dense = kernels.TorchWeight(q), torch.from_numpy(np.array(q.dequantize("float32"))).cuda()
+    for shape in ((1, K), (3, K), (16, K), (17, K), (100, K), (2, 3, K), (K,), (0, K)):
+        x = torch.randn(shape, device="cuda", dtype=dtype)
+        got, want = layer(x), x.float() @ dense.T
+        assert got.dtype == dtype and got.shape == want.shape
+        assert (got.float() - want).norm() <= 5e-3 * want.norm(), shape
+    wide = torch.randn(4, 2 * K, device="cuda", dtype=dtype)[:, ::2]
+    assert torch.equal(layer(wide), layer(wide.contiguous()))
+    for bad in (torch.randn(1, K - 8), torch.randn(1, K), torch.randn(1, K, dtype=dtype)):
+        with pytest.raises(ValueError, match=r"shape|kernels take|is on"):
+            layer(bad if bad.dtype == dtype else bad.cuda())
 
 
 @pytest.mark.gpu
