@@ -49,9 +49,16 @@ def torch_dtype(dtype: Any) -> torch.dtype:
     return _FLOATS.get(name) or torch.from_numpy(np.empty(0, np.dtype(dtype))).dtype
 
 
+@functools.cache
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:
     """The numpy dtype of a torch dtype."""
     return _NUMPY.get(dtype) or torch.empty(0, dtype=dtype).numpy().dtype
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of the numpy dtype of a torch dtype; numpy itself takes 3 us to say it."""
+    return numpy_dtype(dtype).name
 
 
 def array_of(tensor: torch.Tensor) -> np.ndarray:
@@ -96,12 +103,15 @@ def numpy_leaf(tensor: torch.Tensor, dtype: str) -> np.ndarray:
 
 def jax_leaf(tensor: torch.Tensor, dtype: str) -> Any:
     """A packed tensor as a JAX array (numpy for 64-bit types, which JAX would narrow), converted once."""
-    hit = _converted.get(tensor)
-    # an in-place edit bumps the version, set_data moves the pointer; tensors of inference mode have no version
-    state = (None if tensor.is_inference() else tensor._version, tensor.data_ptr())
+    hit, state = _converted.get(tensor), state_of(tensor)
     if hit is None or hit[0] != state:
         hit = _converted[tensor] = (state, _convert(tensor.detach(), dtype))
     return hit[1]
+
+
+def state_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Changes when a tensor's numbers may have: an edit in place bumps the version, set_data moves the pointer."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version  # inference mode counts no versions
 
 
 _converted: Any = WeakTensorKeyDictionary()

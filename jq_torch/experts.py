@@ -72,10 +72,11 @@ class JqExperts(Packed):
         """Stored tensors -> one QTensor a part."""
         for part, experts in self.origins.items():
             tensors = [self._load(experts[e]) for e in _in_order(experts, self.num_experts, part)]
-            for origin in experts.values():
-                for name in origin.stored.values():
-                    delattr(self, name)
-            self.put(_role(part), self._stacked(tensors, experts))
+            names = [name for origin in experts.values() for name in origin.stored.values()]
+            device = getattr(self, names[0]).device
+            for name in names:
+                delattr(self, name)
+            self.put(_role(part), self._stacked(tensors, experts), device)
         for parameter in self.packed_parameters:
             self._check_shape(parameter)
 
@@ -161,8 +162,8 @@ class JqExperts(Packed):
             return y
         return y + bias[expert.clamp(max=self.num_experts - 1)].to(y.dtype)
 
-    def put(self, role: str, tensor: Any) -> None:
-        super().put(role, tensor)
+    def put(self, role: str, tensor: Any, device: Any = "cpu") -> None:
+        super().put(role, tensor, device)
         self.__dict__.setdefault("_rows", {})[role] = int(tensor.shape[-2])
 
     def forward(
@@ -266,4 +267,4 @@ def quantize(model: Any, name: str, weight: torch.Tensor, method: Any) -> None:
     parts = [part for part in module.origins if part[0] == parameter]
     for part, dense in zip(parts, weight.chunk(len(parts), dim=1), strict=True):
         made = [method.quantize(bridge.array_of(w), name=f"{name}.{e}") for e, w in enumerate(dense)]
-        module.put(_role(part), stack(made))
+        module.put(_role(part), stack(made), weight.device)

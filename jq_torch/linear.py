@@ -42,14 +42,14 @@ class Packed(nn.Module):
         self._described: dict[str, str] = {}
         self._is_hf_initialized = True  # transformers' initialisation must not touch it
 
-    def put(self, role: str, tensor: Any) -> None:
+    def put(self, role: str, tensor: Any, device: Any = "cpu") -> None:
         """Takes a QTensor in; its arrays become parameters named `<role>_<path in the tensor>`."""
         self.remove(role)
         skeleton, tensors = ops.skeleton_of(tensor)
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(skeleton)[0]]
         names = tuple(f"{role}_{_name(path)}" for path in paths)
         for name, value in zip(names, tensors, strict=True):
-            parameter = nn.Parameter(value, requires_grad=False)
+            parameter = nn.Parameter(value.to(device), requires_grad=False)
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
         self._skeletons[role], self._packed[role], self._described[role] = skeleton, names, repr(tensor)
@@ -104,6 +104,9 @@ class Packed(nn.Module):
         """(packed tensors, spec) for `jq_torch.ops`, without what is carried only for saving."""
         return [getattr(self, name) for name in self._operands[role]], self._spec[role]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None, "_dense_cache": None}  # made anew where they are needed
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for role in self._skeletons:  # a spec is a name within one process
@@ -140,6 +143,7 @@ class JqLinear(Packed, nn.Linear):
         self.origin: Any = None
         self._keep_dense = False
         self._dense_cache: torch.Tensor | None = None
+        self._held: Any = None  # the kernel's form of the weight, with what it was made for
 
     @classmethod
     def in_place_of(cls, old: nn.Module) -> JqLinear:
@@ -156,6 +160,16 @@ class JqLinear(Packed, nn.Linear):
     def is_packed(self) -> bool:
         return "q" in self._packed
 
+    @property
+    def _first(self) -> str:
+        """Name of the parameter that the kernel's form of the weight goes by, "" while nothing is packed."""
+        names = self._operands.get("q")
+        return names[0] if names else ""
+
+    def _stored_device(self) -> torch.device:
+        """Where the loader, or an offload hook, has put the stored tensors."""
+        return next(getattr(self, name).device for name in self.origin.stored.values())
+
     def _stored_parts(self) -> dict[str, np.ndarray]:
         return {suffix: bridge.array_of(getattr(self, name)) for suffix, name in self.origin.stored.items()}
 
@@ -168,13 +182,13 @@ class JqLinear(Packed, nn.Linear):
         Raises:
           FormatError: stored tensors that contradict each other.
         """
-        parts = self._stored_parts()
+        parts, device = self._stored_parts(), self._stored_device()
         tensor = self.origin.load(parts)
         if tensor is None:
             return parts
         for name in self.origin.stored.values():
             delattr(self, name)
-        self.put("q", tensor)
+        self.put("q", tensor, device)
         return None
 
     def dump(self, path: str) -> list[tuple[str, np.ndarray]]:
@@ -194,6 +208,7 @@ class JqLinear(Packed, nn.Linear):
             return super().operands(role)
         # on disk: hooks bring the stored tensors for the length of one call
         skeleton, tensors = ops.skeleton_of(arithmetic_part(self.origin.load(self._stored_parts())))
+        tensors = [t.to(self._stored_device()) for t in tensors]
         active = self.quantize_activations and getattr(skeleton, "activation", None) is not None
         return tensors, ops.spec_of(skeleton, activation=active)  # no kernel: its order would be made at each call
 
@@ -228,6 +243,9 @@ class JqLinear(Packed, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input
+        if x.is_cuda and self.kernels and (kernel := self._kernel(x)) is not None:
+            y = kernel(x)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self._keep_dense and not ops.quantizes_activations(self._spec["q"]):
@@ -236,6 +254,22 @@ class JqLinear(Packed, nn.Linear):
             packed, spec = self.operands()
             y = ops.linear(x, packed, spec, self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _kernel(self, x: torch.Tensor) -> Any:
+        """The GPU kernel, where neither a graph nor a gradient is recorded: torch's dispatcher costs more than it does."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_autocast_enabled()
+            or (torch.is_grad_enabled() and x.requires_grad)
+        ):
+            return None
+        first, held = self._parameters.get(self._first), self._held
+        if first is None or self._keep_dense or ops.quantizes_activations(self._spec["q"]):
+            return None
+        if held is None or held[0] != x.dtype or held[1] is not first or held[2] != bridge.state_of(first):
+            found = ops.cuda_weight(*self.operands(), x.dtype)
+            self._held = held = (x.dtype, first, bridge.state_of(first), found)
+        return held[3]
 
     def _dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         held = self._dense_cache

@@ -100,8 +100,7 @@ def _leaves(packed: list[torch.Tensor], spec: str) -> list[Any]:
 
 def dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> torch.Tensor:
     """The dequantized weight [*stack, N, K], rounded as the original library rounds, then cast to `dtype`."""
-    name = bridge.numpy_dtype(dtype).name
-    return bridge.from_jax(_dense_program(spec, name)(_leaves(packed, spec)))
+    return bridge.from_jax(_dense_program(spec, bridge.dtype_name(dtype))(_leaves(packed, spec)))
 
 
 _kernels: Any = WeakTensorKeyDictionary()
@@ -111,18 +110,23 @@ def cuda_weight(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> An
     """The GPU kernel's form of a weight, made at its first use (a second packed copy), or None where none fits."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
-    found = _kernels.get(packed[0])
-    if found is None:
-        from pallas_kernels import torch as kernels
+    found, state = _kernels.get(packed[0]), bridge.state_of(packed[0])
+    if found is None or found[0] != state:
+        found = _kernels[packed[0]] = (state, _cuda_weight(packed, spec))
+    return found[1]
 
-        static = _statics[spec]
-        leaves = [bridge.numpy_leaf(t, d) for t, d in zip(packed, static.dtypes, strict=True)]
-        tensor = jax.tree.unflatten(static.tree, leaves)
-        reason = kernels.available() or kernels.refusal(tensor)
-        if reason is not None:
-            _log.info("%r: no kernel: %s; dequantized at each call", tensor, reason)
-        found = _kernels[packed[0]] = reason or kernels.TorchWeight(tensor, packed[0].device)
-    return None if isinstance(found, str) else found
+
+def _cuda_weight(packed: list[torch.Tensor], spec: str) -> Any:
+    from pallas_kernels import torch as kernels
+
+    static = _statics[spec]
+    leaves = [bridge.numpy_leaf(t, d) for t, d in zip(packed, static.dtypes, strict=True)]
+    tensor = jax.tree.unflatten(static.tree, leaves)
+    reason = kernels.available() or kernels.refusal(tensor)
+    if reason is None:
+        return kernels.TorchWeight(tensor, packed[0].device)
+    _log.info("%r: no kernel: %s; dequantized at each call", tensor, reason)
+    return None
 
 
 def _linear(x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int) -> torch.Tensor:
@@ -162,7 +166,7 @@ def _experts(
     """Row s of the result is x[s] times the weight of expert[s]; rows of an expert that is not there are zero."""
     y = x.new_zeros((x.shape[0], out_features))
     leaves = _leaves(packed, spec)
-    active, name = _statics[spec].activation, bridge.numpy_dtype(x.dtype).name
+    active, name = _statics[spec].activation, bridge.dtype_name(x.dtype)
     for e in torch.unique(expert).tolist():
         if not 0 <= e < packed[0].shape[0]:
             continue
@@ -179,7 +183,7 @@ def _experts_dx(
     dy: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int
 ) -> torch.Tensor:
     dx = dy.new_zeros((dy.shape[0], in_features))
-    leaves, name = _leaves(packed, spec), bridge.numpy_dtype(dy.dtype).name
+    leaves, name = _leaves(packed, spec), bridge.dtype_name(dy.dtype)
     for e in torch.unique(expert).tolist():
         if 0 <= e < packed[0].shape[0]:
             rows = torch.nonzero(expert == e).flatten()

@@ -23,6 +23,7 @@ from jq_torch.activation import ScaledActivation
 from jq_torch.linear import JqLinear, Packed
 from jq_torch.plan import JqRenaming, Plan, explain_shape, open_files
 from jq_torch.settings import Settings, current
+from jq_torch.sources import Sides
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +35,7 @@ class JqQuantizer(HfQuantizer):
       settings: as `jq_torch.enable` was called when the model was loaded.
       plan: what of the file goes where, while a quantized checkpoint is loaded.
       metadata: safetensors metadata of the file, written back by saving.
+      sides: files beside the weights that say how they are quantized, written back by saving.
     """
 
     requires_calibration = False
@@ -45,6 +47,7 @@ class JqQuantizer(HfQuantizer):
         self.settings: Settings = current()
         self.plan: Plan | None = None
         self.metadata: dict[str, str] = {}
+        self.sides = Sides()
         self.method = None if self.pre_quantized else onthefly.method_of(quantization_config)
         self._targets: dict[str, Any] = {}
         self.failures: list[Exception] = []
@@ -105,7 +108,7 @@ class JqQuantizer(HfQuantizer):
         ckpt = open_files(checkpoint_files)
         quantization = _file_dict(self.quantization_config)
         self.plan = plan = Plan(model, ckpt, quantization, self.method_name)
-        self.metadata = plan.metadata
+        self.metadata, self.sides = plan.metadata, Sides(ckpt.side_files, ckpt.config)
         self._replace_linears(model, plan)
         if plan.experts:
             from jq_torch import experts
@@ -188,7 +191,8 @@ class JqQuantizer(HfQuantizer):
 
     def _float_layer(self, module: JqLinear, parts: Mapping[str, Any]) -> nn.Module:
         """A layer that its format calls not quantized after all; whatever lies beside the weight is carried."""
-        tensors = {s: bridge.tensor_of(a) for s, a in parts.items()}
+        device = module._stored_device()
+        tensors = {s: bridge.tensor_of(a).to(device) for s, a in parts.items()}
         weight = tensors.pop("weight")
         return module.to_float(weight)
 
@@ -228,6 +232,7 @@ class JqQuantizer(HfQuantizer):
         """The state dict with the file's own tensors in place of packed parameters, and the file's metadata."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
+        self.sides.write(model.config)
         state = dict(model.state_dict())
         seen: set[int] = set()
         for path, module in model.named_modules():

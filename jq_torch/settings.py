@@ -14,12 +14,13 @@ class Settings:
       quantize_activations: False computes with float activations where the checkpoint quantizes them.
       packed: False dequantizes every layer once, at its first use, and keeps the dense weight beside the packed one
         (no work at each call, the memory of the float model on top).
-      kernels: GPU kernels on torch's current stream for 4-bit layers, at the memory of a second packed copy.
+      kernels: GPU kernels on torch's current stream where they fit (4-bit layers, compute capability 9.0, jax 0.11), at
+        the memory of a second packed copy; False dequantizes at each call.
     """
 
     quantize_activations: bool = True
     packed: bool = True
-    kernels: bool = False
+    kernels: bool = True
 
     def apply(self, module: Any) -> None:
         """Tells a packed layer or experts module."""

@@ -1,14 +1,16 @@
-"""Checkpoints that do not say in config.json that they are quantized: old AutoGPTQ and others with a side file.
+"""Checkpoints that say beside config.json how they are quantized: old AutoGPTQ and others with a side file.
 
 `from_pretrained` looks for `quantization_config` in config.json and for `model.safetensors`. Files of AutoGPTQ before
 0.8 have quantize_config.json and `gptq_model-4bit-128g.safetensors`; quanto has quanto_qmap.json. `jq.formats.detect`
-knows them; here transformers is told.
+knows them; here transformers is told. Saving writes these files again, and config.json as it was.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,75 @@ from transformers import modeling_utils
 from jq.checkpoint import find_weights, open_checkpoint
 from jq.errors import CheckpointError, UnsupportedError
 from jq.formats import _method_without_name, detect
+
+# Files beside the weights that tell a loader how they are quantized; the tokenizer's files are the tokenizer's to save.
+SIDE_FILES = (
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "hf_quant_config.json",
+    "quanto_qmap.json",
+    "quantization_map.json",
+    "model.safetensors.index.json.meta.json",
+)
+
+
+class Sides:
+    """What a checkpoint says outside of config.json's quantization_config, and how a save gives it back.
+
+    Attributes:
+      files: contents by name.
+      alone: config.json of the source has no quantization_config.
+      folder: where `save_pretrained` is writing; None outside of it, and on processes that write nothing.
+    """
+
+    def __init__(self, files: Mapping[str, bytes] | None = None, config: Mapping[str, Any] | None = None) -> None:
+        self.files = {name: raw for name, raw in (files or {}).items() if name in SIDE_FILES}
+        self.alone = config is not None and not any(
+            isinstance(part, Mapping) and ("quantization_config" in part or "compression_config" in part)
+            for part in (config, *config.values())
+        )
+        self.folder: Path | None = None
+        self._taken: Any = None
+
+    def write(self, config: Any) -> None:
+        """Called by the quantizer while a model is saved, after the directory is made and before config.json is."""
+        if self.folder is None:
+            return
+        for name, raw in self.files.items():
+            (self.folder / name).write_bytes(raw)
+        if self.alone and self.files:
+            self._taken = config.__dict__.pop("quantization_config", None)
+
+    def saved(self, config: Any) -> None:
+        """The end of a save, successful or not."""
+        self.folder = None
+        if self._taken is not None:
+            config.quantization_config, self._taken = self._taken, None
+
+
+def patch_saving(kind: type) -> None:
+    """`save_pretrained` tells a quantizer of class `kind` where it writes; stays after `disable`, as models do."""
+    owner = modeling_utils.PreTrainedModel
+    original = owner.save_pretrained
+    if getattr(original, "_jq", False):
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        quantizer = getattr(self, "hf_quantizer", None)
+        if not isinstance(quantizer, kind) or getattr(self, "_hf_peft_config_loaded", False):
+            return original(self, save_directory, *args, **kwargs)
+        given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
+        sides: Sides = quantizer.sides  # type: ignore[attr-defined]
+        sides.folder = Path(save_directory) if given.get("is_main_process", True) else None
+        try:
+            return original(self, save_directory, *args, **kwargs)
+        finally:
+            sides.saved(self.config)
+
+    save_pretrained._jq = True  # type: ignore[attr-defined]
+    owner.save_pretrained = save_pretrained
 
 
 def patch(state: Any) -> None:

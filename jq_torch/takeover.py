@@ -77,14 +77,15 @@ class Enabled:
 _stack: list[Enabled] = []
 
 
-def enable(*names: str, quantize_activations: bool = True, packed: bool = True, kernels: bool = False) -> Enabled:
+def enable(*names: str, quantize_activations: bool = True, packed: bool = True, kernels: bool = True) -> Enabled:
     """Lets jq load, run and save quantized models behind `transformers`.
 
     Args:
       names: methods to take over, as `methods()` lists them ("bitsandbytes" means both of its kinds); none: all.
       quantize_activations: False computes with float activations where a checkpoint quantizes them (weight-only).
       packed: False keeps a dequantized copy of each weight from its first use on, at the memory of the float model.
-      kernels: on a GPU of compute capability 9.0, multiply 4-bit layers by the project's kernels.
+      kernels: on a GPU of compute capability 9.0, multiply 4-bit layers by the project's kernels, which keep a second
+        packed copy of them; False dequantizes at each call.
 
     Returns:
       An object to use in a `with` statement, which ends the takeover; without one it lasts until `disable()`.
@@ -181,6 +182,7 @@ def _count_weights() -> None:
 def _patch_models(state: Enabled) -> None:
     """Layers are packed before transformers attaches offload hooks, which take note of each parameter."""
     _count_weights()
+    sources.patch_saving(JqQuantizer)
     dispatch = getattr(modeling_utils, "accelerate_dispatch", None)
     if dispatch is not None:
 

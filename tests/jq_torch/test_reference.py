@@ -13,6 +13,7 @@ from reference_dirs import array, bits, directories, oracle, raw, relative_error
 from transformers import AutoModelForCausalLM
 
 import jq_torch
+from jq_torch import sources
 from jq_torch.linear import Packed
 
 FOREIGN = ("bitsandbytes", "gptqmodel", "awq", "hqq", "optimum", "aqlm", "vptq", "eetq", "fbgemm_gpu")
@@ -61,17 +62,22 @@ def test_nothing_is_missing_and_logits_are_the_librarys(folder: Path) -> None:
 
 @cases
 def test_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
     with jq_torch.enable():
         model, _ = load(folder)
-        model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
-        want, got = stored(folder)[0], stored(tmp_path / "saved")[0]
+        model.save_pretrained(saved, max_shard_size="100KB")
+        (want, metadata), (got, written) = stored(folder), stored(saved)
         cast = ("norm.weight", "embed_tokens.weight", "lm_head.weight", ".bias")  # to the config's dtype
         wrong = [k for k in want if want[k] != got.get(k) and not (k.endswith(cast) and want[k][0] != got[k][0])]
-        assert not wrong and got.keys() <= want.keys(), (wrong[:4], sorted(got.keys() - want.keys())[:4])
-        before = json.loads((folder / "config.json").read_text()).get("quantization_config")
-        after = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-        assert before is None or after == before
-        again, info = load(tmp_path / "saved")
+        assert not wrong and got.keys() == want.keys(), (wrong[:4], sorted(got.keys() - want.keys())[:4])
+        assert written == {**metadata, "format": "pt"}
+        before, after = (json.loads((f / "config.json").read_text()) for f in (folder, saved))
+        assert before.get("quantization_config") == after.get("quantization_config")
+        assert before.get("compression_config") == after.get("compression_config")
+        for file in sources.SIDE_FILES:
+            assert (folder / file).exists() == (saved / file).exists()
+            assert not (saved / file).exists() or (saved / file).read_bytes() == (folder / file).read_bytes()
+        again, info = load(saved)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
