@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
-from pallas_kernels.ptx import Int, asm, f32, i64, llvm, raw
+from pallas_kernels.ptx import Int, asm, f32, i32, i64, llvm, raw
 
 
 def tensor_map(ctx: Any, ref: ir.Value, box: tuple[int, ...], swizzle: int | None = None) -> ir.Value:
@@ -73,6 +73,20 @@ def arrive_remote(address: Int, rank: Any) -> None:
         address,
         rank,
     )
+
+
+def uniform(value: Int) -> Int:
+    """A value that is the same in all lanes of a warp, in a form in which the assembler knows that it is: branches on
+    it are no divergent ones, and what hangs on it may live in uniform registers (descriptors of wgmma).
+    """
+    return Int(asm([i32()], "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", value)[0])
+
+
+def load_shared_here(address: Int) -> ir.Value:
+    """A word of shared memory, read at this place among the wgmmas: the assembler moves plain loads, and all that
+    depends on them, to where it likes.
+    """
+    return asm([i32()], "ld.volatile.shared.u32 $0, [$1];", address)[0]
 
 
 def set_registers(count: int, action: str) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +87,38 @@ def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, g
     if m <= stream.MAX_ROWS:
         for warps, cluster, ring in ((8, 1, 96), (8, 2, 96), (4, 1, 48), (16, 1, 128), (4, 4, 48)):
             blocks = multiprocessors * (2 if warps == 4 and cluster == 1 else 1)
-            if cluster == 4:  # some processors of an H100 have no three neighbours: 30 clusters fit, not 33
-                blocks = blocks * 10 // 11
+            if cluster == 4:
+                blocks = whole_clusters(blocks, 4)
             blocks = blocks // cluster * cluster
             parts = -(-k // CHUNK) // (warps * cluster)
             room = (ring << 10) // warps // 3  # three copies on their way at least
             sizes = [c for c in (8, 14, 7, 4, 2, 1) if parts % c == 0 and c * 544 <= room] or [4]
             out.append(Choice("stream", stream.Config(warps, cluster, sizes[0], ring << 10, blocks)))
     if not out or m > 8:
-        for tile_m in (16, 32, 64, 128, 192, 256):
-            for wn in (1, 2, 4) if tile_m <= 128 else (2,):
-                for split in (1, 2):
-                    chunks = 1 if tile_m > 128 or (form.group and form.group % CHUNK) else 2
-                    out.append(
-                        Choice("gemm", gemm.Config(tile_m, wn, chunks, 0, 1, split, multiprocessors // split * split))
-                    )
+        out += [Choice("gemm", config) for config in tilings(m, form, multiprocessors)]
     return [c for c in out if fits(c, m, n, k, form, gathered)]
+
+
+def whole_clusters(blocks: int, cluster: int) -> int:
+    """Blocks that run at once in clusters: some processors of an H100 have no three neighbours (30 fours of 33)."""
+    return blocks * 10 // 11 if cluster > 2 else blocks // cluster * cluster
+
+
+def tilings(m: int, form: Form, multiprocessors: int) -> Iterator[gemm.Config]:
+    """Configurations of the wgmma kernel, also such as cannot run."""
+    tiles = {-(-m // (16 * parts)) * 16 for parts in range(1, 9)} | {t for t in (128, 192, 256) if t < m}
+    for tile_m, wn in itertools.product(sorted(tiles), WIDEST):
+        if not min(m, 32) <= tile_m <= WIDEST[wn]:
+            continue
+        one = tile_m > 128 or tile_m * wn > 256 + 128 * (wn < 4) or (form.group and form.group % CHUNK)
+        for (share, split, even), ahead in itertools.product(CLUSTERS, (False, True)):
+            if ahead != (tile_m > 64) and not 64 < tile_m <= 128:
+                continue
+            blocks = whole_clusters(multiprocessors, share * split)
+            yield gemm.Config(tile_m, wn, 1 if one else 2, 0, share, split, blocks, 0, even, ahead)
+    if m > 1024:
+        for m_group in (2, 4, 8):
+            yield gemm.Config(256, 2, 1, 0, 2, 1, whole_clusters(multiprocessors, 2), m_group)
 
 
 @functools.lru_cache(4096)
@@ -115,19 +133,59 @@ def estimate(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, gat
         raise ValueError(f"no kernel for {m} rows and a weight of {n}x{k}")
     if m <= stream.MAX_ROWS and choices[0].kernel == "stream":
         return choices[0]
-    return min(choices, key=lambda c: _cycles(c, m, n, k, form, multiprocessors))
+    return min(choices, key=lambda c: microseconds(c, m, n, k, form))
 
 
-def _cycles(choice: Choice, m: int, n: int, k: int, form: Form, multiprocessors: int) -> float:
-    """Rough cycles of a launch: the slower of tensor core, L2 and DRAM over the turns of the busiest block."""
+# Largest tile of x for 1 to 4 warpgroups: the accumulators stay in registers.
+WIDEST = {1: 256, 2: 256, 3: 192, 4: 128}
+# share, split, even
+CLUSTERS = ((1, 1, False), (2, 1, False), (1, 2, False), (2, 2, False), (1, 4, False), (1, 1, True))
+# Measured on an H100: cycles of one k16 step of one warpgroup, decode included, with 1 to 4 warpgroups at work.
+CYCLES = {
+    1: {16: 40, 32: 45, 64: 56, 96: 68, 128: 80, 160: 95, 192: 110, 256: 145},
+    2: {16: 30, 32: 34, 64: 45, 96: 56, 128: 67, 160: 81, 192: 97, 256: 129},
+    3: {16: 27, 32: 31, 64: 42, 96: 49, 128: 65, 160: 81, 192: 97},
+    4: {16: 26, 32: 30, 64: 40, 96: 51, 128: 68},
+}
+CLOCK = 1750  # cycles of a microsecond, under load
+DRAM, L2 = 2.7e6, 10e6  # bytes of a microsecond
+START = 3.5  # microseconds until the first wgmma, and after the last store
+
+
+def microseconds(choice: Choice, m: int, n: int, k: int, form: Form) -> float:
+    """Rough time of a launch: the slowest of tensor core, L2 and DRAM, and some of the faster ones' time."""
     if choice.kernel == "stream":
         return float("inf")
     c = choice.config
     plan = gemm.Plan(m, n, k, dataclasses.replace(form, scale="bf16") if form.scale == "u8" else form, c, "bf16")
-    turns = -(-plan.tiles // plan.clusters)
-    tensor = c.wn * c.tile_m * 2 * c.chunks + (160 if c.wn > 1 else 260)
-    l2 = plan.stage_bytes / 48
-    dram = plan.code_bytes * min(plan.clusters * plan.cluster, multiprocessors) / 1750
-    step = max(tensor, l2, dram)
-    exchange = c.tile_m * c.wn * 64 * 4 / 24 if c.split > 1 else 0
-    return turns * (step * -(-plan.steps // c.split) + 1500 + exchange)
+
+    def busy(units: float) -> float:
+        """Cycles of a pass in which a block has this many units to multiply, perhaps half a one."""
+        whole, half = int(units), units % 1
+        out = whole * _cycles(whole, c.tile_m) if whole else 0
+        return out + half * ((whole + 1) * _cycles(whole + 1, c.tile_m) - out) if half else out
+
+    if c.even:
+        most = -(-plan.units // (plan.tiles // plan.m_tiles)) / 2  # units of a block
+        passes, rest = divmod(most, c.wn)
+        cycles = passes * busy(c.wn) + busy(rest)
+        passes += rest > 0
+    else:
+        passes = -(-plan.tiles // plan.clusters)
+        cycles = passes * busy(c.wn) / c.split
+    tensor = cycles * k / 16 / CLOCK
+    weight = n * k * form.bits / 8 * 1.06
+    blocks = plan.clusters * plan.cluster
+    l2 = passes * k / c.split * (c.tile_m * 2 / c.share + 34 * c.wn) * blocks / L2
+    dram = weight / DRAM
+    exchange = (1500 + 4 * c.tile_m * c.wn) if c.split > 1 else 800 if c.even else 0
+    ends = (passes * (900 + 6 * c.tile_m) + exchange) / CLOCK
+    return max(tensor, l2, dram) + 0.15 * min(tensor, max(l2, dram)) + ends + START
+
+
+def _cycles(warpgroups: int, tile_m: int) -> float:
+    known = sorted(CYCLES[warpgroups].items())
+    for (low, a), (high, b) in itertools.pairwise(known):
+        if tile_m <= high:
+            return a + (b - a) * max(0, tile_m - low) / (high - low)
+    return known[-1][1]

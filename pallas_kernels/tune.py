@@ -26,7 +26,7 @@ from pallas_kernels import api, layout, reference, select
 from pallas_kernels.decode import DECODES
 from pallas_kernels.form import CHUNK, Form, Packed
 from pallas_kernels.select import Choice
-from pallas_kernels.skeletons import gemm, stream
+from pallas_kernels.skeletons import stream
 from pallas_kernels.timing import Jobs, copies, median_us, supervise
 
 # Linear layers of 8B and 70B models: square, fused q/k/v, fused gate/up, down, and gate/up of 70B.
@@ -69,8 +69,8 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
     """What is worth measuring at a shape."""
     out: list[Choice] = []
 
-    def put(config: Any) -> None:
-        out.append(Choice("stream" if isinstance(config, stream.Config) else "gemm", config))
+    def put(config: stream.Config) -> None:
+        out.append(Choice("stream", config))
 
     chunks = -(-k // CHUNK)
 
@@ -92,64 +92,17 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
             put(stream.Config(8, 2, copy(16), 96 << 10, sms))
             put(stream.Config(4, 2, copy(8), 48 << 10, 2 * sms))
             put(stream.Config(4, 4, copy(16), 48 << 10, sms * 20 // 11))  # 30 of 33 clusters of 4 fit an H100
-            for tile, wn, split in ((16, 4, 1), (16, 2, 1), (32, 1, 2), (32, 2, 2)):
-                put(gemm.Config(tile, wn, 2, 0, 1, split, sms))
+            out += best_estimates(m, n, k, form, sms, 3)
         return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
-    tile = min(256, 1 << (m - 1).bit_length())
-    small = {
-        32: ((32, 1, 1, 1), (32, 1, 1, 2), (32, 2, 1, 1), (32, 2, 1, 2), (32, 4, 1, 1)),
-        64: ((64, 1, 1, 2), (64, 2, 1, 2), (64, 2, 1, 1), (64, 4, 1, 1), (64, 4, 2, 1), (64, 2, 2, 1)),
-        128: (
-            (128, 1, 1, 2),
-            (128, 2, 1, 1),
-            (128, 2, 1, 2),
-            (128, 4, 1, 1),
-            (128, 2, 2, 1),
-            (128, 4, 2, 1),
-            (64, 2, 1, 2),
-        ),
-        256: ((128, 2, 1, 2), (128, 3, 1, 2), (128, 4, 1, 1), (256, 2, 1, 1), (256, 2, 2, 1), (128, 2, 1, 1)),
-    }
-    for tile_m, wn, share, split in small[tile]:
-        if m <= 256 or tile_m == 256 or wn == 4:
-            put(gemm.Config(tile_m, wn, 1 if tile_m == 256 or wn * tile_m == 512 else 2, 0, share, split, sms))
-    if 128 < m <= 1024:
-        for wn, split in ((2, 1), (3, 1), (2, 2), (3, 2)):
-            put(gemm.Config(128, wn, 2, 0, 1, split, sms))
-        put(gemm.Config(192, 2, 1, 0, 1, 1, sms))
-        put(gemm.Config(192, 2, 1, 0, 2, 1, sms))
-        third = [t for t in (80, 96, 160) if m % t == 0]
-        for tile_m in third:
-            for wn, split in ((2, 1), (3, 1), (2, 2), (3, 2)):
-                put(gemm.Config(tile_m, wn, 1 if tile_m > 128 else 2, 0, 1, split, sms))
-        put(gemm.Config(192, 3, 1, 0, 1, 1, sms))
-        put(gemm.Config(192, 3, 1, 0, 1, 2, sms))
-        put(gemm.Config(256, 2, 1, 0, 1, 2, sms))
-    if m > 1024:
-        for group in (2, 4, 8):
-            put(gemm.Config(256, 2, 1, 0, 2, 1, sms, group))
-    return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
-    tile = min(256, 1 << (m - 1).bit_length())
-    small = {
-        32: ((32, 1, 1, 1), (32, 1, 1, 2), (32, 2, 1, 1), (32, 2, 1, 2), (32, 4, 1, 1)),
-        64: ((64, 1, 1, 2), (64, 2, 1, 2), (64, 2, 1, 1), (64, 4, 1, 1), (64, 4, 2, 1), (64, 2, 2, 1)),
-        128: (
-            (128, 1, 1, 2),
-            (128, 2, 1, 1),
-            (128, 2, 1, 2),
-            (128, 4, 1, 1),
-            (128, 2, 2, 1),
-            (128, 4, 2, 1),
-            (64, 2, 1, 2),
-        ),
-        256: ((128, 2, 1, 2), (128, 3, 1, 2), (128, 4, 1, 1), (256, 2, 1, 1), (256, 2, 2, 1), (128, 2, 1, 1)),
-    }
-    for tile_m, wn, share, split in small[tile]:
-        if m <= 256 or tile_m == 256 or wn == 4:
-            put(gemm.Config(tile_m, wn, 1 if tile_m == 256 or wn * tile_m == 512 else 2, 0, share, split, sms))
-    if m > 256:
-        put(gemm.Config(256, 2, 1, 0, 2, 1, sms, False))
-    return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
+    return best_estimates(m, n, k, form, sms)
+
+
+def best_estimates(m: int, n: int, k: int, form: Form, sms: int, count: int = 8) -> list[Choice]:
+    """The choices of the wgmma kernel with the smallest estimated times, and the one in use."""
+    choices = [c for c in select.candidates(m, n, k, form, sms) if c.kernel == "gemm"]
+    choices.sort(key=lambda c: select.microseconds(c, m, n, k, form))
+    used = select.choose(m, n, k, form, multiprocessors=sms)
+    return list(dict.fromkeys([*choices[:count], used]))
 
 
 def measure(jobs: Jobs) -> None:

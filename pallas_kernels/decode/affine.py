@@ -41,21 +41,20 @@ def constant_zeros(dtype: str, zero_point: int) -> list[int]:
 
 
 def fragment(
-    form: Form, dtype: str, words: Sequence[ir.Value], zero: Sequence[Any] | None, table: Any = None
+    form: Form, dtype: str, words: Sequence[ir.Value], zero: Sequence[Any] | None, table: Any = None, magic: Any = None
 ) -> list[ir.Value]:
     """Args:
     words: four words, one per k16 step.
     zero: the two registers of `integer_zeros` / `constant_zeros` (rows g and g + 8).
+    magic: a register with `MAGIC` in both halves; the arithmetic cannot start before it is there.
     """
     kind = f"{dtype}x2"
-    magic = MAGIC[dtype] * 0x10001
+    magic = MAGIC[dtype] * 0x10001 if magic is None else magic
     zero = zero or constant_zeros(dtype, form.zero_point)
     out = []
     for word in words:
         for p in range(4):
             shift = f"shr.b32 t, $1, {4 * p};" if p else "mov.b32 t, $1;"
-            text = (
-                f"{{ .reg .b32 t; {shift} lop3.b32 t, t, 0x000F000F, 0x{magic:08X}, 0xEA; sub.rn.{kind} $0, t, $2; }}"
-            )
-            out.append(ptx.asm([ptx.i32()], text, word, zero[p % 2], pure=True)[0])
+            text = f"{{ .reg .b32 t; {shift} lop3.b32 t, t, 0x000F000F, $3, 0xEA; sub.rn.{kind} $0, t, $2; }}"
+            out.append(ptx.asm([ptx.i32()], text, word, zero[p % 2], magic, pure=True)[0])
     return out

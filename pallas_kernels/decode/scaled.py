@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxlib.mlir import ir
 
@@ -43,22 +44,28 @@ def shifts(form: Form, scale: Sequence[ir.Value], zero: Sequence[ir.Value]) -> l
 
 
 def scaled_fragment(
-    form: Form, dtype: str, words: Sequence[ir.Value], params: Sequence[Sequence[ir.Value]], table: Int
+    form: Form,
+    dtype: str,
+    words: Sequence[ir.Value],
+    params: Sequence[Sequence[ir.Value]],
+    table: Int,
+    magic: Any = None,
 ) -> list[ir.Value]:
     """Words of one or more k16 steps -> weights, four registers a step.
 
     Args:
       params: stored scales (and zeros) of rows g and g + 8.
       table: shared-memory address of the codebook's pairs plus four times the lane.
+      magic: see `affine.fragment`.
     """
     kind = f"{dtype}x2"
     scale = twice(form.scale, dtype, params[0])
     if form.kind == "codebook":
         values = codebook.fragment(form, dtype, words, None, table)
     elif form.zero == "u8" and form.zero_form == "code":
-        values = affine.fragment(form, dtype, words, affine.integer_zeros(dtype, params[1][0]))
+        values = affine.fragment(form, dtype, words, affine.integer_zeros(dtype, params[1][0]), magic=magic)
     else:
-        values = affine.fragment(form, dtype, words, None)
+        values = affine.fragment(form, dtype, words, None, magic=magic)
         if form.zero:
             shift = shifts(form, as_floats(form.scale, params[0]), as_floats(form.zero, params[1]))
             add = [ptx.pack_pair(s, s, dtype) for s in shift]

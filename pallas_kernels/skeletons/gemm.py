@@ -5,9 +5,10 @@ memory, turns them into scaled 16-bit floats in registers, and multiplies with t
 one k16 step runs while the wgmma of the one before it does. The accumulator is y^T; the epilogue transposes it on the
 way through shared memory.
 
-A cluster is used in one of two ways: `share` blocks take neighbouring rows of the weight and one copy of x serves all
-of them (multicast); or `split` blocks share the K of a tile, and each adds up its part of the columns from what the
-others send (distributed shared memory, in a fixed order).
+A cluster is used in one of three ways: `share` blocks take neighbouring rows of the weight and one copy of x serves all
+of them (multicast); `split` blocks share the K of a tile, and each adds up its part of the columns from what the others
+send (distributed shared memory, in a fixed order); or, with `even`, two blocks get an even share of the rows, down to
+half a unit of 64 (see `gemm_work.Pairs`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels import hopper, ptx
-from pallas_kernels.decode import DECODES
-from pallas_kernels.decode.scaled import scaled_fragment
-from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
+from pallas_kernels.decode import affine
+from pallas_kernels.form import CHUNK, ROWS, Packed
 from pallas_kernels.ptx import Int
-from pallas_kernels.skeletons.gemm_plan import CONSUMER_REGISTERS, EPILOGUE_ROWS, PRODUCER_REGISTERS, Config, Plan
+from pallas_kernels.skeletons.gemm_output import Output
+from pallas_kernels.skeletons.gemm_plan import CONSUMER_REGISTERS, PRODUCER_REGISTERS, UNIT, Config, Plan
+from pallas_kernels.skeletons.gemm_sums import Sums
 
 __all__ = ["Config", "Plan", "matmul"]
 
@@ -65,36 +67,8 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     )(*arrays)
 
 
-class _Kernel:
-    """Emits the kernel; attributes are values of one thread."""
-
-    def __init__(self, plan: Plan, ctx: Any, refs: dict[str, ir.Value], shared: Int):
-        self.plan, self.refs = plan, refs
-        c = plan.config
-        self.decode = DECODES[plan.form.kind]
-        self.thread = ptx.special("tid.x")
-        self.lane, self.warp = self.thread & 31, self.thread >> 5
-        self.wg, self.t = self.thread >> 7, self.thread & 127
-        clustered = plan.cluster > 1
-        self.rank = ptx.special("cluster_ctarank") if clustered else Int(0)
-        self.first = ptx.special("clusterid.x") if clustered else ptx.special("ctaid.x")
-        self.my_tiles = (plan.tiles + plan.clusters - 1 - self.first) // plan.clusters
-        at = plan.layout
-        self.at = {name: shared + offset for name, offset in at.items() if name != "bytes"}
-        self.full, self.empty = self.at["barriers"], self.at["barriers"] + 8 * plan.stages
-        self.arrived, self.freed = self.empty + 8 * plan.stages, self.empty + 8 * (plan.stages + 1)
-        self.k_begin = self.rank * plan.steps // c.split if c.split > 1 else Int(0)
-        self.k_end = (self.rank + 1) * plan.steps // c.split if c.split > 1 else Int(plan.steps)
-        self.k_count = self.k_end - self.k_begin
-        stacked = "layer" in refs
-        self.layer = [Int(ptx.load_global(ptx.global_pointer(refs["layer"]), "u32"))] if stacked else []
-        lead = (1,) if stacked else ()
-        # boxes are given slowest axis first, as shapes are
-        self.maps = {"x": hopper.tensor_map(ctx, refs["x"], (c.tile_m // c.share, CHUNK), 128)}
-        self.maps["y"] = hopper.tensor_map(ctx, refs["y"], (plan.piece, 64), 128)
-        self.maps["codes"] = hopper.tensor_map(ctx, refs["codes"], (*lead, 4 * c.wn, c.chunks, plan.form.bits * 32))
-        for name in ("scales", "zeros")[: len(plan.form.params)]:
-            self.maps[name] = hopper.tensor_map(ctx, refs[name], (*lead, 4 * c.wn, plan.step_groups, ROWS))
+class _Kernel(Sums, Output):
+    """Emits the kernel."""
 
     def run(self) -> None:
         plan, c = self.plan, self.plan.config
@@ -105,6 +79,7 @@ class _Kernel:
             ptx.barrier_init(self.arrived, 1)
             ptx.barrier_init(self.freed, c.wn * max(1, c.split - 1))
             ptx.fence_barrier_init()
+            ptx.store_shared(self.at["magic"], [Int(affine.MAGIC[plan.dtype] * 0x10001)])
         if "table" in self.refs:
             table = ptx.global_pointer(self.refs["table"])
             if self.layer:
@@ -123,60 +98,63 @@ class _Kernel:
         with ptx.when(self.wg < c.wn):
             hopper.set_registers(CONSUMER_REGISTERS[c.wn], "inc")
             self.consume()
+        if c.even:  # the one that shares its unit has waited for all others already
+            with ptx.when(ptx.select(self.wg == self.work.split_wg, 1, 0) == 0):
+                ptx.cluster_arrive(relaxed=True)
+                ptx.cluster_wait()
+            ptx.sync_warp()
         if plan.cluster > 1:  # a block may not leave while others still reach into its shared memory
             ptx.cluster_arrive(relaxed=True)
             ptx.cluster_wait()
 
-    def where(self, t: Int) -> tuple[Int, Int]:
-        """Tile of x and tile of the weight (64 * wn rows) of this block for the cluster's tile t."""
-        plan, c = self.plan, self.plan.config
-        u = self.first + t * plan.clusters
-        group = min(c.m_group or plan.m_tiles, plan.m_tiles)
-        first = u // (group * plan.n_tiles) * group  # of the group's tiles of x
-        size = ptx.select(first + group < plan.m_tiles, group, plan.m_tiles - first)
-        rest = u - first * plan.n_tiles
-        im, it = first + rest % size, rest // size
-        if c.share > 1:
-            it = it * c.share + self.rank % c.share
-        return im, it
-
     # ---- one thread: copies
 
     def produce(self) -> None:
-        plan, c = self.plan, self.plan.config
+        plan, c, work = self.plan, self.plan.config, self.work
         part = c.tile_m // c.share
         policy = ptx.evict_first() if plan.m_tiles == 1 else None
+        unit_bytes = plan.unit_bytes + sum(plan.unit_params)
 
-        def tile(t: Int, carry: list[Int]) -> list[Int]:
-            im, it = self.where(t)
+        def one_pass(t: Int, carry: list[Int]) -> list[Int]:
+            im, first = work.tile(t)
+            shares = [work.share(t, first, i) for i in range(plan.boxes)]
+
+            def weight(slot: Int, kk: Int, i: int, bar: Int) -> None:
+                row = shares[i].unit * (UNIT // ROWS)
+                codes = self.at["codes"] + slot * plan.code_bytes + i * plan.unit_bytes
+                hopper.tensor_copy(codes, self.maps["codes"], [0, kk * c.chunks, row, *self.layer], bar, policy=policy)
+                group = self.group_of(kk)
+                for name, nbytes, pitch in zip(("scales", "zeros"), plan.param_bytes, plan.param_pitch):
+                    target = self.at[name] + slot * nbytes + i * pitch
+                    hopper.tensor_copy(target, self.maps[name], [0, group, row, *self.layer], bar)
 
             def step(kk: Int, carry: list[Int]) -> list[Int]:
                 slot, parity = carry
                 ptx.barrier_wait(self.empty + slot * 8, parity ^ 1)
                 bar = self.full + slot * 8
-                ptx.barrier_expect(bar, plan.x_bytes + plan.code_bytes + sum(plan.param_bytes))
+                if c.even:
+                    busy = [ptx.select(s.begin < kk + 1, ptx.select(kk < s.end, 1, 0), 0) for s in shares]
+                    ptx.barrier_expect(bar, functools.reduce(lambda a, b: a + b, busy) * unit_bytes + plan.x_bytes)
+                    for i, on in enumerate(busy):
+                        with ptx.when(on == 1):
+                            weight(slot, kk, i, bar)
+                else:
+                    ptx.barrier_expect(bar, plan.x_bytes + c.wn * unit_bytes)
+                    weight(slot, kk, 0, bar)
                 x = self.at["x"] + slot * plan.x_bytes
                 for i in range(c.chunks):
                     target, k = x + i * (c.tile_m * CHUNK * 2), kk * plan.span + i * CHUNK
                     if c.share > 1:
-                        mine = self.rank % c.share
-                        target, row = target + mine * (part * 128), im * c.tile_m + mine * part
-                        hopper.tensor_copy(target, self.maps["x"], [k, row], bar, Int((1 << c.share) - 1))
+                        target, row = target + self.mate * (part * 128), im * c.tile_m + self.mate * part
+                        mates = Int((1 << c.share) - 1) << (self.rank - self.mate)
+                        hopper.tensor_copy(target, self.maps["x"], [k, row], bar, mates)
                     else:
                         hopper.tensor_copy(target, self.maps["x"], [k, im * c.tile_m], bar)
-                codes = self.at["codes"] + slot * plan.code_bytes
-                row = it * (4 * c.wn)
-                hopper.tensor_copy(codes, self.maps["codes"], [0, kk * c.chunks, row, *self.layer], bar, policy=policy)
-                group = self.group_of(kk)
-                for name, nbytes in zip(("scales", "zeros"), plan.param_bytes):
-                    target = self.at[name] + slot * (-(-nbytes // 128) * 128)
-                    hopper.tensor_copy(target, self.maps[name], [0, group, row, *self.layer], bar)
-                wrap = (slot + 1) == plan.stages
-                return [ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0)]
+                return list(self.after(slot, parity))
 
-            return ptx.loop(self.k_begin, self.k_end, 1, carry, step)
+            return ptx.loop(work.begin, work.end, 1, carry, step)
 
-        ptx.loop(0, self.my_tiles, 1, [Int(0), Int(0)], tile)
+        ptx.loop(0, work.passes, 1, [Int(0), Int(0)], one_pass)
 
     def group_of(self, step: Int) -> Int:
         group, span = self.plan.form.group, self.plan.span
@@ -187,191 +165,41 @@ class _Kernel:
     # ---- warpgroups: arithmetic
 
     def consume(self) -> None:
-        def tile(t: Int, carry: list[Int]) -> list[Int]:
-            im, it = self.where(t)
-            sums, carry = self.multiply(carry)
-            self.epilogue(t, im, it, sums)
+        plan, c, work = self.plan, self.plan.config, self.work
+
+        def one_pass(t: Int, carry: list[Int]) -> list[Int]:
+            im, first = work.tile(t)
+            mine = work.share(t, first, self.wg)
+            row, n0 = im * c.tile_m, mine.unit * UNIT
+            if not c.even:
+                slot, parity = carry
+                sums, carry = self.multiply(slot, parity, mine.end - mine.begin)
+                if c.split > 1:
+                    sums = self.exchange(t, sums)
+                self.epilogue(n0, row + self.part * plan.own_rows, sums, "y")
+                ptx.sync_warp()
+                return carry
+            at = t * plan.steps  # every pass runs over all steps
+            slot, parity = at % plan.stages, at // plan.stages & 1
+            count = mine.end - mine.begin
+            with ptx.when(count == 0):
+                self.skip(slot, parity, Int(plan.steps))
+            ptx.sync_warp()
+            with ptx.when(Int(0) < count):
+                slot, parity = self.skip(slot, parity, mine.begin)
+                sums, (slot, parity) = self.multiply(slot, parity, count)
+                self.skip(slot, parity, plan.steps - mine.end)
+                with ptx.when(count == plan.steps):
+                    self.epilogue(n0, row, sums, "y")
+                ptx.sync_warp()
+                with ptx.when(count < plan.steps):
+                    half = self.swap(sums)
+                    self.epilogue(n0, row + self.rank * (c.tile_m // 2), half, "y half")
+                ptx.sync_warp()
             ptx.sync_warp()
             return carry
 
-        ptx.loop(0, self.my_tiles, 1, [Int(0), Int(0)], tile)
+        ptx.loop(0, work.passes, 1, [] if c.even else [Int(0), Int(0)], one_pass)
         with ptx.when(self.t == 0):
             hopper.tensor_store_wait(0)
         ptx.sync_warp()
-
-    def weights(self, slot: Int) -> Any:
-        """This thread's codes and parameters of a step, from shared memory."""
-        plan, form = self.plan, self.plan.form
-        row_tile = self.warp  # 16 rows a warp; consumers are the first warps
-        codes = self.at["codes"] + slot * plan.code_bytes + self.lane * (form.bits * 4)
-        words = []
-        for i in range(plan.config.chunks):
-            at = codes + (row_tile * plan.config.chunks + i) * form.chunk_bytes
-            words += ptx.load_shared(at, "u32", form.bits)
-        params = []
-        for g in range(plan.step_groups):
-            one = []
-            for name, kind, nbytes in zip(("scales", "zeros"), form.params, plan.param_bytes):
-                size = ITEM_BYTES[kind]
-                base = self.at[name] + slot * (-(-nbytes // 128) * 128)
-                base = base + (row_tile * plan.step_groups + g) * (ROWS * size) + (self.lane >> 2) * (2 * size)
-                if kind == "f32":
-                    one.append(ptx.load_shared(base, "f32", 2))
-                else:
-                    one.append(ptx.load_shared(base, "u16" if kind == "u8" else "u32"))
-            params.append(one)
-        return words, params
-
-    def release(self, slot: Int) -> None:
-        """The slot may be filled again, here and in the blocks that share x."""
-        c = self.plan.config
-        if c.share == 1:
-            with ptx.when(self.t == 0):
-                ptx.barrier_arrive(self.empty + slot * 8)
-        else:
-            with ptx.when(self.t < c.share):
-                rank = self.rank - self.rank % c.share + self.t
-                hopper.arrive_remote(self.empty + slot * 8, rank)
-
-    def step(self, sums: list[Any], slot: Int, parity: Int) -> list[Any]:
-        """Issues the wgmmas of one step, each as soon as its k16 of weights is decoded."""
-        plan, form = self.plan, self.plan.form
-        ptx.barrier_wait(self.full + slot * 8, parity)
-        ptx.sync_warp()
-        words, params = self.weights(slot)
-        table = self.at["tables"] + self.lane * 4
-        x = self.at["x"] + slot * plan.x_bytes
-        per_step = form.bits // 4
-        for i in range(4 * plan.config.chunks):
-            group = i * 16 // form.group if form.group and form.group < plan.span else 0
-            used = words[i * per_step : (i + 1) * per_step]
-            a = scaled_fragment(form, plan.dtype, used, params[group], table)
-            if i % 4 == 0:
-                b = hopper.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
-            hopper.wgmma_fence()
-            sums = hopper.wgmma(sums, a, hopper.advance(b, 32 * (i % 4)) if i % 4 else b, plan.dtype)
-        hopper.wgmma_commit()
-        return sums
-
-    def multiply(self, carry: list[Int]) -> tuple[list[Any], list[Int]]:
-        """y^T of one tile: sums over this block's steps."""
-        plan = self.plan
-        count = plan.sums
-
-        def body(kk: Int, carry: list[Any]) -> list[Any]:
-            sums, (slot, parity) = carry[:count], carry[count:]
-            sums = self.step(sums, slot, parity)
-            hopper.wgmma_wait(0)
-            self.release(slot)
-            ptx.sync_warp()
-            wrap = (slot + 1) == plan.stages
-            return [*sums, ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0)]
-
-        out = ptx.loop(0, self.k_count, 1, [*([ptx.zero()] * count), *carry], body)
-        return out[:count], out[count:]
-
-    # ---- epilogue
-
-    def epilogue(self, t: Int, im: Int, it: Int, sums: list[Any]) -> None:
-        plan, c = self.plan, self.plan.config
-        begin, rows = Int(0), c.tile_m // c.split
-        if c.split > 1:
-            sums = self.exchange(t, sums)
-            begin = (self.rank % c.split) * rows
-        n0 = it * (64 * c.wn) + self.wg * 64
-        row0 = im * c.tile_m + begin
-        if "bias" in self.refs:
-            sums = self.add_bias(n0, sums)
-        piece = plan.piece
-        buffers = self.at["y"] + self.wg * (2 * EPILOGUE_ROWS * 128)
-        for i in range(rows // piece):
-            buffer = buffers + (i % 2) * (EPILOGUE_ROWS * 128)
-            with ptx.when(self.t == 0):
-                hopper.tensor_store_wait(1)
-            ptx.sync_warp()
-            hopper.sync_threads(self.wg + 1, 128)
-            self.transpose(buffer, sums[i * piece // 2 : (i + 1) * piece // 2])
-            ptx.fence_async()
-            hopper.sync_threads(self.wg + 1, 128)
-            with ptx.when(self.t == 0):
-                hopper.tensor_store(self.maps["y"], [n0, row0 + i * piece], buffer)
-            ptx.sync_warp()
-
-    def transpose(self, buffer: Int, sums: list[Any]) -> None:
-        """Accumulators (rows of the weight x rows of x) to [rows of x][64] in shared memory, 128-byte swizzle."""
-        plan = self.plan
-        matrix, r = self.lane >> 3, self.lane & 7
-        chunk = (self.warp & 3) * 2 + (matrix & 1)  # 16-byte column of y: 8 rows of the weight
-        for j in range(0, len(sums), 8):  # 16 rows of x
-            row = (matrix >> 1) * 8 + r + (j // 8) * 16
-            at = buffer + row * 128 + ((chunk ^ r) << 4)
-            pairs = [ptx.pack_pair(sums[j + 2 * q], sums[j + 2 * q + 1], plan.dtype) for q in range(4)]
-            # registers: rows g, rows g + 8 of the first 8 columns, then of the next 8
-            hopper.store_matrices_transposed(at, pairs)
-
-    def add_bias(self, n0: Int, sums: list[Any]) -> list[Any]:
-        plan = self.plan
-        row = n0 + (self.warp & 3) * 16 + (self.lane >> 2)
-        last = plan.n - 1
-        pointer = ptx.global_pointer(self.refs["bias"])
-        bias = [
-            ptx.load_global(ptx.address(pointer, ptx.select(row + h < last, row + h, last), 4), "f32") for h in (0, 8)
-        ]
-        return [ptx.add(s, bias[i // 2 % 2]) for i, s in enumerate(sums)]
-
-    def exchange(self, t: Int, sums: list[Any]) -> list[Any]:
-        """Sums of this block's columns over all blocks of the split, added in the order of their ranks."""
-        plan, c = self.plan, self.plan.config
-        share = len(sums) // c.split
-        vectors = share // 4
-        inbox_wg = vectors * 128 * 16
-        inbox = c.wn * inbox_wg
-        with ptx.when(self.thread == 0):
-            ptx.barrier_expect(self.arrived, plan.inbox_bytes)
-
-        @functools.partial(_when_positive, t)
-        def _() -> None:
-            ptx.barrier_wait(self.freed, (t + 1) & 1)
-
-        own: list[Any] = [ptx.zero()] * share
-        for r in range(c.split):
-            mine = self.rank == r
-            own = [ptx.select_float(mine, s, o) for s, o in zip(sums[r * share : (r + 1) * share], own)]
-            # my place in the inbox of r: ranks below r keep their number, ranks above it move down by one
-            place = ptx.select(self.rank < r, self.rank, self.rank - 1)
-            at = self.at["inbox"] + place * inbox + self.wg * inbox_wg + self.t * 16
-            with ptx.when(ptx.select(mine, 0, 1) == 1):
-                target, bar = ptx.remote(at, r), ptx.remote(self.arrived, r)
-                for v in range(vectors):
-                    ptx.store_remote(target + v * 2048, sums[r * share + 4 * v : r * share + 4 * v + 4], bar)
-        ptx.barrier_wait(self.arrived, t & 1, "cluster")
-        totals: list[Any] = [ptx.zero()] * share
-        received = [
-            ptx.chain(
-                *(
-                    ptx.load_shared(
-                        self.at["inbox"] + p * inbox + self.wg * inbox_wg + self.t * 16 + v * 2048, "f32", 4
-                    )
-                    for v in range(vectors)
-                )
-            )
-            for p in range(c.split - 1)
-        ]
-        for r in range(c.split):
-            below = received[min(r, c.split - 2)]
-            above = received[max(r - 1, 0)]
-            for i in range(share):
-                other = (
-                    ptx.select_float(self.rank < r, above[i], below[i])
-                    if 0 < r < c.split - 1
-                    else (above[i] if r else below[i])
-                )
-                totals[i] = ptx.add(totals[i], ptx.select_float(self.rank == r, own[i], other))
-        with ptx.when(ptx.select(self.t < c.split, 1, 0) & ptx.select(self.t == self.rank, 0, 1) == 1):
-            hopper.arrive_remote(self.freed, self.t)
-        return totals
-
-
-def _when_positive(t: Int, function: Any) -> None:
-    with ptx.when(Int(0) < t):
-        function()

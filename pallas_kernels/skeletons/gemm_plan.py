@@ -13,7 +13,7 @@ SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
 PRODUCER_REGISTERS = 40
 # registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
 CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104}
-EPILOGUE_ROWS = 32
+UNIT = 64  # rows of the weight that a warpgroup multiplies: the M of wgmma
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Config:
       split: blocks of a cluster that share the K of a tile.
       blocks: blocks to launch.
       m_group: tiles of x that neighbouring blocks take before they go on to the next rows of the weight; 0: all.
+      even: pairs of blocks get even numbers of units of 64 rows of the weight, the odd one shared along K.
+      ahead: decode runs ahead of the tensor core from step to step of the ring.
     """
 
     tile_m: int = 256
@@ -39,6 +41,8 @@ class Config:
     split: int = 1
     blocks: int = 132
     m_group: int = 0
+    even: bool = False
+    ahead: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +67,32 @@ class Plan:
 
     @property
     def cluster(self) -> int:
-        return self.config.share * self.config.split
+        return 2 if self.config.even else self.config.share * self.config.split
 
     @property
     def m_tiles(self) -> int:
         return -(-self.m // self.config.tile_m)
 
     @property
+    def units(self) -> int:
+        """Units of 64 rows of the weight."""
+        return -(-self.n // UNIT)
+
+    @property
     def n_tiles(self) -> int:
         """Tiles of 64 * wn rows of the weight, rounded up to what a cluster takes."""
-        tiles = -(-self.n // (64 * self.config.wn))
-        return -(-tiles // self.config.share)
+        return -(-self.units // (self.config.wn * self.config.share))
 
     @property
     def tiles(self) -> int:
-        """Units of work of a cluster."""
+        """Work of all clusters: tiles, or with `even` the pairs' lists of units."""
+        if self.config.even:
+            return self.m_tiles * max(1, min(self.config.blocks // 2 // self.m_tiles, self.units))
         return self.m_tiles * self.n_tiles
 
     @property
     def clusters(self) -> int:
-        return min(self.config.blocks // self.cluster, self.tiles)
+        return self.tiles if self.config.even else min(self.config.blocks // self.cluster, self.tiles)
 
     @property
     def step_groups(self) -> int:
@@ -93,16 +103,36 @@ class Plan:
         return self.config.tile_m * self.span * 2
 
     @property
-    def code_bytes(self) -> int:
-        return 4 * self.config.wn * self.config.chunks * self.form.chunk_bytes
+    def unit_bytes(self) -> int:
+        """Codes of a unit in one step."""
+        return UNIT // ROWS * self.config.chunks * self.form.chunk_bytes
+
+    @property
+    def unit_params(self) -> list[int]:
+        """Bytes of scales and zeros of a unit in one step."""
+        return [UNIT * self.step_groups * ITEM_BYTES[p] for p in self.form.params]
+
+    @property
+    def boxes(self) -> int:
+        """Copies that bring the weight of a step; each brings the rows of `wn / boxes` warpgroups."""
+        return self.config.wn if self.config.even else 1
+
+    @property
+    def param_pitch(self) -> list[int]:
+        """Bytes from one unit's parameters to the next one's: a copy starts at a multiple of 128."""
+        return [-(-b // 128) * 128 if self.config.even else b for b in self.unit_params]
 
     @property
     def param_bytes(self) -> list[int]:
-        return [4 * self.config.wn * self.step_groups * ROWS * ITEM_BYTES[p] for p in self.form.params]
+        return [-(-self.config.wn * b // 128) * 128 for b in self.param_pitch]
+
+    @property
+    def code_bytes(self) -> int:
+        return self.config.wn * self.unit_bytes
 
     @property
     def stage_bytes(self) -> int:
-        return self.x_bytes + self.code_bytes + sum(-(-b // 128) * 128 for b in self.param_bytes)
+        return self.x_bytes + self.code_bytes + sum(self.param_bytes)
 
     @property
     def sums(self) -> int:
@@ -110,9 +140,17 @@ class Plan:
         return self.config.tile_m // 2
 
     @property
-    def piece(self) -> int:
-        """Rows of y that one store writes."""
-        return math.gcd(self.config.tile_m // self.config.split, EPILOGUE_ROWS)
+    def epilogue_rows(self) -> int:
+        return 64 if self.config.tile_m >= 192 and self.config.wn <= 2 else 32
+
+    def piece(self, rows: int) -> int:
+        """Rows of y that one store writes, of `rows` that a warpgroup owns."""
+        return math.gcd(rows, self.epilogue_rows)
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of y of a tile that one block of a split writes."""
+        return self.config.tile_m // self.config.split
 
     @property
     def inbox_bytes(self) -> int:
@@ -121,9 +159,12 @@ class Plan:
         return (s - 1) * self.config.wn * 128 * self.sums // s * 4
 
     @property
+    def y_bytes(self) -> int:
+        return self.config.wn * 2 * self.epilogue_rows * 128
+
+    @property
     def fixed_bytes(self) -> int:
-        epilogue = self.config.wn * 2 * EPILOGUE_ROWS * 128
-        return epilogue + self.inbox_bytes + DECODES[self.form.kind].shared_bytes(self.form) + 1024
+        return self.y_bytes + self.inbox_bytes + DECODES[self.form.kind].shared_bytes(self.form) + 1024
 
     @property
     def stages(self) -> int:
@@ -143,11 +184,14 @@ class Plan:
         put("x", s * self.x_bytes)
         put("codes", s * self.code_bytes)
         for name, nbytes in zip(("scales", "zeros"), self.param_bytes):
-            put(name, s * -(-nbytes // 128) * 128)
-        put("y", self.config.wn * 2 * EPILOGUE_ROWS * 128)
+            put(name, s * nbytes)
+        put("y", self.y_bytes)
         put("inbox", self.inbox_bytes)
         put("tables", DECODES[self.form.kind].shared_bytes(self.form))
-        put("barriers", 8 * (2 * s + 2))
+        put("barriers", 8 * (2 * s + 3))
+        out["magic"] = out["barriers"] + 8 * (2 * s + 2)
+        if self.config.even:
+            out["inbox"] = out["x"]  # used when the ring is not any more
         out["bytes"] = at
         return out
 
@@ -162,6 +206,10 @@ class Plan:
             return f"groups of {group} with steps of {self.span}"
         if c.tile_m % (8 * c.share) or c.tile_m % (16 * c.split):
             return f"tile of {c.tile_m} rows of x with share {c.share} and split {c.split}"
+        if c.even and (c.share > 1 or c.split > 1 or c.tile_m % 32 or self.m_tiles > c.blocks // 2):
+            return f"even pairs with tiles of {c.tile_m} rows of x, share {c.share} and split {c.split}"
+        if c.ahead and self.steps < 2 * self.cluster:
+            return f"{self.steps} steps along K for {self.cluster} blocks that decode ahead"
         if self.stages < 2 or self.layout["bytes"] > SMEM_BYTES:
             return f"{self.layout['bytes']} bytes of shared memory"
         return None

@@ -39,7 +39,7 @@ def lower(form, n, k, m, choice, dtype=jnp.bfloat16, perm=False, bias=False, sta
 
 
 STREAM = select.Choice("stream", stream.Config(cluster=2))
-GEMM = select.Choice("gemm", gemm.Config(64, 2, 2, 0, 1, 2))
+GEMM = select.Choice("gemm", gemm.Config(64, 2, 2, 0, 1, 2, ahead=False))
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -1,0 +1,146 @@
+"""The main loop of a warpgroup: packed codes -> scaled 16-bit floats in registers -> wgmma with x in shared memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxlib.mlir import ir
+
+from pallas_kernels import hopper, ptx
+from pallas_kernels.decode.scaled import scaled_fragment
+from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS
+from pallas_kernels.ptx import Int
+from pallas_kernels.skeletons.gemm_block import Block
+
+
+class Sums(Block):
+    """Accumulates y^T of one unit of 64 rows."""
+
+    def skip(self, slot: Int, parity: Int, count: Int) -> list[Int]:
+        """Lets steps pass that are for other warpgroups."""
+
+        def step(_: Int, carry: list[Int]) -> list[Int]:
+            ptx.barrier_wait(self.full + carry[0] * 8, carry[1])
+            ptx.sync_warp()
+            self.release(carry[0])
+            ptx.sync_warp()
+            return list(self.after(*carry))
+
+        return ptx.loop(0, count, 1, [slot, parity], step)
+
+    def words(self, slot: Int, chunk: int) -> list[ir.Value]:
+        """This thread's codes of a tile of 64 along K, from shared memory."""
+        plan, form = self.plan, self.plan.form
+        at = self.at["codes"] + slot * plan.code_bytes + self.lane * (form.bits * 4)
+        return ptx.load_shared(at + (self.warp * plan.config.chunks + chunk) * form.chunk_bytes, "u32", form.bits)
+
+    def params(self, slot: Int) -> list[Any]:
+        """Scales (and zeros) of a step: for each group, for each array, the registers."""
+        plan, form = self.plan, self.plan.form
+        params = []
+        for g in range(plan.step_groups):
+            one = []
+            for name, kind, nbytes, pitch in zip(("scales", "zeros"), form.params, plan.param_bytes, plan.param_pitch):
+                size = ITEM_BYTES[kind]
+                base = self.at[name] + slot * nbytes + self.wg * pitch
+                base = base + ((self.warp & 3) * plan.step_groups + g) * (ROWS * size) + (self.lane >> 2) * (2 * size)
+                if kind == "f32":
+                    one.append(ptx.load_shared(base, "f32", 2))
+                else:
+                    one.append(ptx.load_shared(base, "u16" if kind == "u8" else "u32"))
+            params.append(one)
+        return params
+
+    def magic(self) -> Any:
+        """The constant of the decode, read anew: see `multiply`."""
+        pinned = self.plan.config.ahead and self.plan.form.kind == "affine"
+        return hopper.load_shared_here(self.at["magic"]) if pinned else None
+
+    def fragment(self, i: int, words: list[Any], params: list[Any], magic: Any) -> list[ir.Value]:
+        """Weights of k16 step i of a step of the ring."""
+        plan, form = self.plan, self.plan.form
+        group = i * 16 // form.group if form.group and form.group < plan.span else 0
+        per = form.bits // 4
+        table = self.at["tables"] + self.lane * 4
+        return scaled_fragment(form, plan.dtype, words[i * per : (i + 1) * per], params[group], table, magic)
+
+    def begin(self, slot: Int, parity: Int) -> dict[str, list[Any]]:
+        """What the first wgmma of a step needs: its weights, and the words and parameters of the rest."""
+        ptx.barrier_wait(self.full + slot * 8, parity)
+        ptx.sync_warp()
+        words = ptx.chain(*(self.words(slot, i) for i in range(self.plan.config.chunks)))
+        params = self.params(slot)
+        return {"a": self.fragment(0, words, params, self.magic()), "words": words, "params": params}
+
+    def step(
+        self, sums: list[Any], ready: dict[str, list[Any]], slot: Int, before: Int | None = None, halves: bool = False
+    ) -> list[Any]:
+        """Issues the wgmmas of a step, and releases the slot of the step before it once that has been read."""
+        plan = self.plan
+        count = 4 * plan.config.chunks
+        x = self.at["x"] + slot * plan.x_bytes
+        a, magic = ready["a"], [None, self.magic()]
+        for i in range(count):
+            if i:
+                a = self.fragment(i, ready["words"], ready["params"], magic[i])
+            if i % 4 == 0:
+                b = hopper.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
+            hopper.wgmma_fence()
+            sums = hopper.wgmma(sums, a, hopper.advance(b, 32 * (i % 4)) if i % 4 else b, plan.dtype)
+            magic.append(self.magic() if i + 2 < count else None)
+            if halves and i == count // 2 - 1:
+                hopper.wgmma_commit()
+                hopper.wgmma_wait(1)
+                if before is not None:
+                    self.release(before)
+                    ptx.sync_warp()
+        hopper.wgmma_commit()
+        return sums
+
+    def multiply(self, slot: Int, parity: Int, steps: Int) -> tuple[list[Any], list[Int]]:
+        """y^T of a unit: sums over `steps` steps from this slot on, and the slot behind them."""
+        count = self.plan.sums
+        zero = [ptx.zero()] * count
+        if not self.plan.config.ahead:
+
+            def alone(_: Int, carry: list[Any]) -> list[Any]:
+                sums, (slot, parity) = carry[:count], carry[count:]
+                sums = self.step(sums, self.begin(slot, parity), slot)
+                hopper.wgmma_wait(0)
+                self.release(slot)
+                ptx.sync_warp()
+                return [*sums, *self.after(slot, parity)]
+
+            out = ptx.loop(0, steps, 1, [*zero, slot, parity], alone)
+            return out[:count], out[count:]
+
+        # Each step is committed in two halves, and the tensor core always has one of them left to do while the first
+        # weights of the next step are decoded.
+        def flat(ready: dict[str, list[Any]]) -> list[Any]:
+            return [*ready["a"], *ready["words"], *ptx.chain(*ptx.chain(*ready["params"]))]
+
+        def turn(sums: list[Any], ready: Any, slot: Int, parity: Int, before: Int | None) -> list[Any]:
+            sums = self.step(sums, ready, slot, before, True)
+            hopper.wgmma_wait(1)
+            following, parity = self.after(slot, parity)
+            return [*sums, *flat(self.begin(following, parity)), following, parity, slot]
+
+        ready = self.begin(slot, parity)
+
+        def unflat(values: list[Any]) -> dict[str, list[Any]]:
+            it = iter(values)
+            parts = {key: [next(it) for _ in ready[key]] for key in ("a", "words")}
+            parts["params"] = [[[next(it) for _ in one] for one in group] for group in ready["params"]]
+            return parts
+
+        def body(_: Int, carry: list[Any]) -> list[Any]:
+            return turn(carry[:count], unflat(carry[count:-3]), *carry[-3:])
+
+        values = turn(zero, ready, slot, parity, None)
+        values = ptx.loop(1, steps - 1, 1, values, body)
+        slot, parity, before = values[-3:]
+        sums = self.step(values[:count], unflat(values[count:-3]), slot, before, True)
+        hopper.wgmma_wait(0)
+        self.release(slot)
+        ptx.sync_warp()
+        return sums, list(self.after(slot, parity))

@@ -1,0 +1,65 @@
+"""The blocks of the wgmma kernel together cover every unit of the weight, every tile of x and every step just once."""
+
+import dataclasses
+from collections import Counter
+
+import jax
+import pytest
+
+if jax.__version_info__ < (0, 11):
+    pytest.skip(f"jax {jax.__version__}: Mosaic GPU of 0.11 is needed", allow_module_level=True)
+
+from pallas_kernels.form import Form
+from pallas_kernels.skeletons import gemm_work
+from pallas_kernels.skeletons.gemm_plan import Config, Plan
+
+
+@pytest.fixture
+def plain_integers(monkeypatch):
+    """The kernel's integers as Python's: the same expressions, computed instead of emitted."""
+    monkeypatch.setattr(gemm_work, "Int", int)
+    monkeypatch.setattr(gemm_work.ptx, "select", lambda condition, yes, no: yes if condition else no)
+
+
+EVEN = Config(64, 4, 2, even=True, ahead=False)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (64, 28672, 4096, EVEN),
+        (64, 28672, 4096, dataclasses.replace(EVEN, even=False)),
+        (70, 200, 512, dataclasses.replace(EVEN, wn=2)),
+        (300, 64, 1024, Config(128, 2, 2, even=True)),
+        (100, 4096, 1984, Config(64, 3, 2, even=True)),
+        (700, 6144, 1024, Config(256, 2, 1, even=True)),
+        (5000, 9000, 1024, Config(256, 2, 1, even=True, blocks=114)),
+        (300, 1000, 1024, Config(128, 2, 2, share=2, split=2, blocks=120)),
+        (500, 4096, 1984, Config(128, 3, 2, split=4, blocks=120)),
+        (5000, 2000, 1024, Config(256, 2, 1, share=2, m_group=4)),
+    ],
+)
+def test_every_step_once(plain_integers, m, n, k, config):
+    plan = Plan(m, n, k, Form(), config, "bf16")
+    assert plan.reason() is None
+    seen, longest = Counter(), 0
+    for cluster in range(plan.clusters):
+        for rank in range(plan.cluster):
+            if config.even:
+                work = gemm_work.Pairs(plan, cluster, rank)
+            else:
+                work = gemm_work.Tiles(plan, cluster, rank % config.share, rank // config.share)
+            busy = 0
+            for t in range(work.passes):
+                tile, first = work.tile(t)
+                for wg in range(config.wn):
+                    share = work.share(t, first, wg)
+                    busy += share.end - share.begin
+                    seen.update((tile, share.unit, step) for step in range(share.begin, share.end))
+            longest = max(longest, busy)
+    wanted = {(i, u, s) for i in range(plan.m_tiles) for u in range(plan.units) for s in range(plan.steps)}
+    assert all(seen[one] == 1 for one in wanted)
+    if config.even:
+        assert set(seen) == wanted
+        groups = plan.tiles // plan.m_tiles
+        assert longest <= (-(-plan.units // groups) + 1) / 2 * plan.steps
