@@ -1,7 +1,9 @@
-"""Quark's static per-tensor activations: quantized and dequantized, then multiplied as floats.
+"""Quark's activations: quantized and dequantized, then multiplied as floats.
 
 After amd-quark 0.13 (torch/kernel/hw_emulation/hw_emulation_interface.py), whose own functions run on a CPU: float8
-divides and multiplies in the input's dtype, integers in float32 with a reciprocal of the scale.
+divides and multiplies in the input's dtype, integers in float32 with a reciprocal of the scale. Dynamic scales are formed
+in the input's dtype (torch/quantization/observer/observer.py): for the whole call, for each token (`ch_axis` 1 of
+[batch, tokens, K], which the library shares between the sequences of a batch) or in groups with power-of-two scales.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import jax.numpy as jnp
 import ml_dtypes
 
 from jq import exact
+from jq.activation_schemes.torchao_mx import quantize_mx
 from jq.activations import register
 from jq.errors import UnsupportedError
 from jq.matmul import dense_matmul
 
 _FLOAT8 = {"fp8_e4m3": (448.0, ml_dtypes.float8_e4m3fn), "fp8_e5m2": (57344.0, ml_dtypes.float8_e5m2)}
-_INTEGERS = {"int8": (-128, 127), "uint8": (0, 255)}
+_INTEGERS = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint4": (0, 15)}
+_MX = {"fp4": "float4_e2m1fn_x2", "fp6_e2m3": "fp6_e2m3", "fp6_e3m2": "fp6_e3m2"}
+_EPS = 2.0**-23  # torch.finfo(torch.float32).eps, the least scale
 
 
 @register("quark")
@@ -39,26 +44,58 @@ quark.adds_bias = True  # type: ignore[attr-defined]
 
 
 def fake_quantized(x: jax.Array, spec: Any, extras: Any, name: str) -> jax.Array:
-    """x on the grid of a static per-tensor scale, in x's dtype.
+    """x [M, K] on the grid of its scales, in x's dtype.
 
     Raises:
-      UnsupportedError: dynamic scales, other granularities or dtypes.
+      UnsupportedError: granularities or dtypes that are not done here.
     """
-    scale = extras.get(f"{name}_scale")
-    static = spec.qscheme == "per_tensor" and not spec.dynamic and scale is not None
-    if not static or spec.dtype not in _FLOAT8 | _INTEGERS:
+    if spec.dtype in _MX and spec.qscheme == "per_group" and spec.dynamic and spec.scale_format == "e8m0":
+        values, exponent = quantize_mx(x, _MX[spec.dtype], spec.group_size, "EVEN")
+        return exact.rounded((values * exact.pow2(exponent)[..., None]).reshape(x.shape).astype(x.dtype))
+    scale, zero = _parameters(x, spec, extras, name)
+    if scale is None or spec.dtype not in _FLOAT8 | _INTEGERS:
         how = "dynamic" if spec.dynamic else "static"
         raise UnsupportedError(
-            f"Quark's {how} {spec.qscheme} {spec.dtype} activations are not done here, static per-tensor fp8 and int8 "
-            "are; quantize_activations=False computes with float activations"
+            f"Quark's {how} {spec.qscheme} {spec.dtype} activations are not done here, fp8 and int8 per tensor and per "
+            "token are; quantize_activations=False computes with float activations"
         )
-    scale = jnp.asarray(scale).reshape(()).astype(jnp.float32)
     if spec.dtype in _FLOAT8:
         top, kind = _FLOAT8[spec.dtype]
         scaled = exact.rounded(exact.div(x.astype(jnp.float32), scale).astype(x.dtype))
         codes = jnp.clip(scaled, -top, top).astype(kind).astype(jnp.float32)
         return exact.rounded((codes * scale).astype(x.dtype))
     low, high = _INTEGERS[spec.dtype]
-    zero = jnp.asarray(extras.get(f"{name}_zero_point", 0)).reshape(()).astype(jnp.float32)
     codes = jnp.round(x.astype(jnp.float32) * exact.reciprocal(scale)) + zero
     return exact.rounded(((jnp.clip(codes, low, high) - zero) * scale).astype(x.dtype))
+
+
+def _parameters(x: jax.Array, spec: Any, extras: Any, name: str) -> tuple[Any, Any]:
+    """Scales and zero points as float32 that broadcast to x; None where there are none."""
+    if not spec.dynamic:
+        scale = extras.get(f"{name}_scale")
+        if spec.qscheme != "per_tensor" or scale is None:
+            return None, None
+        zero = jnp.asarray(extras.get(f"{name}_zero_point", 0)).reshape(()).astype(jnp.float32)
+        return jnp.asarray(scale).reshape(()).astype(jnp.float32), zero
+    axes = {"per_tensor": (0, 1)}.get(spec.qscheme)
+    if spec.qscheme == "per_channel":
+        axes = {1: (1,), -2: (1,), -1: (0,), 2: (0,)}.get(spec.axis)
+    if axes is None:
+        return None, None
+    low = jnp.minimum(jnp.min(x, axis=axes, keepdims=True), 0)
+    high = jnp.maximum(jnp.max(x, axis=axes, keepdims=True), 0)
+
+    def divided(value: jax.Array, by: float) -> jax.Array:
+        return exact.rounded(exact.div(value.astype(jnp.float32), jnp.float32(by)).astype(x.dtype)).astype(jnp.float32)
+
+    if spec.dtype in _FLOAT8:
+        scale = divided(jnp.maximum(-low, high), _FLOAT8[spec.dtype][0])
+        return jnp.where(scale == 0, jnp.float32(_EPS), scale), None
+    if spec.dtype not in _INTEGERS:
+        return None, None
+    bottom, top = _INTEGERS[spec.dtype]
+    if spec.symmetric:
+        return jnp.maximum(divided(jnp.maximum(-low, high), (top - bottom) / 2), jnp.float32(_EPS)), jnp.float32(0)
+    scale = jnp.maximum(divided(exact.rounded(high - low), top - bottom), jnp.float32(_EPS))
+    steps = exact.rounded(exact.div(low.astype(jnp.float32), scale).astype(x.dtype)).astype(jnp.float32)
+    return scale, jnp.clip(bottom - jnp.round(steps), bottom, top)

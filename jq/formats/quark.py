@@ -1,8 +1,10 @@
-"""AMD Quark exports: integers of 4 and 8 bits, float8, and 4- and 6-bit floats in groups.
+"""AMD Quark exports: integers of 2, 3, 4 and 8 bits, float8, and 4- and 6-bit floats in groups.
 
     weight             per_group integers are transposed: int32 [K, ceil(N/8)] (4 bits) or int8/uint8 [K, N]; else
                        int32 [N, ceil(K/8)] or int8/uint8 [N, K]. Eight nibbles of a word: codes 0 2 4 6 1 3 5 7 with
-                       pack_method "reorder" (AWQ's order), else in order, lowest first.
+                       pack_method "reorder" (AWQ's order), else in order, lowest first. 2 bits: int2 int32, one code an
+                       element; uint2 uint8, four codes a byte, the first in the highest bits. 3 bits (not in groups):
+                       uint8 [N, K*3/8], a little-endian bit stream.
                        fp8_e4m3, fp8_e5m2 [N, K]; fp4 uint8 [N, K/2], low nibble first; fp6_e2m3, fp6_e3m2 uint8
                        [N, K*3/4], a little-endian bit stream
     weight_scale       scalar or [1], [N], [N, K/G] (integers: [K/G, N]), [N/bn, K/bk]; the model's dtype, or uint8
@@ -13,8 +15,8 @@
 Dequantize: dt(float32(q - zero) * float32(scale)). Settings of a layer: the first pattern of `layer_quant_config`
 that matches its name, else `layer_type_quant_config["Linear"]`, else `global_quant_config`.
 
-Source: amd-quark 0.13 (torch/export/nn/modules, torch/utils/pack.py, torch/kernel/hw_emulation); no published
-checkpoint was at hand. Not read: two-stage weights, mx containers, 2 and 3 bits, quantized biases, online rotations.
+Source: amd-quark 0.13 (torch/export/nn/modules, torch/utils/pack.py, torch/kernel/hw_emulation), which quantizes and
+exports on a CPU. Not read: two-stage weights, mx containers, quantized biases, online rotations.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ from jq.qtensor.affine import pack_zeros
 
 FLOATS = (np.float16, "bfloat16", np.float32)
 RANGES = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-INTEGERS = {"int4": (4, True), "uint4": (4, False), "int8": (8, True), "uint8": (8, False)}
+INTEGERS = {
+    **{"int2": (2, True), "uint2": (2, False), "int3": (3, True)},
+    **{"int4": (4, True), "uint4": (4, False), "int8": (8, True), "uint8": (8, False)},
+}
 FLOAT8 = {"fp8_e4m3": ("e4m3fn", ml_dtypes.float8_e4m3fn), "fp8_e5m2": ("e5m2", ml_dtypes.float8_e5m2)}
 SMALL = {"fp4": ("e2m1", 4), "fp6_e2m3": ("e2m3", 6), "fp6_e3m2": ("e3m2", 6)}
 # Bit position of code i of a word of eight, with and without "reorder".
@@ -55,6 +60,7 @@ class Spec:
     dynamic: bool = False
     scale_format: str = "float"
     float_zeros: bool = False
+    axis: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +137,7 @@ def _spec(label: str, conf: Any) -> Spec:
         dynamic=bool(conf.get("is_dynamic", conf.get("dynamic", False))),
         scale_format=str(conf.get("scale_format") or "float"),
         float_zeros=str(conf.get("zero_point_type") or "int32") == "float32",
+        axis=conf["ch_axis"] if type(conf.get("ch_axis")) is int else None,
     )
 
 
@@ -183,7 +190,7 @@ def _integers(prefix: str, parts: Parts, spec: Spec, reorder: bool, fields: dict
     grouped = spec.qscheme == "per_group"
     if grouped and scale.ndim != 2:
         raise FormatError(f"{prefix}.weight_scale: found shape {tuple(scale.shape)}, expected (groups, out_features)")
-    stored = _unpacked(parts["weight"], f"{prefix}.weight", bits, reorder)
+    stored = _unpacked(parts["weight"], f"{prefix}.weight", spec.dtype, reorder)
     if grouped:
         stored = stored[:, : scale.shape[1]].T
     n, k = stored.shape
@@ -221,22 +228,37 @@ def _source(spec: Spec, scale: np.ndarray, zero: np.ndarray | None, reorder: boo
     return Source("quark", tuple(pairs))
 
 
-def _unpacked(stored: np.ndarray, name: str, bits: int, reorder: bool) -> np.ndarray:
-    """Stored words or bytes -> codes of `bits` bits as unsigned integers, int32[rows, columns]."""
-    if bits == 4:
+def _unpacked(stored: np.ndarray, name: str, dtype: str, reorder: bool) -> np.ndarray:
+    """Stored words or bytes -> codes as unsigned integers, int32[rows, columns]."""
+    bits = INTEGERS[dtype][0]
+    stored = np.ascontiguousarray(stored)
+    if bits == 4 or dtype == "int2":
         expect_dtype(stored, (np.int32,), name)
-        return _bits.unpack_words(np.ascontiguousarray(stored), SHIFTS[reorder], 4)
-    expect_dtype(stored, (np.int8, np.uint8), name)
-    return np.ascontiguousarray(stored).view(np.uint8).astype(np.int32)
+        return stored & 3 if bits == 2 else _bits.unpack_words(stored, SHIFTS[reorder], 4)
+    expect_dtype(stored, (np.int8, np.uint8) if bits == 8 else (np.uint8,), name)
+    if bits == 8:
+        return stored.view(np.uint8).astype(np.int32)
+    if bits == 3:
+        return np.asarray(_bits.unpack(stored, 3, stored.shape[-1] * 8 // 3)).astype(np.int32)
+    fields = (stored[..., None] >> np.array([6, 4, 2, 0], np.uint8)) & 3
+    return fields.reshape(*stored.shape[:-1], -1).astype(np.int32)
 
 
-def _repacked(codes: np.ndarray, bits: int, reorder: bool, dtype: str) -> np.ndarray:
+def _repacked(codes: np.ndarray, kind: str, reorder: bool, dtype: str) -> np.ndarray:
     """Inverse of `_unpacked`; codes beyond the last are zero."""
+    bits = INTEGERS[kind][0]
     if bits == 8:
         return codes.astype(np.uint8).view(np.dtype(dtype))
-    pad = -codes.shape[-1] % 8
-    codes = np.pad(codes & 15, [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
-    return _bits.pack_words(codes, SHIFTS[reorder], 4, np.int32)
+    if kind == "int2":
+        return codes.astype(np.int32)
+    pad = -codes.shape[-1] % (4 if bits == 2 else 8)
+    codes = np.pad(codes & ((1 << bits) - 1), [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
+    if bits == 4:
+        return _bits.pack_words(codes, SHIFTS[reorder], 4, np.int32)
+    if bits == 3:
+        return np.ascontiguousarray(_bits.pack(codes.astype(np.uint8), 3)).view(np.uint8)
+    fields = codes.astype(np.uint8).reshape(*codes.shape[:-1], -1, 4) << np.array([6, 4, 2, 0], np.uint8)
+    return np.bitwise_or.reduce(fields, axis=-1)
 
 
 def _group(prefix: str, spec: Spec, k: int) -> int:
@@ -278,7 +300,7 @@ def _zeros(
     if zero.ndim == 0 or bits == 8:
         codes = zero.astype(np.int32) & ((1 << bits) - 1)
     else:
-        codes = _unpacked(np.atleast_2d(zero), name, bits, reorder)
+        codes = _unpacked(np.atleast_2d(zero), name, spec.dtype, reorder)
     if spec.qscheme == "per_group":
         codes = codes[:, : shape[0]].T
     else:
@@ -363,9 +385,9 @@ def dump(q: Any) -> Parts:
     elif floating or zero_dtype not in ("int32", "int8", "uint8") or (bits == 8 and zero_dtype == "int32"):
         stored_zeros = zeros.astype(zero_dtype)
     else:
-        stored_zeros = _repacked(zeros, bits, reorder, zero_dtype)
+        stored_zeros = _repacked(zeros, source.get("dtype"), reorder, zero_dtype)
     return {
-        "weight": _repacked(np.ascontiguousarray(codes), bits, reorder, source.get("weight_dtype")),
+        "weight": _repacked(np.ascontiguousarray(codes), source.get("dtype"), reorder, source.get("weight_dtype")),
         "weight_scale": np.ascontiguousarray(scale).reshape(scale.shape),
         "weight_zero_point": np.ascontiguousarray(stored_zeros).reshape(stored_zeros.shape),
         **extras,
@@ -375,12 +397,11 @@ def dump(q: Any) -> Parts:
 FORMAT = Format(
     name="quark",
     methods=("quark",),
-    title="AMD Quark: int4, int8, float8, fp4 and fp6 weights",
+    title="AMD Quark: 2-, 3-, 4- and 8-bit integers, float8, fp4 and fp6",
     parse=parse,
     markers=("weight_scale",),
     suffixes=("weight", "weight_scale", "weight_zero_point", *RANGES),
     load=load,
     dump=dump,
     deferrable=False,
-    evidence="source",
 )

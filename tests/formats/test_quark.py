@@ -109,7 +109,7 @@ def test_float8_with_static_inputs() -> None:
     weight = (parts["weight"].astype(np.float32) * np.float32(0.05)).astype(BF16)
     want = inputs.astype(np.float32) @ weight.astype(np.float32).T
     np.testing.assert_allclose(np.asarray(jq.matmul(jnp.asarray(x), q)).astype(np.float32), want, rtol=1e-2, atol=1e-2)
-    conf["global_quant_config"]["input_tensors"]["is_dynamic"] = True
+    conf["global_quant_config"]["input_tensors"] |= {"is_dynamic": True, "qscheme": "per_group"}
     dynamic = quark.load("m", parts, quark.parse(conf, CONTEXT), CONTEXT)
     with pytest.raises(UnsupportedError, match="quantize_activations=False"):
         jq.matmul(jnp.asarray(x), dynamic)
@@ -124,8 +124,8 @@ def test_settings_by_layer_and_errors() -> None:
         quark.load("a.down_proj", parts, options, CONTEXT)
     with pytest.raises(FormatError, match="global_quant_config: missing"):
         quark.parse({"quant_method": "quark"}, CONTEXT)
-    with pytest.raises(UnsupportedError, match="'int3' is not read"):
-        quark.load("m", parts, quark.parse(config(dtype="int3"), CONTEXT), CONTEXT)
+    with pytest.raises(UnsupportedError, match="'int16' is not read"):
+        quark.load("m", parts, quark.parse(config(dtype="int16"), CONTEXT), CONTEXT)
     with pytest.raises(FormatError, match=r"m\.weight: found dtype float8_e4m3fn, expected int32"):
         zero = {"weight_zero_point": np.zeros((), np.int32)}
         quark.load("m", {**parts, **zero}, quark.parse(config(dtype="int4"), CONTEXT), CONTEXT)
