@@ -77,7 +77,7 @@ def _parameters(x: jax.Array, spec: Any, extras: Any, name: str) -> tuple[Any, A
             return None, None
         zero = jnp.asarray(extras.get(f"{name}_zero_point", 0)).reshape(()).astype(jnp.float32)
         return jnp.asarray(scale).reshape(()).astype(jnp.float32), zero
-    axes = {"per_tensor": (0, 1)}.get(spec.qscheme)
+    axes: tuple[int, ...] | None = (0, 1) if spec.qscheme == "per_tensor" else None
     if spec.qscheme == "per_channel":
         axes = {1: (1,), -2: (1,), -1: (0,), 2: (0,)}.get(spec.axis)
     if axes is None:

@@ -39,8 +39,13 @@ from jq.qtensor.affine import pack_zeros
 FLOATS = (np.float16, "bfloat16", np.float32)
 RANGES = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 INTEGERS = {
-    **{"int2": (2, True), "uint2": (2, False), "int3": (3, True)},
-    **{"int4": (4, True), "uint4": (4, False), "int8": (8, True), "uint8": (8, False)},
+    "int2": (2, True),
+    "uint2": (2, False),
+    "int3": (3, True),
+    "int4": (4, True),
+    "uint4": (4, False),
+    "int8": (8, True),
+    "uint8": (8, False),
 }
 FLOAT8 = {"fp8_e4m3": ("e4m3fn", ml_dtypes.float8_e4m3fn), "fp8_e5m2": ("e5m2", ml_dtypes.float8_e5m2)}
 SMALL = {"fp4": ("e2m1", 4), "fp6_e2m3": ("e2m3", 6), "fp6_e3m2": ("e3m2", 6)}
