@@ -7,6 +7,7 @@ a time; it is quantized where it lies and freed, so that the float model is neve
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from jq.formats import table
 from jq_torch import bridge, experts
 from jq_torch.linear import JqLinear, Packed
 from jq_torch.plan import Origin
+from jq_torch.sources import Sides
 
 logger = logging.get_logger(__name__)
 
@@ -284,6 +286,7 @@ def finish(quantizer: Any, model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Packed):
             quantizer.settings.apply(module)
+    quantizer.sides = Sides(_side_files(quantizer.method, model))
     config = quantizer.quantization_config
     if str(getattr(config.quant_method, "value", config.quant_method)) not in ("jq", "torchao"):
         return  # a config of transformers says already what the original would write
@@ -297,6 +300,15 @@ def finish(quantizer: Any, model: Any) -> None:
     quantizer.quantization_config = KNOWN[key].from_dict(found)
     model.config.quantization_config = quantizer.quantization_config
     model.quantization_method = quantizer.quantization_config.quant_method
+
+
+def _side_files(method: Any, model: Any) -> dict[str, bytes]:
+    """The map without which optimum-quanto reads nothing."""
+    if method.format != "quanto":
+        return {}
+    kind = {"weights": method.qtype, "activations": "none"}
+    found = {path: kind for path, module in model.named_modules() if isinstance(module, JqLinear)}
+    return {"quanto_qmap.json": json.dumps(found, indent=4).encode()}
 
 
 def metadata(quantizer: Any, model: Any) -> dict[str, str]:
