@@ -46,6 +46,18 @@ def e2m3_codes(x: np.ndarray) -> np.ndarray:
     return (code.astype(np.int64) | (np.signbit(x).astype(np.int64) << 5)).astype(np.uint8)
 
 
+def e3m2_codes(x: np.ndarray) -> np.ndarray:
+    """Codes uint8 (sign in bit 5) of the nearest E3M2 values, half to even, saturating at 28."""
+    magnitude = np.minimum(np.abs(x).astype(F32), F32(28))
+    _, exponent = np.frexp(magnitude)
+    place = np.maximum(exponent - 1, -2)  # the exponent of the leading digit; -2 for subnormal numbers too
+    value = np.ldexp(np.rint(np.ldexp(magnitude, 2 - place)), place - 2)
+    _, exponent = np.frexp(value)
+    place = np.where(value == 0, -2, np.maximum(exponent - 1, -2))
+    code = np.ldexp(value, 2 - place).astype(np.int64) + 4 * (place + 2)
+    return (code | (np.signbit(x).astype(np.int64) << 5)).astype(np.uint8)
+
+
 def tiles(w: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """w [N, K] -> [N/rows, rows, K/cols, cols], zero padded where the block does not divide it."""
     n, k = w.shape

@@ -16,14 +16,12 @@ Dequantize: dt(float32(q - zero) * float32(scale)). Settings of a layer: the fir
 that matches its name, else `layer_type_quant_config["Linear"]`, else `global_quant_config`.
 
 Source: amd-quark 0.13 (torch/export/nn/modules, torch/utils/pack.py, torch/kernel/hw_emulation), which quantizes and
-exports on a CPU. Not read: two-stage weights, mx containers, quantized biases, online rotations.
+exports on a CPU. Quantize: `jq.algorithms.quark`. Not read: two-stage weights, mx containers, quantized biases, online rotations.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -31,8 +29,10 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.activations import Activation
+from jq.algorithms import quark as algorithm
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take
+from jq.formats.quark_config import Layer, Options, Spec, parse
 from jq.qtensor import Affine, Grouping, NarrowFloat, QTensor, Source
 from jq.qtensor.affine import pack_zeros
 
@@ -51,99 +51,6 @@ FLOAT8 = {"fp8_e4m3": ("e4m3fn", ml_dtypes.float8_e4m3fn), "fp8_e5m2": ("e5m2", 
 SMALL = {"fp4": ("e2m1", 4), "fp6_e2m3": ("e2m3", 6), "fp6_e3m2": ("e3m2", 6)}
 # Bit position of code i of a word of eight, with and without "reorder".
 SHIFTS = {True: (0, 16, 4, 20, 8, 24, 12, 28), False: (0, 4, 8, 12, 16, 20, 24, 28)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """How one tensor of a layer is quantized; names as in the config."""
-
-    dtype: str
-    qscheme: str = "per_tensor"
-    group_size: int = 0
-    block_size: tuple[int, int] | None = None
-    symmetric: bool = True
-    dynamic: bool = False
-    scale_format: str = "float"
-    float_zeros: bool = False
-    axis: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer's settings; None where a tensor is not quantized."""
-
-    weight: Spec | None
-    inputs: Spec | None
-    outputs: Spec | None
-    why_not: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Settings by pattern of names, in order, and for the rest."""
-
-    patterns: tuple[tuple[str, Layer], ...]
-    default: Layer
-    reorder: bool = True
-
-    def of(self, prefix: str) -> Layer:
-        return next((layer for pattern, layer in self.patterns if fnmatch.fnmatch(prefix, pattern)), self.default)
-
-
-def parse(config: Mapping[str, Any], context: Context) -> Options:
-    """Reads a quantization_config.
-
-    Raises:
-      FormatError: settings that are missing or of the wrong kind.
-    """
-    label = f"{context.label}: quantization_config"
-    layers = config.get("layer_quant_config") or {}
-    types = config.get("layer_type_quant_config") or {}
-    export = config.get("export") or {}
-    if not all(isinstance(v, Mapping) for v in (layers, types, export)):
-        raise FormatError(f"{label}: layer_quant_config, layer_type_quant_config and export must be objects")
-    base = types.get("Linear") or config.get("global_quant_config")
-    if base is None:
-        raise FormatError(f"{label}.global_quant_config: missing; Quark writes the settings of its layers there")
-    method = export.get("pack_method", "reorder")
-    if method not in ("reorder", "order"):
-        raise FormatError(f"{label}.export.pack_method is {method!r}, expected 'reorder' or 'order'")
-    patterns = tuple((name, _layer(f"{label}.layer_quant_config[{name!r}]", conf)) for name, conf in layers.items())
-    return Options(patterns, _layer(f"{label}.global_quant_config", base), method == "reorder")
-
-
-def _layer(label: str, conf: Any) -> Layer:
-    if not isinstance(conf, Mapping):
-        raise FormatError(f"{label}: must be an object of settings, found {type(conf).__name__}")
-    why = f"{label}.bias is quantized" if conf.get("bias") else ""
-    specs = {}
-    for key in ("weight", "input_tensors", "output_tensors"):
-        value = conf.get(key)
-        if isinstance(value, list):
-            why, value = f"{label}.{key} has {len(value)} stages", None
-        specs[key] = None if value is None else _spec(f"{label}.{key}", value)
-    return Layer(specs["weight"], specs["input_tensors"], specs["output_tensors"], why)
-
-
-def _spec(label: str, conf: Any) -> Spec:
-    if not isinstance(conf, Mapping) or not isinstance(conf.get("dtype"), str):
-        raise FormatError(f"{label}: must be an object with a dtype, found {conf!r:.80}")
-    group, block = conf.get("group_size") or 0, conf.get("block_size")
-    if type(group) is not int or group < 0:
-        raise FormatError(f"{label}.group_size is {group!r}, expected a positive integer")
-    if block is not None and not (isinstance(block, list | tuple) and len(block) == 2):
-        raise FormatError(f"{label}.block_size is {block!r}, expected two integers")
-    return Spec(
-        dtype=conf["dtype"],
-        qscheme=str(conf.get("qscheme") or "per_tensor"),
-        group_size=group,
-        block_size=tuple(block) if block else None,
-        symmetric=bool(conf.get("symmetric", True)),
-        dynamic=bool(conf.get("is_dynamic", conf.get("dynamic", False))),
-        scale_format=str(conf.get("scale_format") or "float"),
-        float_zeros=str(conf.get("zero_point_type") or "int32") == "float32",
-        axis=conf["ch_axis"] if type(conf.get("ch_axis")) is int else None,
-    )
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor | None:
@@ -399,6 +306,111 @@ def dump(q: Any) -> Parts:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Quark:
+    """Weights by their largest magnitude or range; codes and scales identical to the library's on a CPU.
+
+    Fields:
+      dtype: "int2", "uint2", "int3", "int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "fp4", "fp6_e2m3" or
+        "fp6_e3m2" (the last three as OCP MX: power-of-two scales for groups of 32).
+      qscheme: "per_tensor", "per_channel" or "per_group".
+      group_size: inputs that share a scale, for "per_group".
+      symmetric: integers without zero points.
+    """
+
+    dtype: str = "int4"
+    qscheme: str = "per_group"
+    group_size: int = 32
+    symmetric: bool = True
+    format = "quark"
+
+    def quantize(self, w: Any, name: str = "weight") -> QTensor:
+        """w: float[N, K] -> codes and scales; scales are formed and stored in w's dtype, as in the library.
+
+        Raises:
+          FormatError: an option that Quark does not have, or sizes that its packing does not take.
+        """
+        w = np.asarray(w)
+        context = Context({"dtype": str(w.dtype)}, label=name)
+        options = parse(self.config(), context)
+        spec = options.default.weight
+        assert spec is not None
+        if w.ndim != 2 or 0 in w.shape or (self.qscheme == "per_group" and w.shape[1] % self.group_size):
+            raise FormatError(f"{name}: found shape {w.shape}; groups of {self.group_size} do not divide it")
+        n, k = w.shape
+        rows = {
+            "per_tensor": (1, n * k),
+            "per_channel": (n, k),
+            "per_group": (n, k // self.group_size, self.group_size),
+        }
+        if self.qscheme not in rows:
+            raise FormatError(f"{name}: qscheme {self.qscheme!r}; per_tensor, per_channel and per_group are known")
+        groups = w.astype(np.float32).reshape(rows[self.qscheme])
+        if self.dtype in INTEGERS:
+            parts = self._integers(groups, w, name)
+        elif self.dtype in FLOAT8:
+            values, scale = algorithm.float8(groups, FLOAT8[self.dtype][1], w.dtype)
+            parts = {"weight": values.reshape(n, k), "weight_scale": self._shaped(scale)}
+        elif self.dtype in SMALL and self.qscheme == "per_group":
+            codes, exponents = algorithm.powers(groups, self.dtype)
+            packed = np.ascontiguousarray(_bits.pack(codes.reshape(n, k), SMALL[self.dtype][1])).view(np.uint8)
+            parts = {"weight": packed, "weight_scale": exponents}
+        else:
+            raise FormatError(f"{name}: Quark has no dtype {self.dtype!r} with {self.qscheme}")
+        made = load(name, parts, options, context)
+        assert made is not None
+        return made
+
+    def _integers(self, groups: np.ndarray, w: np.ndarray, name: str) -> Parts:
+        bits, signed = INTEGERS[self.dtype]
+        if self.dtype == "int3" and (self.qscheme == "per_group" or w.shape[0] % 8 or w.shape[1] % 8):
+            raise FormatError(f"{name}: Quark stores 3 bits per tensor or channel, sizes multiples of 8")
+        codes, scale, zero = algorithm.integers(groups, bits, signed=signed, symmetric=self.symmetric, dtype=w.dtype)
+        if self.qscheme == "per_tensor":
+            scale = scale.astype(np.float32)  # a value of w's dtype, stored wider
+        codes, scale, zero = codes.reshape(w.shape), self._shaped(scale), self._shaped(zero)
+        if self.qscheme == "per_group":
+            codes, scale, zero = codes.T, np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T)
+        stored = self.dtype if bits == 8 else "uint8"
+
+        def packed(values: np.ndarray) -> np.ndarray:
+            return _repacked(np.ascontiguousarray(values), self.dtype, True, stored)
+
+        scalar = zero.ndim == 0
+        zeros = zero.astype(stored if bits == 8 else np.int32) if scalar else packed(zero)
+        return {"weight": packed(codes), "weight_scale": scale, "weight_zero_point": zeros}
+
+    def _shaped(self, values: np.ndarray) -> np.ndarray:
+        """[..., 1] as it is stored: a scalar, [N] or [N, K/G]."""
+        return values.reshape(()) if self.qscheme == "per_tensor" else values[..., 0]
+
+    def config(self, skip: list[str] | None = None) -> dict[str, Any]:
+        """The quantization_config of a checkpoint made with these options."""
+        grouped = self.qscheme == "per_group"
+        weight = {
+            "dtype": self.dtype,
+            "qscheme": self.qscheme,
+            "ch_axis": -1 if grouped else 0 if self.qscheme == "per_channel" else None,
+            "group_size": self.group_size if grouped else None,
+            "symmetric": self.symmetric,
+            "is_dynamic": False,
+            "round_method": "half_even",
+            "scale_type": "float",
+            "scale_format": "e8m0" if self.dtype in SMALL else None,
+            "zero_point_type": "int32",
+        }
+        layer = {"weight": weight, "input_tensors": None, "output_tensors": None, "bias": None, "target_device": None}
+        return {
+            "quant_method": "quark",
+            "global_quant_config": layer,
+            "layer_quant_config": {},
+            "layer_type_quant_config": {},
+            "exclude": list(skip or []),
+            "export": {"pack_method": "reorder", "weight_format": "real_quantized", "kv_cache_group": []},
+            "quant_mode": "eager_mode",
+        }
+
+
 FORMAT = Format(
     name="quark",
     methods=("quark",),
@@ -409,4 +421,5 @@ FORMAT = Format(
     load=load,
     dump=dump,
     deferrable=False,
+    methods_table={"Quark": Quark},
 )
