@@ -124,6 +124,26 @@ def mxfp4_ocp(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return e2m1_codes(scaled).reshape(w.shape), (exponent + 127).astype(np.uint8)
 
 
+def mxfp4_triton(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """triton_kernels' `downcast_to_mxfp_torch`: the exponent of amax / 6 rounded up, so that nothing saturates.
+
+    Values half way between two codes go away from zero; w is rounded to bfloat16 first, as transformers does.
+
+    Args:
+      w: float [..., K], K a multiple of 32.
+
+    Returns:
+      uint8 codes [..., K], uint8 [..., K/32] = exponent + 127 (0 for a block of zeros).
+    """
+    groups = w.astype(ml_dtypes.bfloat16).astype(F32).reshape(*w.shape[:-1], w.shape[-1] // 32, 32)
+    step = np.abs(groups).max(axis=-1) / F32(6)
+    stored = (np.ascontiguousarray(step).view(np.int32) + 0x7FFFFF) >> 23
+    scaled = np.where(stored[..., None] == 0, groups * F32(0), np.ldexp(groups, 127 - stored[..., None]))
+    code = np.searchsorted(_E2M1_BOUNDS, np.abs(scaled), "right")
+    sign = np.signbit(scaled).astype(np.int64) << 3
+    return (code | sign).astype(np.uint8).reshape(w.shape), stored.astype(np.uint8)
+
+
 def nvfp4_modelopt(w: np.ndarray, peak: float | np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """modelopt's NVFP4QTensor on the CPU (0.47.0).
 

@@ -8,7 +8,8 @@ with <p> = "...mlp.experts.gate_up_proj" (rows of gate and up interleaved) or ".
 QTensor is [E, out, in], the transpose of the parameter that transformers computes with ([E, in, out]).
 
 Dequantize: bfloat16(value * 2**(byte - 127)). Codes of -0 stay -0.
-Quantize: OCP MX v1.0 (exponent floor(log2(amax)) - 2); other writers choose exponents differently, reading does not care.
+Quantize: as transformers does (triton_kernels' downcast: exponents rounded up), or by OCP MX v1.0 (exponent
+floor(log2(amax)) - 2, largest values saturate); reading does not care.
 
 Source: transformers 5.23.0 integrations/mxfp4.py.
 """
@@ -97,9 +98,18 @@ def dump(q: NarrowFloat) -> Parts:
 
 @dataclasses.dataclass(frozen=True)
 class MXFP4:
-    """Experts [E, out, in] in MXFP4, OCP MX v1.0 rule of exponents. For Linear layers: jq.CompressedTensors("MXFP4A16")."""
+    """Experts [E, out, in] in MXFP4. For Linear layers: jq.CompressedTensors("MXFP4A16").
 
+    Fields:
+      exponents: "up", as transformers quantizes (triton_kernels' `downcast_to_mxfp`), or "floor", the rule of OCP MX v1.0.
+    """
+
+    exponents: str = "up"
     format: str = NAME
+
+    def __post_init__(self) -> None:
+        if self.exponents not in ("up", "floor"):
+            raise ValueError(f"MXFP4: exponents are 'up' or 'floor', got {self.exponents!r}")
 
     def quantize(self, w: Any, name: str = "weight") -> NarrowFloat:
         """w [E, N, K] (K a multiple of 32) -> codes and scales."""
@@ -109,7 +119,7 @@ class MXFP4:
                 f"{name}: found shape {w.shape}; the mxfp4 format stores experts [E, out, in] with in a multiple of 32. "
                 'For Linear layers take jq.CompressedTensors("MXFP4A16")'
             )
-        codes, scales = narrow.mxfp4_ocp(w)
+        codes, scales = narrow.mxfp4_triton(w) if self.exponents == "up" else narrow.mxfp4_ocp(w)
         blocks = _bits.pack(codes, 4).view(np.uint8).reshape(*scales.shape, 16)
         return load(name, {"blocks": blocks, "scales": scales}, Options(), Context())
 

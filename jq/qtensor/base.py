@@ -139,7 +139,7 @@ class QTensor(_Common):
 
     def to_jax(self) -> Self:
         """The same tensor with JAX arrays (on the default device); 64-bit ones, which JAX would narrow, in numpy."""
-        return self.arrays(to_jax)
+        return self.arrays(jax_array)
 
     def to_numpy(self) -> Self:
         """The same tensor with numpy arrays."""
@@ -180,7 +180,7 @@ class QTensor(_Common):
         return f"{self.bits}-bit"
 
 
-def to_jax(array: Array) -> Array:
+def jax_array(array: Array) -> Array:
     """A JAX array; of 64-bit values a numpy array, since JAX would silently drop their upper half."""
     return np.asarray(array) if np.dtype(array.dtype).itemsize == 8 else jnp.asarray(array)
 
