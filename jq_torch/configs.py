@@ -196,9 +196,13 @@ def _compressed_dict(self: Any) -> dict[str, Any]:
     return copy.deepcopy(self.quantization_config or {"quant_method": "compressed-tensors"})
 
 
+def _compressed_diff(self: Any) -> dict[str, Any]:
+    return {k: v for k, v in self.to_dict().items() if k != "quant_method" or self._file is not None}
+
+
 def _torchao_init(
     self: Any,
-    quant_type: Any = "int8_weight_only",
+    quant_type: Any,
     modules_to_not_convert: list | None = None,
     include_input_output_embeddings: bool = False,
     untie_embedding_weights: bool = False,
@@ -246,7 +250,11 @@ def _gptq_post_init(self: Any) -> None:
 # Class name -> methods in place of those that need a library.
 _OWN: dict[str, dict[str, Any]] = {
     "HqqConfig": {"__init__": _hqq_init},
-    "CompressedTensorsConfig": {"__init__": _compressed_init, "_arguments": _compressed_dict},
+    "CompressedTensorsConfig": {
+        "__init__": _compressed_init,
+        "_arguments": _compressed_dict,
+        "_diff": _compressed_diff,
+    },
     "TorchAoConfig": {"__init__": _torchao_init, "_arguments": _torchao_dict},
     "QuarkConfig": {"__init__": _quark_init, "_arguments": _quark_dict},
     "GPTQConfig": {"post_init": _gptq_post_init},
@@ -263,7 +271,7 @@ def replacement(original: type) -> type:
     name = original.__name__
     body: dict[str, Any] = {"__module__": __name__, "__doc__": original.__doc__}
     own = dict(_OWN.get(name, {}))
-    arguments = own.pop("_arguments", None)
+    arguments, diff = own.pop("_arguments", None), own.pop("_diff", None)
     body.update(own)
     kept = KEPT.get(name, {})
     made: type
@@ -282,7 +290,7 @@ def replacement(original: type) -> type:
         def to_dict(self: Any) -> dict[str, Any]:
             return copy.deepcopy(self._file) if self._file is not None else arguments(self)
 
-        body["to_dict"] = body["to_diff_dict"] = to_dict
+        body["to_dict"], body["to_diff_dict"] = to_dict, diff or to_dict
     made = type(name, (Verbatim, original), body)
     _cache[original] = made
     return made
