@@ -5,14 +5,16 @@
   FP8          weight float8_e4m3fn [N, K], weight_scale float32 [] or [N] or blocks [N/128, 1, K/128, 1], input_scale []
   AWQ          pre_quant_scale [K] beside NVFP4: inputs are multiplied by it first (from source, not run)
   MXFP8        weight float8_e4m3fn, weight_scale uint8 [N, K/32]
-  INT8         weight int8 [N, K], weight_scale float32 [N]
+  INT8         weight int8 [N, K], weight_scale float32 [N], input_scale float32 []
+  W4A16_AWQ    weight uint8 [N/2, K], rows 2r (low nibble) and 2r + 1 of signed codes, weight_scale float32 [N, K/G];
+               pre_quant_scale [K] where it was not folded into the layer before
   KV cache     k_proj.k_scale, v_proj.v_scale: plain arrays of the State
 
 The stored tensors say which of these a layer is; the config (`quantization_config` of config.json, or
 hf_quant_config.json of older exports) says what inputs are quantized to.
 
 Dequantize: NVFP4 dt(float32(value) * (float32(s) * s2)), a code of -0 read as +0; FP8 and INT8 dt(q) * dt(scale), both
-cast to the model's dtype first, one rounding.
+cast to the model's dtype first, one rounding; W4A16_AWQ dt(float32(q) * scale).
 Quantize (NVFP4QTensor, CPU): see `jq.algorithms.narrow.nvfp4_modelopt`.
 
 Source: nvidia-modelopt 0.47.0 torch/quantization/qtensor/{nvfp4,fp8,int8,mxfp8}_tensor.py, torch/export.
@@ -37,12 +39,13 @@ from jq.qtensor import Affine, Grouping, NarrowFloat, QTensor, Source
 NAME = "modelopt"
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
-# Algorithms whose tensors are read. The others pack integers differently, or add a low-rank product (SVD).
+# Algorithms whose tensors are read. The others round twice (W4A8_AWQ), or add a low-rank product (SVD).
 ALGORITHMS = (
+    "W4A16_AWQ",
     *("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL", "MXFP8"),
     *("W8A16", "W8A8_SQ_PER_CHANNEL", "W4A8_NVFP4_FP8", "MIXED_PRECISION"),
 )
-WEIGHT_ONLY = ("W4A16_NVFP4", "FP8_PB_WO", "W8A16", "FP8_PB_REAL")
+WEIGHT_ONLY = ("W4A16_AWQ", "W4A16_NVFP4", "FP8_PB_WO", "W8A16", "FP8_PB_REAL")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +82,9 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     if not algorithm:
         raise FormatError(f"{label}: no quant_algo; it names the algorithm, e.g. 'NVFP4' or 'FP8'")
     layers = inner.get("quantized_layers") or {}
-    named = {prefix: str(layer.get("quant_algo")) for prefix, layer in layers.items() if isinstance(layer, Mapping)}
-    for name in (str(algorithm), *named.values()):
+    algorithm = str(algorithm).upper()  # some exports write fp8_pb_wo
+    named = {p: str(layer.get("quant_algo")).upper() for p, layer in layers.items() if isinstance(layer, Mapping)}
+    for name in (algorithm, *named.values()):
         if name not in ALGORITHMS:
             raise UnsupportedError(
                 f"{label}: quant_algo {name!r} is not read here; those that are: {', '.join(ALGORITHMS)}"
@@ -92,7 +96,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     for key in sorted((set(config) | set(inner)) - known):
         warn_once(label, f"key {key!r} is not known and ignored")
     given = context.config.get("dtype") or context.config.get("torch_dtype")
-    return Options(str(algorithm), tuple(named.items()), context.model_dtype if given else "bfloat16")
+    return Options(algorithm, tuple(named.items()), context.model_dtype if given else "bfloat16")
 
 
 def _from_groups(groups: Any) -> str | None:
@@ -135,7 +139,9 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
             f"{prefix}.weight: found shape {weight.shape}, expected two axes; stacked experts are not read"
         )
     made: Any
-    if weight.dtype == np.uint8:
+    if weight.dtype == np.uint8 and options.of(prefix) == "W4A16_AWQ":
+        made = _int4(prefix, parts, weight, options)
+    elif weight.dtype == np.uint8:
         made = _nvfp4(prefix, parts, weight, options)
     elif weight.dtype == np.int8:
         made = _int8(prefix, parts, weight, options)
@@ -225,6 +231,26 @@ def _int8(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Af
     )
 
 
+def _int4(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Affine:
+    n, k = 2 * weight.shape[0], weight.shape[1]
+    scale = take(parts, "weight_scale", prefix)
+    expect_dtype(scale, (np.float32, ml_dtypes.bfloat16, np.float16), f"{prefix}.weight_scale")
+    if scale.ndim != 2 or scale.shape[0] != n or not scale.shape[1] or k % scale.shape[1]:
+        raise FormatError(f"{prefix}.weight_scale: found shape {scale.shape}, expected ({n}, groups of {k} inputs)")
+    nibbles = np.stack([weight & 15, weight >> 4], axis=1).reshape(n, k).astype(np.int8)
+    return Affine.make(
+        (nibbles ^ 8) - 8,
+        scale,
+        code_bits=4,
+        name=prefix,
+        signed=True,
+        grouping=Grouping("block", 1, k // scale.shape[1]),
+        formula="f32",
+        dtype=options.dtype,
+        source=Source(NAME, (("kind", "int4"),)),
+    )
+
+
 def _with_prepared_inputs(activation: Activation | None) -> Activation:
     """AWQ: inputs are multiplied by a stored vector, whether they are quantized after that or not."""
     found = activation or Activation(FLOAT)
@@ -242,7 +268,7 @@ def _activation(prefix: str, q: Any, extras: Parts, options: Options) -> Activat
         if extras["input_scale"].size != 1:
             raise FormatError(f"{prefix}.input_scale: found shape {extras['input_scale'].shape}, expected one number")
         if isinstance(q, Affine):
-            return None  # SmoothQuant's int8 inputs: their rounding is described nowhere that could be checked
+            return Activation("int8_static", ("input_scale",))
         small = q.source.get("kind") == "nvfp4" and algorithm != "W4A8_NVFP4_FP8"
         return Activation("nvfp4_static" if small else "fp8_static", ("input_scale",))
     if isinstance(q, NarrowFloat) and q.kind == "e4m3fn":
@@ -261,6 +287,9 @@ def dump(q: Any) -> Parts:
     if kind == "nvfp4":
         whole = np.asarray(q.global_scale)
         return {"weight": codes.view(np.uint8), "weight_scale": scale.view(E4M3), "weight_scale_2": whole, **extras}
+    if kind == "int4":
+        nibbles = (np.asarray(q.unpack()) & 15).astype(np.uint8)
+        return {"weight": nibbles[0::2] | nibbles[1::2] << 4, "weight_scale": scale, **extras}
     rank = q.source.get("rank")
     if rank == 4:
         scale = scale[:, None, :, None]
@@ -305,7 +334,7 @@ class NVFP4:
 FORMAT = Format(
     name=NAME,
     methods=(NAME, "modelopt_fp4", "modelopt_fp8", "modelopt_mixed"),
-    title="NVIDIA ModelOpt: NVFP4, FP8, INT8, mixed",
+    title="NVIDIA ModelOpt: NVFP4, FP8, INT8, INT4 AWQ, mixed",
     parse=parse,
     markers=("weight_scale",),
     suffixes=("weight_scale_2",),

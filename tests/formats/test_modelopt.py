@@ -105,8 +105,8 @@ def test_awq_scales_inputs_whether_they_are_quantized_or_not():
 def test_errors():
     with pytest.raises(FormatError, match="no quant_algo"):
         parse({"quant_method": "modelopt"}, Context())
-    with pytest.raises(UnsupportedError, match="quant_algo 'W4A16_AWQ' is not read here"):
-        parse(config("W4A16_AWQ"), Context())
+    with pytest.raises(UnsupportedError, match="quant_algo 'W4A8_AWQ' is not read here"):
+        parse(config("W4A8_AWQ"), Context())
     good = {
         "weight": np.zeros((2, 8), np.uint8),
         "weight_scale": np.ones((2, 1), E4M3),
@@ -150,3 +150,36 @@ def test_quantize():
             np.testing.assert_allclose(got, nearest, atol=1e-5)
     parts = {f"{NAME}.{k}": v for k, v in FORMAT.dump(q).items()}
     assert_same(read(FORMAT, parts, jq.NVFP4().config(["lm_head"]))[NAME].dequantize(), q.dequantize())
+
+
+def test_int4_awq():
+    """Two output rows to a byte, the even one in the low nibble, as `pack_int4_in_uint8` of modelopt lays them out."""
+    rng = np.random.default_rng(4)
+    codes = rng.integers(-8, 8, (6, 256))
+    stored = np.zeros((3, 256), np.uint8)
+    for r in range(3):
+        stored[r] = (codes[2 * r] & 15) | (codes[2 * r + 1] & 15) << 4
+    scale = rng.random((6, 2)).astype(np.float32)
+    parts = {f"{NAME}.weight": stored, f"{NAME}.weight_scale": scale}
+    want = (codes.astype(np.float32) * np.repeat(scale, 128, axis=1)).astype(BF16)
+    q = read(FORMAT, parts, config("W4A16_AWQ"))[NAME]
+    assert_same(q.dequantize(), want)
+    parts[f"{NAME}.pre_quant_scale"] = rng.random(256).astype(BF16)
+    prepared = read(FORMAT, parts, config("w4a16_awq"))[NAME]
+    x = rng.standard_normal((3, 256)).astype(np.float32)
+    y = (x * parts[f"{NAME}.pre_quant_scale"].astype(np.float32)) @ want.astype(np.float32).T
+    np.testing.assert_allclose(np.asarray(jq.matmul(x, prepared)), y, rtol=1e-4, atol=1e-4)
+
+
+def test_static_int8_inputs():
+    rng = np.random.default_rng(5)
+    parts = {
+        f"{NAME}.weight": rng.integers(-128, 128, (8, 64)).astype(np.int8),
+        f"{NAME}.weight_scale": rng.random(8).astype(np.float32),
+        f"{NAME}.input_scale": np.asarray(0.03, np.float32),
+    }
+    q = read(FORMAT, parts, config("W8A8_SQ_PER_CHANNEL"))[NAME]
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    rounded = np.clip(np.rint(x / np.float32(0.03)), -128, 127) * np.float32(0.03)
+    want = rounded @ np.asarray(q.dequantize("float32")).T
+    np.testing.assert_allclose(np.asarray(jq.matmul(x, q)), want, rtol=1e-3, atol=0.1)
