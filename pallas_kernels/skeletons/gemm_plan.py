@@ -30,7 +30,8 @@ class Config:
       blocks: blocks to launch.
       m_group: tiles of x that neighbouring blocks take before they go on to the next rows of the weight; 0: all.
       even: pairs of blocks get even numbers of units of 64 rows of the weight, the odd one shared along K.
-      ahead: decode runs ahead of the tensor core from step to step of the ring.
+      ahead: decode runs ahead of the tensor core from step to step of the ring; without it each step ends with a wait,
+        and the assembler is free to decode more than one k16 at once (better up to 64 rows of x, and often to 128).
     """
 
     tile_m: int = 256
@@ -138,6 +139,14 @@ class Plan:
     def sums(self) -> int:
         """Accumulators of a thread."""
         return self.config.tile_m // 2
+
+    @property
+    def fetch_early(self) -> bool:
+        """Whether the next step's codes are read before the last wgmma of a step, not behind it. Measured on an H100:
+        1 to 8 % faster where this holds, 1 % slower elsewhere.
+        """
+        c = self.config
+        return c.ahead and (c.wn == 1 or (c.chunks == 1 and c.wn < 4)) and not (c.tile_m == 256 and c.share > 1)
 
     @property
     def epilogue_rows(self) -> int:

@@ -64,38 +64,51 @@ class Sums(Block):
         table = self.at["tables"] + self.lane * 4
         return scaled_fragment(form, plan.dtype, words[i * per : (i + 1) * per], params[group], table, magic)
 
-    def begin(self, slot: Int, parity: Int) -> dict[str, list[Any]]:
-        """What the first wgmma of a step needs: its weights, and the words and parameters of the rest."""
+    def fetch(self, slot: Int, parity: Int) -> dict[str, list[Any]]:
+        """This thread's codes and parameters of a step, once they are there."""
         ptx.barrier_wait(self.full + slot * 8, parity)
         ptx.sync_warp()
         words = ptx.chain(*(self.words(slot, i) for i in range(self.plan.config.chunks)))
-        params = self.params(slot)
-        return {"a": self.fragment(0, words, params, self.magic()), "words": words, "params": params}
+        return {"words": words, "params": self.params(slot)}
 
     def step(
-        self, sums: list[Any], ready: dict[str, list[Any]], slot: Int, before: Int | None = None, halves: bool = False
-    ) -> list[Any]:
-        """Issues the wgmmas of a step, and releases the slot of the step before it once that has been read."""
+        self, sums: list[Any], ready: dict[str, list[Any]], slot: Int, before: Int | None = None, after: Any = None
+    ) -> tuple[list[Any], Any]:
+        """Issues the wgmmas of a step.
+
+        Args:
+          ready: codes and parameters, and "a", the weights of the first wgmma, if they are decoded already.
+          before: the slot of the step before it, to release once the tensor core has read it.
+          after: slot and parity of the next step.
+
+        Returns:
+          The sums, and the codes and parameters of the next step if the plan wants them before the last wgmma.
+        """
         plan = self.plan
         count = 4 * plan.config.chunks
+        part = min(count // 2, 4)
         x = self.at["x"] + slot * plan.x_bytes
-        a, magic = ready["a"], [None, self.magic()]
+        words, params = ready["words"], ready["params"]
+        a = ready.get("a") or self.fragment(0, words, params, self.magic())
+        magic, following = [None, self.magic()], None
         for i in range(count):
+            if after is not None and i == count - 1 and plan.fetch_early:
+                following = self.fetch(*after)
             if i:
-                a = self.fragment(i, ready["words"], ready["params"], magic[i])
+                a = self.fragment(i, words, params, magic[i])
             if i % 4 == 0:
                 b = hopper.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
             hopper.wgmma_fence()
             sums = hopper.wgmma(sums, a, hopper.advance(b, 32 * (i % 4)) if i % 4 else b, plan.dtype)
             magic.append(self.magic() if i + 2 < count else None)
-            if halves and i == count // 2 - 1:
+            if plan.config.ahead and (i + 1) % part == 0 and i + 1 < count:
                 hopper.wgmma_commit()
                 hopper.wgmma_wait(1)
-                if before is not None:
+                if before is not None and i + 1 == part:
                     self.release(before)
                     ptx.sync_warp()
         hopper.wgmma_commit()
-        return sums
+        return sums, following
 
     def multiply(self, slot: Int, parity: Int, steps: Int) -> tuple[list[Any], list[Int]]:
         """y^T of a unit: sums over `steps` steps from this slot on, and the slot behind them."""
@@ -105,7 +118,7 @@ class Sums(Block):
 
             def alone(_: Int, carry: list[Any]) -> list[Any]:
                 sums, (slot, parity) = carry[:count], carry[count:]
-                sums = self.step(sums, self.begin(slot, parity), slot)
+                sums, _ = self.step(sums, self.fetch(slot, parity), slot)
                 hopper.wgmma_wait(0)
                 self.release(slot)
                 ptx.sync_warp()
@@ -120,12 +133,15 @@ class Sums(Block):
             return [*ready["a"], *ready["words"], *ptx.chain(*ptx.chain(*ready["params"]))]
 
         def turn(sums: list[Any], ready: Any, slot: Int, parity: Int, before: Int | None) -> list[Any]:
-            sums = self.step(sums, ready, slot, before, True)
+            following = self.after(slot, parity)
+            sums, fetched = self.step(sums, ready, slot, before, following)
             hopper.wgmma_wait(1)
-            following, parity = self.after(slot, parity)
-            return [*sums, *flat(self.begin(following, parity)), following, parity, slot]
+            fetched = fetched or self.fetch(*following)
+            first = self.fragment(0, fetched["words"], fetched["params"], self.magic())
+            return [*sums, *flat({"a": first, **fetched}), *following, slot]
 
-        ready = self.begin(slot, parity)
+        ready = self.fetch(slot, parity)
+        ready["a"] = self.fragment(0, ready["words"], ready["params"], self.magic())
 
         def unflat(values: list[Any]) -> dict[str, list[Any]]:
             it = iter(values)
@@ -139,7 +155,7 @@ class Sums(Block):
         values = turn(zero, ready, slot, parity, None)
         values = ptx.loop(1, steps - 1, 1, values, body)
         slot, parity, before = values[-3:]
-        sums = self.step(values[:count], unflat(values[count:-3]), slot, before, True)
+        sums, _ = self.step(values[:count], unflat(values[count:-3]), slot, before)
         hopper.wgmma_wait(0)
         self.release(slot)
         ptx.sync_warp()
