@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import math
 
-from pallas_kernels.decode import DECODES
-from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form
+from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS
+from pallas_kernels.skeletons.plan import SMEM_BYTES, Launch, groups_of, offsets
 
-SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
 PRODUCER_REGISTERS = 40
 # registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
 CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104}
@@ -47,15 +46,10 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Launch):
     """Everything static about one launch."""
 
-    m: int
-    n: int
-    k: int
-    form: Form
     config: Config
-    dtype: str
 
     @property
     def span(self) -> int:
@@ -97,7 +91,7 @@ class Plan:
 
     @property
     def step_groups(self) -> int:
-        return max(1, self.span // self.form.group) if self.form.group else 1
+        return groups_of(self.form, self.span)
 
     @property
     def x_bytes(self) -> int:
@@ -173,7 +167,7 @@ class Plan:
 
     @property
     def fixed_bytes(self) -> int:
-        return self.y_bytes + self.inbox_bytes + DECODES[self.form.kind].shared_bytes(self.form) + 1024
+        return self.y_bytes + self.inbox_bytes + self.table_bytes + 1024
 
     @property
     def stages(self) -> int:
@@ -182,26 +176,14 @@ class Plan:
 
     @functools.cached_property
     def layout(self) -> dict[str, int]:
-        at, out = 0, {}
-
-        def put(name: str, nbytes: int) -> None:
-            nonlocal at
-            out[name] = at
-            at += -(-nbytes // 1024) * 1024
-
         s = self.stages
-        put("x", s * self.x_bytes)
-        put("codes", s * self.code_bytes)
-        for name, nbytes in zip(("scales", "zeros"), self.param_bytes):
-            put(name, s * nbytes)
-        put("y", self.y_bytes)
-        put("inbox", self.inbox_bytes)
-        put("tables", DECODES[self.form.kind].shared_bytes(self.form))
-        put("barriers", 8 * (2 * s + 3))
+        sizes = {"x": s * self.x_bytes, "codes": s * self.code_bytes}
+        sizes |= {name: s * nbytes for name, nbytes in zip(("scales", "zeros"), self.param_bytes)}
+        sizes |= {"y": self.y_bytes, "inbox": self.inbox_bytes, "tables": self.table_bytes, "barriers": 8 * (2 * s + 3)}
+        out = offsets(sizes, 1024)
         out["magic"] = out["barriers"] + 8 * (2 * s + 2)
         if self.config.even:
             out["inbox"] = out["x"]  # used when the ring is not any more
-        out["bytes"] = at
         return out
 
     def reason(self) -> str | None:
@@ -217,8 +199,8 @@ class Plan:
             return f"tile of {c.tile_m} rows of x with share {c.share} and split {c.split}"
         if c.even and (c.share > 1 or c.split > 1 or c.tile_m % 32 or self.m_tiles > c.blocks // 2):
             return f"even pairs with tiles of {c.tile_m} rows of x, share {c.share} and split {c.split}"
-        if c.ahead and self.steps < 2 * self.cluster:
-            return f"{self.steps} steps along K for {self.cluster} blocks that decode ahead"
+        if self.steps < (2 * self.cluster if c.ahead else 2 * c.even):
+            return f"{self.steps} steps along K for {self.cluster} blocks"
         if self.stages < 2 or self.layout["bytes"] > SMEM_BYTES:
             return f"{self.layout['bytes']} bytes of shared memory"
         return None

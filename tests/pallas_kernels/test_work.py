@@ -63,3 +63,9 @@ def test_every_step_once(plain_integers, m, n, k, config):
         assert set(seen) == wanted
         groups = plan.tiles // plan.m_tiles
         assert longest <= (-(-plan.units // groups) + 1) / 2 * plan.steps
+
+
+def test_too_few_steps_are_refused():
+    assert "1 steps" in Plan(64, 256, 128, Form(), EVEN, "bf16").reason()
+    assert "1 steps" in Plan(64, 256, 128, Form(), Config(64, 2, 2), "bf16").reason()
+    assert Plan(64, 256, 128, Form(), Config(64, 2, 2, ahead=False), "bf16").reason() is None

@@ -1,0 +1,49 @@
+"""What the plans of all kernels have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pallas_kernels.decode import DECODES
+from pallas_kernels.form import Form
+
+SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch: y [m, n] = x [m, k] times the transposed weight [n, k].
+
+    Fields:
+      form: what the arrays of the weight mean.
+      config: knobs of the kernel.
+      dtype: type of x and y, "bf16" or "f16".
+    """
+
+    m: int
+    n: int
+    k: int
+    form: Form
+    config: Any
+    dtype: str
+
+    @property
+    def table_bytes(self) -> int:
+        """Tables of the decode function in shared memory."""
+        return DECODES[self.form.kind].shared_bytes(self.form)
+
+
+def groups_of(form: Form, span: int) -> int:
+    """Groups that `span` weights along K touch, where spans and groups divide one another."""
+    return max(1, span // form.group) if form.group else 1
+
+
+def offsets(sizes: Mapping[str, int], align: int) -> dict[str, int]:
+    """Offsets of areas that follow each other in shared memory, each on a multiple of `align`; "bytes" is the whole."""
+    at, out = 0, {}
+    for name, nbytes in sizes.items():
+        out[name] = at
+        at += -(-nbytes // align) * align
+    return out | {"bytes": at}
