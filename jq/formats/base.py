@@ -88,7 +88,8 @@ class Format:
       beside: suffixes of tensors that may lie beside a weight that is not quantized after all (scales of frozen or
         skipped layers); a model runs without them, saving keeps them.
       deferrable: `load` never returns None, so a lazy State may put it off.
-      evidence: "reference" (held against files of the original library) or "source" (from its source alone).
+      evidence: "reference" (held against files of the original library), "library" (against its code at work, no file of
+        it was at hand) or "source" (from its source alone).
     """
 
     name: str

@@ -10,7 +10,7 @@ top = 6 * 256 for the adaptive rules, 6 * 448 for "static_6", 4 * 448 for "stati
 the same way (`jq.activation_schemes.fouroversix`). Quantize: `jq.algorithms.fouroversix`.
 
 Source: github.com/mit-han-lab/fouroversix of 2026-04 (model/modules/linear.py, quantize/backend.py); no file of it was at
-hand. Only dtype "nvfp4" is read.
+hand, its PyTorch code runs on a CPU. Only dtype "nvfp4" is read.
 """
 
 from __future__ import annotations
@@ -219,5 +219,5 @@ FORMAT = Format(
     load=load,
     dump=dump,
     methods_table={"FourOverSix": FourOverSix},
-    evidence="source",
+    evidence="library",
 )

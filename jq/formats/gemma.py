@@ -165,5 +165,5 @@ FORMAT = Format(
     load=load,
     dump=dump,
     deferrable=False,
-    evidence="source",
+    evidence="library",
 )

@@ -9,7 +9,8 @@ Which tile order: `tune_metadata[module].template_id` of the config. Dequantize:
 taken back; transformers rotates the inputs with blocks of `hadamard_size` instead. Quantize: `jq.algorithms.higgs`.
 
 Source: transformers 5.23.0 integrations/higgs.py; flute-kernel 0.4.2, flute/utils.py (`pack`) and the templates that
-it ships. The library needs CUDA, no file of it was at hand. Only templates of that version are known.
+it ships. The library needs CUDA, no file of it was at hand; its
+packing functions run on a CPU. Only templates of that version are known.
 """
 
 from __future__ import annotations
@@ -316,5 +317,5 @@ FORMAT = Format(
     load=load,
     dump=dump,
     methods_table={"HIGGS": HIGGS},
-    evidence="source",
+    evidence="library",
 )

@@ -14,6 +14,11 @@ from importlib import resources
 from typing import Any
 
 COLUMNS = ("read", "write", "identical bits", "identical dequantize", "quantize", "GPU kernel", "torch adapter")
+_HELD_AGAINST = {
+    "reference": "files of the original library",
+    "library": "code of the original library",
+    "source": "its source alone",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,7 @@ def rows() -> list[FormatRow]:
             name=fmt.name,
             title=fmt.title,
             methods=fmt.methods,
-            held_against="files of the original library" if fmt.evidence == "reference" else "its source alone",
+            held_against=_HELD_AGAINST[fmt.evidence],
             cells={column: cell_text(counts.get(fmt.name, {}).get(column, {})) for column in COLUMNS},
         )
         for fmt in table().values()

@@ -48,7 +48,8 @@ def module(n: int, k: int, *, blocked: bool, top: int) -> tuple[dict[str, np.nda
 
 @pytest.mark.parametrize(("n", "k", "blocked"), [(128, 64, True), (100, 80, True), (256, 192, True), (64, 64, False)])
 @pytest.mark.parametrize(("rule", "top"), [("mse", 1536), ("static_6", 2688), ("static_4", 1792)])
-def test_decoding(n: int, k: int, blocked: bool, rule: str, top: int) -> None:
+def test_decoding(n: int, k: int, blocked: bool, rule: str, top: int, cell) -> None:
+    cell("fouroversix", "read", "write", "identical bits", "identical dequantize")
     parts, want = module(n, k, blocked=blocked, top=top)
     options = fouroversix.parse({"module_config_overrides": {"m": {"weight_scale_rule": rule}}}, CONTEXT)
     q = fouroversix.load("m", parts, options, CONTEXT)

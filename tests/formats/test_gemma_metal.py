@@ -20,7 +20,8 @@ def context(k: int, dtype: str = "bfloat16") -> Context:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_gemma_as_transformers(bits: int, dtype: str) -> None:
+def test_gemma_as_transformers(bits: int, dtype: str, cell) -> None:
+    cell("gemma", "read", "write", "identical bits", "identical dequantize")
     pytest.importorskip("torch", reason="torch is not installed")
     import torch
 

@@ -70,7 +70,8 @@ def higgs_module(bits: int, n: int, k: int) -> tuple[dict[str, np.ndarray], np.n
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_higgs(bits: int) -> None:
+def test_higgs(bits: int, cell) -> None:
+    cell("higgs", "read", "write", "identical bits")
     parts, want, config = higgs_module(bits, 512, 64)
     q = higgs.load("m", parts, higgs.parse(config, CONTEXT), CONTEXT)
     assert q.shape == (512, 64) and q.dtype == "float16"
@@ -117,7 +118,8 @@ def fp_quant_module(dtype: str, n: int = 8, k: int = 64) -> tuple[dict[str, np.n
 
 @pytest.mark.parametrize("dtype", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_fp_quant(dtype: str, padded: bool) -> None:
+def test_fp_quant(dtype: str, padded: bool, cell) -> None:
+    cell("fp_quant", "read", "write", "identical bits")
     parts, want = fp_quant_module(dtype)
     if padded:
         parts["scales"] = np.pad(parts["scales"], [(0, 120), (0, -parts["scales"].shape[1] % 4)], constant_values=7)

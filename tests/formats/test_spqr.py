@@ -96,11 +96,13 @@ def test_decoding(seed: int, tiles: tuple[int, int], interleaved: bool, perm: bo
     assert q.nbytes <= sum(a.nbytes for a in parts.values()) + 2 * n  # rows of codes end with whole bytes
 
 
-def test_a_last_tile_that_is_not_full() -> None:
+def test_a_last_tile_that_is_not_full(cell) -> None:
+    cell("spqr", "read", "write", "identical bits", "identical dequantize")
     parts, want = checkpoint(0, 16, 40, interleaved=False, perm=False, outliers=5)
     context = Context(config={"hidden_size": 40}, label="test")
     q = spqr.load("m.q_proj", parts, spqr.Options(), context)
     np.testing.assert_array_equal(np.asarray(q.dequantize()), want)
+    assert all(array.tobytes() == parts[name].tobytes() for name, array in spqr.dump(q.to_jax()).items())
 
 
 @pytest.mark.parametrize(
