@@ -13,6 +13,7 @@ program. The bound is the time of reading all weights once a step. torch.compile
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import functools
 import gc
@@ -27,6 +28,7 @@ from typing import Any
 
 # A loop body of few kernels is worth a command buffer too; read once, when the backend starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_gpu_graph_min_graph_size=1")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # the torch peer runs beside this process
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
@@ -155,7 +157,7 @@ def many_steps(
 def _step(model: Any, cache: Any, token: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
     positions = jnp.broadcast_to(slot, (token.shape[0], 1))
     hidden, cache = model.model(token[:, None], positions, None, cache, slot)
-    logits = decoder.head(model.model, model.lm_head, hidden[:, 0])
+    logits = decoder.head(model.model, model.lm_head, hidden[:, 0], step=True)
     return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), slot + 1
 
 
@@ -168,32 +170,50 @@ def best_of(f: Any, runs: int) -> float:
     return min(times)
 
 
-def compile_both(function: Any, *args: Any) -> tuple[Any, float, float]:
-    """(executable, cold seconds, seconds of a second process, by JAX's persistent cache)."""
-    start = time.perf_counter()
-    function.lower(*args).compile()
-    cold = time.perf_counter() - start
+Program = tuple[Any, tuple]  # a jitted function and its arguments
+
+
+def compile_all(programs: list[Program]) -> list[tuple[Any, float]]:
+    """(executable, seconds of tracing, lowering and compiling) of each; compiled side by side."""
+    lowered = []
+    for function, args in programs:
+        start = time.perf_counter()
+        lowered.append((function.lower(*args), time.perf_counter() - start))
+
+    def finish(program: tuple[Any, float]) -> tuple[Any, float]:
+        start = time.perf_counter()
+        return program[0].compile(), program[1] + time.perf_counter() - start
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(finish, lowered))
+
+
+def compile_both(programs: list[Program]) -> list[tuple[Any, float, float]]:
+    """(executable, cold seconds, seconds of a second process, by JAX's persistent cache) of each."""
+    cold = compile_all(programs)
     jax.clear_caches()
-    start = time.perf_counter()
-    made = function.lower(*args).compile()
-    return made, cold, time.perf_counter() - start
+    return [(made, first, again) for (_, first), (made, again) in zip(cold, compile_all(programs), strict=True)]
 
 
-def decode_rows(model: Any, batch: int, context: int, count: int, loops: list[str]) -> list[dict]:
+def decode_rows(model: Any, batches: list[int], context: int, count: int, loops: list[str]) -> list[dict]:
     graph, state = decoder.split(model)
-    slots = steps.bucket(context + 2 * count, 128)
-    cache = jax.jit(lambda: model.model.empty_cache(batch, slots))()
-    token, slot = jnp.ones(batch, jnp.int32), jnp.int32(context)
+    slots, slot, many = steps.bucket(context + 2 * count, 128), jnp.int32(context), jnp.int32(count)
+    cases = [(batch, loop) for batch in batches for loop in loops]
+    shapes = {b: jax.eval_shape(functools.partial(model.model.empty_cache, b, slots)) for b in batches}
+    programs: list[Program] = []
+    for batch, loop in cases:
+        args = (graph, state, shapes[batch], jax.ShapeDtypeStruct((batch,), jnp.int32), slot)
+        programs.append((one_step, args) if loop == "host" else (many_steps, (*args, many)))
     rows = []
-    for loop in loops:
-        function, args = (one_step, ()) if loop == "host" else (many_steps, (jnp.int32(count),))
-        run, cold, warm = compile_both(function, graph, state, cache, token, slot, *args)
+    for (batch, loop), (run, cold, warm) in zip(cases, compile_both(programs), strict=True):
+        cache = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[batch])
+        token, rest = jnp.ones(batch, jnp.int32), () if loop == "host" else (many,)
 
         def tokens() -> Any:
             nonlocal cache
-            t, s = token, slot
+            t, s = token, slot  # noqa: B023
             for _ in range(count if loop == "host" else 1):  # noqa: B023
-                cache, t, s = run(state, cache, t, s, *args)  # noqa: B023
+                cache, t, s = run(state, cache, t, s, *rest)  # noqa: B023
             return t
 
         tokens()
@@ -329,12 +349,11 @@ def main() -> None:
             model = model_of(kind, head, options.layers)
             step_s = weight_bytes(model) / 1e9 / ROOFLINE_GBS.get(short, 3110.0)
             prefill = prefill_seconds(model, 2048)
-            for batch in options.batch:
-                for row in decode_rows(model, batch, options.context, options.tokens, options.loop):
-                    bound = {"bound_tok_s": batch / step_s, "prefill_2048_s": prefill, "peers": {}}
-                    rows.append({"weights": kind, "head": head, **row, **bound})
-                    print(json.dumps(rows[-1]), flush=True)
-                    write()
+            for row in decode_rows(model, options.batch, options.context, options.tokens, options.loop):
+                bound = {"bound_tok_s": row["batch"] / step_s, "prefill_2048_s": prefill, "peers": {}}
+                rows.append({"weights": kind, "head": head, **row, **bound})
+                print(json.dumps(rows[-1]), flush=True)
+                write()
             del model
             gc.collect()
     jax.clear_caches()

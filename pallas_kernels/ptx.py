@@ -155,6 +155,18 @@ def loop(start: Any, stop: Any, step: Any, carry: Sequence[Any], body: Any) -> l
     return wrap(op.results)
 
 
+def fix_name(name: str) -> None:
+    """Names the kernel that is being traced, for Mosaic's dumps.
+
+    Mosaic would name it by the number of kernels that the process has lowered before, and that name is part of the key
+    of JAX's persistent compilation cache.
+    """
+    op = ir.InsertionPoint.current.block.owner
+    while op.parent is not None:
+        op = op.parent
+    op.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
+
+
 def constant(value: float) -> ir.Value:
     return arith.constant(f32(), ir.FloatAttr.get(f32(), float(value)))
 
@@ -173,6 +185,42 @@ def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
 
 def mul(a: ir.Value, b: ir.Value) -> ir.Value:
     return asm([f32()], "mul.rn.f32 $0, $1, $2;", a, b, pure=True)[0]
+
+
+def maximum(a: ir.Value, b: ir.Value) -> ir.Value:
+    return asm([f32()], "max.f32 $0, $1, $2;", a, b, pure=True)[0]
+
+
+def exp2(a: ir.Value) -> ir.Value:
+    """2 ** a with a relative error of 2**-22; 0 for -inf."""
+    return asm([f32()], "ex2.approx.ftz.f32 $0, $1;", a, pure=True)[0]
+
+
+def tanh(a: ir.Value) -> ir.Value:
+    """Relative error of 2**-11: a quarter of bfloat16's rounding. One instruction where a quotient of powers is ten."""
+    return asm([f32()], "tanh.approx.f32 $0, $1;", a, pure=True)[0]
+
+
+def reciprocal(a: ir.Value) -> ir.Value:
+    return asm([f32()], "rcp.rn.f32 $0, $1;", a, pure=True)[0]
+
+
+def rsqrt(a: ir.Value) -> ir.Value:
+    """1 / sqrt(a) with a relative error of 2**-22."""
+    return asm([f32()], "rsqrt.approx.f32 $0, $1;", a, pure=True)[0]
+
+
+def shuffle_xor(value: ir.Value, mask: int) -> ir.Value:
+    """The value of lane `lane ^ mask` (float32); for whole warps."""
+    return asm([f32()], f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, 0xffffffff;", value)[0]
+
+
+def unpack_pair(pair: Any, dtype: str) -> list[ir.Value]:
+    """The two 16-bit floats of a register as float32."""
+    if dtype == "bf16":
+        return [as_float(Int(pair) << 16), as_float(Int(pair) & 0xFFFF0000)]
+    text = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+    return asm([f32()] * 2, text, pair, pure=True)
 
 
 def as_float(bits: Any) -> ir.Value:
@@ -224,6 +272,38 @@ def load_global(pointer: ir.Value, kind: str) -> ir.Value:
     if kind == "u16":
         return asm([i32()], "{ .reg .u16 h; ld.global.nc.u16 h, [$1]; cvt.u32.u16 $0, h; }", pointer)[0]
     return asm([{"u32": i32(), "f32": f32()}[kind]], f"ld.global.nc.{kind} $0, [$1];", pointer)[0]
+
+
+def load_words(pointer: ir.Value, count: int = 4) -> list[ir.Value]:
+    """`count` (1, 2, 4) 32-bit words from global memory, through the cache that sees this kernel's stores."""
+    vector = {1: "", 2: ".v2", 4: ".v4"}[count]
+    names = ", ".join(f"${i}" for i in range(count))
+    names = f"{{{names}}}" if count > 1 else names
+    return asm([i32()] * count, f"ld.global{vector}.b32 {names}, [${count}];", pointer)
+
+
+def load_stream(pointer: ir.Value) -> list[ir.Value]:
+    """Four 32-bit words of data that is read once; L2 fetches the 256 bytes around them, which are wanted next."""
+    text = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];"
+    return asm([i32()] * 4, text, pointer)
+
+
+def store_rounded(pointer: ir.Value, value: ir.Value, dtype: str) -> None:
+    """A float32 value as one 16-bit float to global memory."""
+    asm([], f"{{ .reg .b16 h; cvt.rn.{dtype}.f32 h, $1; st.global.b16 [$0], h; }}", pointer, value)
+
+
+def store_words(pointer: ir.Value, values: Sequence[Any]) -> None:
+    """1, 2 or 4 32-bit words to global memory."""
+    vector = {1: "", 2: ".v2", 4: ".v4"}[len(values)]
+    names = ", ".join(f"${i + 1}" for i in range(len(values)))
+    names = f"{{{names}}}" if len(values) > 1 else names
+    asm([], f"st.global{vector}.b32 [$0], {names};", pointer, *values)
+
+
+def prefetch(pointer: ir.Value) -> None:
+    """Asks for the 32 bytes around an address of global memory to be brought into L2."""
+    asm([], "prefetch.global.L2 [$0];", pointer)
 
 
 def load_matrices(address: Int) -> list[ir.Value]:
@@ -338,8 +418,50 @@ def bulk_copy(target: Int, source: ir.Value, nbytes: Any, barrier: Int, policy: 
         asm([], f"{text}.L2::cache_hint [$0], [$1], $2, [$3], $4;", target, source, nbytes, barrier, policy)
 
 
+def bulk_copies(
+    copies: Sequence[tuple[Int, ir.Value, int, ir.Value | None]],
+    barrier: Int,
+    condition: ir.Value,
+    after: Sequence[ir.Value] = (),
+) -> None:
+    """Several copies as `bulk_copy`, announced on the barrier, by one lane of a converged warp, if a condition holds.
+
+    One block of PTX: `elect.sync` tells ptxas that a single lane is active. Under a comparison of the lane's number it
+    makes a loop over lanes around each copy.
+
+    Args:
+      copies: (target, source, bytes, policy) each.
+      after: 32-bit values loaded from the targets before. The copies leave when these have arrived. Nothing else orders
+        a load that still waits in its queue and a copy that overwrites what it reads (seen: wrong products where loads
+        were many and the copies found their data in L2).
+    """
+    go = select(condition, 1, 0)
+    if after:
+        zero = special("ctaid.z")  # what ptxas does not know
+        bits = asm([i32()], "mov.b32 $0, $1;", after[0], pure=True)[0]
+        for value in after[1:]:
+            bits = asm([i32()], "or.b32 $0, $1, $2;", bits, value, pure=True)[0]
+        go = Int(asm([i32()], "lop3.b32 $0, $1, $2, $3, 0xEA;", bits, zero, go, pure=True)[0])  # (bits & 0) | go
+    operands: list[Any] = [barrier, sum(size for _, _, size, _ in copies), go]
+    lines = ["mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"]
+    for target, source, size, policy in copies:
+        at = len(operands)
+        operands += [target, source] if policy is None else [target, source, policy]
+        hint, operand = ("", "") if policy is None else (".L2::cache_hint", f", ${at + 2}")
+        text = f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{hint}"
+        lines.append(f"{text} [${at}], [${at + 1}], {size}, [$0]{operand};")
+    body = " ".join(f"@p {line}" for line in lines)
+    text = "{ .reg .pred p, q; elect.sync _|p, 0xFFFFFFFF; setp.ne.b32 q, $2, 0; and.pred p, p, q; "
+    asm([], text + body + " }", *operands)
+
+
 def chain(*parts: Sequence[Any]) -> list[Any]:
     return list(itertools.chain(*parts))
+
+
+def transpose_pairs(pairs: ir.Value) -> ir.Value:
+    """An 8x8 matrix of 16-bit values, two neighbours of row lane / 4 a lane, transposed over the lanes of a warp."""
+    return asm([i32()], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", pairs)[0]
 
 
 def pack_pair(low: ir.Value, high: ir.Value, dtype: str) -> ir.Value:

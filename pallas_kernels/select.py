@@ -112,7 +112,7 @@ def tilings(m: int, form: Form, multiprocessors: int) -> Iterator[gemm.Config]:
             continue
         one = tile_m > 128 or tile_m * wn > 256 + 128 * (wn < 4) or (form.group and form.group % CHUNK)
         for (share, split, even), ahead in itertools.product(CLUSTERS, (False, True)):
-            if ahead != (tile_m > 64) and not 64 < tile_m <= 128:
+            if ahead and tile_m <= 64:
                 continue
             blocks = whole_clusters(multiprocessors, share * split)
             yield gemm.Config(tile_m, wn, 1 if one else 2, 0, share, split, blocks, 0, even, ahead)

@@ -32,7 +32,7 @@ from pallas_kernels.timing import Jobs, copies, median_us, supervise
 # Linear layers of 8B and 70B models: square, fused q/k/v, fused gate/up, down, and gate/up of 70B.
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (6144, 4096))
 FORMS = {"affine": Form(), "codebook": Form("codebook", 4, 64, "bf16")}
-ROWS = {"affine": (1, 8, 16, 32, 64, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192), "codebook": (1,)}
+ROWS = {"affine": (1, 8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192), "codebook": (1,)}
 MAX_ERROR = 1e-2
 TYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jq.models import attention, kv_cache, rope
+from jq.models import attention, kernels, kv_cache, rope
 from jq.models.experts import ExpertMLP, StackedExpertMLP
 from jq.models.reader import Reader
 from jq.models.spec import DecoderSpec, LayerSpec
-from jq.nn import Embedding, Linear
+from jq.nn import Embedding, Linear, RMSNorm
+from jq.qtensor import QTensor
 
 # Computed in float32 and rounded once: XLA rounds every step inside a 16-bit silu, PyTorch does not.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -73,26 +74,34 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
+        norm: RMSNorm | None,
         x: jax.Array,
+        delta: jax.Array | None,
         tables: Tables,
         starts: jax.Array | None,
         cache: tuple[kv_cache.Buffer, kv_cache.Buffer] | None = None,
         slot: Any = None,
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, hidden] -> ([B, T, hidden], new cache).
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Attention of norm(x + delta): x [B, T, hidden] -> (its output [B, T, hidden], x + delta, new cache).
 
         Without a slot the T tokens are a whole sequence (written to slots 0..T-1 of a cache, where there is one). With
         a slot they follow what the cache holds before it.
         """
-        spec = self.spec
-        q, k, v = self._project(x)
+        spec, length = self.spec, x.shape[1]
+        step = slot is not None and length == 1
+        parts, total = self._project(norm, x, delta, step)
+        if step:
+            assert cache is not None
+            done = self._step(parts, tables, starts, cache, slot)
+            if done is not None:
+                return kernels.product(self.o_proj, done[0], step), total, done[1]
+        q, k, v = self._heads(parts)
         if self.layer.rope is not None:
             cos, sin = tables[self.layer.rope]
             q, k = rope.rotate(q, cos, sin).astype(x.dtype), rope.rotate(k, cos, sin).astype(x.dtype)
         k_scale, v_scale = self._scales()
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, kv_heads, T, head_dim]
         new = kv_cache.encode(self.cache_dtype, k, k_scale), kv_cache.encode(self.cache_dtype, v, v_scale)
-        length = x.shape[1]
         if slot is None:
             keys, values = new
             queries = jnp.arange(length)
@@ -109,26 +118,71 @@ class Attention(nnx.Module):
             kv_cache.decode(keys, k_scale, x.dtype),
             kv_cache.decode(values, v_scale, x.dtype),
             mask,
-            scale=spec.attention_scale or spec.head_dim**-0.5,
+            scale=self._scale,
             softcap=spec.attention_softcap,
             sinks=None if self.sinks is None else self.sinks.get_value(),
         )
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)), cache
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), total, cache
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, T, heads, head_dim], k and v [B, T, kv_heads, head_dim], normed where the family does."""
+    @property
+    def _scale(self) -> float:
+        return self.spec.attention_scale or self.spec.head_dim**-0.5
+
+    def _step(
+        self,
+        parts: tuple[jax.Array, ...],
+        tables: Tables,
+        starts: jax.Array | None,
+        cache: tuple[kv_cache.Buffer, kv_cache.Buffer],
+        slot: Any,
+    ) -> tuple[jax.Array, Any] | None:
+        """One token a row by the GPU kernel: (output before o_proj, new cache), None where it does not apply."""
+        spec, layer = self.spec, self.layer
+        return kernels.attention(
+            parts,
+            cache,
+            None if layer.rope is None else tables[layer.rope],
+            slot,
+            starts,
+            None if self.sinks is None else self.sinks.get_value(),
+            packed=_is_packed(self.o_proj),
+            heads=spec.num_heads,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            scale=self._scale,
+            window=layer.window,
+            softcap=spec.attention_softcap,
+        )
+
+    def _project(
+        self, norm: RMSNorm | None, x: jax.Array, delta: jax.Array | None, step: bool
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """(q, k and v of norm(x + delta), normed where the family does, as three arrays or one of all; x + delta)."""
         spec = self.spec
-        wide, narrow = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         if self.fused:
-            q, k, v = jnp.split(self.qkv_proj(x), [wide, wide + narrow], axis=-1)
+            y, x = kernels.norm_product(norm, self.qkv_proj, x, delta, step)
+            if not spec.qk_norm:
+                return (y,), x
+            q, k, v = self._split(y)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            h, x = kernels.normed(norm, x, delta, step, _is_packed(self.q_proj))
+            q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if spec.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (a.reshape(*a.shape[:-1], -1, spec.head_dim) for a in (q, k, v))
         if spec.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+            shapes = q.shape, k.shape
+            q, k = (a.reshape(*a.shape[:-1], -1, spec.head_dim) for a in (q, k))
+            q, k = self.q_norm(q).reshape(shapes[0]), self.k_norm(k).reshape(shapes[1])
+        return (q, k, v), x
+
+    def _split(self, y: jax.Array) -> list[jax.Array]:
+        wide, narrow = self.spec.num_heads * self.spec.head_dim, self.spec.num_kv_heads * self.spec.head_dim
+        return jnp.split(y, [wide, wide + narrow], axis=-1)
+
+    def _heads(self, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """q [B, T, heads, head_dim], k and v [B, T, kv_heads, head_dim]."""
+        three = parts if len(parts) == 3 else self._split(parts[0])
+        return tuple(a.reshape(*a.shape[:-1], -1, self.spec.head_dim) for a in three)
 
     def _scales(self) -> tuple[jax.Array | None, jax.Array | None]:
         return (
@@ -172,13 +226,23 @@ class MLP(nnx.Module):
         setattr(self, down, read.linear(f"{path}.{down}", (hidden, width), spec.mlp_bias))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.normed(None, x, None)[0]
+
+    def normed(
+        self, norm: RMSNorm | None, x: jax.Array, delta: jax.Array | None, step: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """(the MLP of norm(x + delta), x + delta); `step`: one token a row is decoded."""
         gate_name, up_name, down_name = self.names
+        down, activation = getattr(self, down_name), ACTIVATIONS[self.activation]
         if self.fused:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        else:
-            gate, up = getattr(self, gate_name)(x), getattr(self, up_name)(x)
-        gate = ACTIVATIONS[self.activation](gate.astype(jnp.float32)).astype(x.dtype)
-        return getattr(self, down_name)(gate * up)
+            made = kernels.norm_gate(norm, self.gate_up_proj, x, delta, self.activation, step)
+            if made is not None:
+                return kernels.product(down, made[0], step), made[1]
+            gate_up, x = kernels.norm_product(norm, self.gate_up_proj, x, delta, step)
+            return kernels.gated_product(down, gate_up, self.activation, activation, step), x
+        h, x = kernels.normed(norm, x, delta, step, _is_packed(down))
+        gate, up = getattr(self, gate_name)(h), getattr(self, up_name)(h)
+        return down(activation(gate.astype(jnp.float32)).astype(x.dtype) * up), x
 
 
 class DecoderLayer(nnx.Module):
@@ -206,22 +270,35 @@ class DecoderLayer(nnx.Module):
         if spec.sandwich or spec.post_norm:
             self.post_feedforward_layernorm = read.norm(f"{path}.post_feedforward_layernorm", spec.hidden_size)
 
-    def __call__(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Any]:
-        """x [B, T, hidden] and the arguments of `Attention` -> ([B, T, hidden], new cache)."""
+    def __call__(self, x: jax.Array, delta: jax.Array | None, *context: Any) -> tuple[jax.Array, jax.Array, Any]:
+        """One layer on the residual x + delta.
+
+        Args:
+          x: [B, T, hidden].
+          delta: what the layer before adds to it (the sum belongs to the norm that follows), None before the first.
+          context: the other arguments of `Attention`.
+
+        Returns:
+          (x, delta, new cache): the residual behind this layer is x + delta.
+        """
         spec = self.spec
-        h, cache = self.self_attn(x if spec.post_norm else self.input_layernorm(x), *context)
+        step = len(context) == 4 and context[-1] is not None and x.shape[1] == 1
+        h, x, cache = self.self_attn(None if spec.post_norm else self.input_layernorm, x, delta, *context)
         if spec.sandwich or spec.post_norm:
             h = self.post_attention_layernorm(h)
-        x = x + _scaled(h, spec.residual_scale)
-        h = x
+        delta = _scaled(h, spec.residual_scale)
+        norm = None if spec.post_norm else self.post_attention_layernorm
         if spec.sandwich:
-            h = self.pre_feedforward_layernorm(x)
-        elif not spec.post_norm:
-            h = self.post_attention_layernorm(x)
-        h = getattr(self, self.mlp_name)(h)
+            norm = self.pre_feedforward_layernorm
+        mlp = getattr(self, self.mlp_name)
+        if isinstance(mlp, MLP):
+            h, x = mlp.normed(norm, x, delta, step)
+        else:
+            h, x = kernels.normed(norm, x, delta, step, _is_packed(self.self_attn.o_proj))
+            h = mlp(h)
         if spec.sandwich or spec.post_norm:
             h = self.post_feedforward_layernorm(h)
-        return x + _scaled(h, spec.residual_scale), cache
+        return x, _scaled(h, spec.residual_scale), cache
 
 
 class Decoder(nnx.Module):
@@ -246,21 +323,31 @@ class Decoder(nnx.Module):
         """ids and positions int32[B, T] -> ([B, T, hidden], new cache); see `Attention` for the rest."""
         x = _scaled(self.embed_tokens(ids), self.spec.embedding_scale)
         tables = tuple(rope.tables(r, positions) for r in self.spec.ropes)
-        new = []
+        new, delta = [], None
         for i, layer in enumerate(self.layers):
-            x, buffers = _run_layer(*split(layer), x, tables, starts, None if cache is None else cache[i], slot)
+            buffers = None if cache is None else cache[i]
+            x, delta, buffers = _run_layer(*split(layer), x, delta, tables, starts, buffers, slot)
             new.append(buffers)
-        return self.norm(x), None if cache is None else tuple(new)
+        step, packed = slot is not None and x.shape[1] == 1, _is_packed(self.layers[0].self_attn.o_proj)
+        return kernels.normed(self.norm, x, delta, step, packed)[0], None if cache is None else tuple(new)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         return tuple(layer.self_attn.empty_cache(batch, slots) for layer in self.layers)
 
 
-def head(decoder: Decoder, lm_head: Linear | None, hidden: jax.Array) -> jax.Array:
-    """Logits float32[..., V] of the decoder's output; `lm_head` None: tied to the embedding."""
+def head(decoder: Decoder, lm_head: Linear | None, hidden: jax.Array, step: bool = False) -> jax.Array:
+    """Logits float32[..., V] of the decoder's output.
+
+    Args:
+      lm_head: None: tied to the embedding.
+      step: one token a row is decoded.
+    """
     spec = decoder.spec
     table: Embedding = decoder.embed_tokens
-    logits = table.attend(hidden) if lm_head is None else lm_head(hidden)
+    if lm_head is None:
+        logits = kernels.tied_product(table, hidden, step)
+    else:
+        logits = kernels.product(lm_head, hidden, step)
     logits = logits.astype(jnp.float32)
     if spec.logits_divisor != 1.0:
         logits = logits / spec.logits_divisor
@@ -283,8 +370,12 @@ def join(graph: Any, state: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_layer(graph: Any, state: Any, x: jax.Array, *context: Any) -> tuple[jax.Array, Any]:
+def _run_layer(graph: Any, state: Any, x: jax.Array, *context: Any) -> tuple[jax.Array, jax.Array, Any]:
     return join(graph, state)(x, *context)
+
+
+def _is_packed(linear: Linear) -> bool:
+    return isinstance(linear.weight.get_value(), QTensor)
 
 
 def _scaled(x: jax.Array, factor: float) -> jax.Array:

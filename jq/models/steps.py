@@ -108,7 +108,7 @@ def decode(
         at = slot + i
         positions = jnp.maximum(at - starts, 0)[:, None]
         hidden, cache = model.model(token[:, None], positions, starts, cache, at)
-        scores = decoder.head(model.model, model.lm_head, hidden)[:, 0]
+        scores = decoder.head(model.model, model.lm_head, hidden, step=True)[:, 0]
         token = sampling.pick(scores, seen, settings, step + i, switches)
         token = jnp.where(done, settings.pad, token)
         ended = jnp.any(token[:, None] == settings.eos[None], axis=-1)

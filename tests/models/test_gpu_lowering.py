@@ -23,5 +23,10 @@ def test_decode_step_lowers_for_cuda(weights: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == 4
-    # Two layers share the kernels of their four products; the output matrix has one of its own.
-    assert all(f"{1 if weights == 'bf16' else 5} custom calls" in line for line in lines), lines
+    # Equal kernels of the two layers are one. Batch 1: six of a layer, norms made inside (the first without a sum),
+    # the last norm and the output matrix. Batch 32: XLA's products where weights are dense, norms of their own.
+    most = {("1", "bf16"): 9, ("32", "bf16"): 5}
+    for line in lines:
+        batch = line.split(" batch ")[1].split()[0]
+        count = int(line.split(" custom calls")[0].split()[-1])
+        assert count in (limit := most.get((batch, weights), 9), limit - 1), line
