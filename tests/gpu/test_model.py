@@ -13,7 +13,9 @@ import pytest
 from reference_dirs import directories
 
 pytestmark = pytest.mark.gpu
-REFERENCE = directories()
+# more checkpoints, by the paths of JAXQ_GPU_CHECKPOINTS
+MORE = [Path(p) for p in os.environ.get("JAXQ_GPU_CHECKPOINTS", "").split(os.pathsep) if p]
+REFERENCE = {**directories(), **{p.name: p for p in MORE}}
 NAMES = [
     n
     for n in (
@@ -25,7 +27,7 @@ NAMES = [
         "awq-gemm-g64",
     )
     if n in REFERENCE
-]
+] + [p.name for p in MORE]
 
 SCRIPT = """
 import json, sys
