@@ -49,6 +49,7 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     def body(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
         def kernel(ctx: Any, *refs: ir.Value) -> None:
+            ptx.fix_name("gemm_matmul")
             _Kernel(plan, ctx, dict(zip([*names, "y"], refs[:-1], strict=True)), ptx.shared_pointer(refs[-1])).run()
 
         kernel(*refs)
