@@ -198,14 +198,13 @@ def _grid(
 
 
 def _activation(prefix: str, parts: Parts, options: Options, grouping: Grouping, fused: bool) -> Activation | None:
-    if fused:
-        return None  # experts quantize their tokens after routing, in the model
     if options.activations == "static":
-        found = [s for s in EXTRAS if s in parts]
+        found = [s for s in (("_activation_scale",) if fused else EXTRAS) if s in parts]
         if not found:
             raise FormatError(f"{prefix}.activation_scale: missing; activation_scheme is static")
-        if parts[found[0]].size != 1:
-            raise FormatError(f"{prefix}.{found[0]}: found shape {parts[found[0]].shape}, expected one scale")
+        count = parts[""].shape[0] if fused else 1  # a scale for each expert
+        if parts[found[0]].size != count:
+            raise FormatError(f"{prefix}.{found[0]}: found shape {parts[found[0]].shape}, expected {count} values")
         return Activation("fp8_static", (found[0],))
     pairs: tuple[tuple[str, Any], ...] = (("cols", grouping.cols),)
     return Activation("fp8_block", (), (*pairs, ("pow2", True)) if grouping.cols == 32 else pairs)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jq import activations
 from jq.models.reader import Reader
 from jq.models.spec import DecoderSpec, Experts
 from jq.nn import Linear, product
@@ -123,18 +124,19 @@ class StackedExpertMLP(nnx.Module):
 
     def _expert(self, rows: jax.Array, i: Any) -> jax.Array:
         p = self.experts
-        both = _stacked_product(rows, p.gate_up_proj.get_value(), i) + p.gate_up_proj_bias.get_value()[i]
+        both = stacked_product(rows, p.gate_up_proj.get_value(), i) + p.gate_up_proj_bias.get_value()[i]
         gate, up = both[..., ::2], both[..., 1::2]
         gate = jnp.minimum(gate, self.spec.limit).astype(jnp.float32)
         up = jnp.clip(up, -self.spec.limit, self.spec.limit)
         hidden = (up + 1) * (gate * jax.nn.sigmoid(gate * self.spec.alpha)).astype(up.dtype)
-        return _stacked_product(hidden, p.down_proj.get_value(), i) + p.down_proj_bias.get_value()[i]
+        return stacked_product(hidden, p.down_proj.get_value(), i) + p.down_proj_bias.get_value()[i]
 
 
-def _stacked_product(x: jax.Array, weight: Any, i: Any) -> jax.Array:
+def stacked_product(x: jax.Array, weight: Any, i: Any) -> jax.Array:
     """x [M, K] times expert i of a stack: QTensor [E, N, K] or array [E, K, N]."""
     if isinstance(weight, QTensor):
-        return product(x, weight[i].dequantize(x.dtype))
+        one = weight[i]
+        return activations.matmul(x, one) if one.activation is not None else product(x, one.dequantize(x.dtype))
     return product(x, weight[i].T)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jq import activations
 from jq.errors import CheckpointError
 from jq.models.spec import DecoderSpec
 from jq.nn import Embedding, FusedLinear, Linear, Packed, QVar, RMSNorm, fuse, linear_of, lossless, prepared
@@ -125,7 +126,9 @@ class Reader:
             raise CheckpointError(f"{self.label}: {name}: found shape {tuple(value.shape)}, expected {expected}")
         if not isinstance(value, QTensor):
             return nnx.Param(self._compute(name, value)), None
-        if self.packed:
+        if value.activation is not None and not self.quantize_activations:
+            value = activations.without_quantization(value)
+        if self.packed or value.activation is not None:  # inputs are rounded to the grid of each expert's product
             return QVar(value), None
         return nnx.Param(jnp.swapaxes(value.dequantize(self.dtype), 1, 2)), Packed(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import jq
 from jq.errors import FormatError
 from jq.formats.base import Context
 from jq.formats.fp8 import FORMAT, parse
+from jq.models import experts
 from jq.state import State
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -106,6 +108,25 @@ def test_blocks_of_the_grid_where_the_config_does_not_fit():
     factor = 2.0 ** (scale.view(np.uint8).astype(np.float32) - 127)
     assert_same(q.dequantize(), (values * np.repeat(factor, 32, 1)).astype(BF16))
     assert q.activation.get("pow2")
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
+def test_fused_experts_quantize_their_tokens(scheme):
+    """An expert's product with its tokens is that of a Linear with the same tensors, in the model's own function."""
+    rng = np.random.default_rng(8)
+    codes, scale = random_codes(rng, 3, 16, 32), rng.random((3, 2, 4)).astype(np.float32) * 0.1
+    inputs = (rng.random(3) * 0.01 + 0.01).astype(np.float32)
+    prefix = "model.layers.0.mlp.experts.gate_up_proj"
+    static = {f"{prefix}_activation_scale": inputs} if scheme == "static" else {}
+    stack = read(FORMAT, {prefix: codes, f"{prefix}_scale_inv": scale, **static}, config((8, 8), scheme))[prefix]
+    x = jnp.asarray(rng.standard_normal((5, 32)).astype(np.float32))
+    for i in range(3):
+        one = {"m.weight": codes[i], "m.weight_scale_inv": scale[i]}
+        one |= {"m.activation_scale": inputs[i]} if scheme == "static" else {}
+        linear = read(FORMAT, one, config((8, 8), scheme))["m"]
+        want = jq.matmul(x, linear)
+        np.testing.assert_allclose(experts.stacked_product(x, stack.to_jax(), i), want, rtol=1e-5, atol=1e-5)
+        assert float(jnp.abs(want - x @ linear.dequantize("float32").T).max()) > 1e-3
 
 
 def test_fused_experts_and_embedding():
