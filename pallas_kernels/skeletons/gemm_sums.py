@@ -22,6 +22,9 @@ class Sums(Block):
         def step(_: Int, carry: list[Int]) -> list[Int]:
             ptx.barrier_wait(self.full + carry[0] * 8, carry[1])
             ptx.sync_warp()
+            hopper.sync_threads(
+                self.wg + 1, 128
+            )  # no warp may fall behind by a turn of the ring: it would miss a phase
             self.release(carry[0])
             ptx.sync_warp()
             return list(self.after(*carry))

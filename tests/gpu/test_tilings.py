@@ -1,0 +1,44 @@
+"""Every way in which the blocks of the wgmma kernel share work, on the GPU: right, and the same bits in each run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import api, reference, tune
+from pallas_kernels.form import Form
+from pallas_kernels.select import Choice
+from pallas_kernels.skeletons.gemm_plan import Config
+
+pytestmark = pytest.mark.gpu
+
+NARROW, WIDE, LARGE = Config(64, 4, 2, ahead=False), Config(128, 2, 2), Config(256, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (64, 8192, 2048, NARROW),
+        (64, 9000, 2048, dataclasses.replace(NARROW, even=True)),  # an odd unit for some pairs of blocks
+        (64, 28672, 2048, dataclasses.replace(NARROW, even=True)),
+        (200, 4096, 4096, WIDE),
+        (200, 4096, 4096, dataclasses.replace(WIDE, ahead=False, split=2)),
+        (200, 1000, 4096, dataclasses.replace(WIDE, share=2, split=2, blocks=120)),
+        (100, 4096, 1992, dataclasses.replace(WIDE, wn=1, split=4, blocks=120)),
+        (300, 28672, 2048, dataclasses.replace(LARGE, even=True)),
+        (600, 6144, 2048, dataclasses.replace(LARGE, even=True)),
+        (600, 6144, 2048, dataclasses.replace(LARGE, share=2)),
+    ],
+    ids=str,
+)
+def test_shared_work(m, n, k, config):
+    w = tune.random_weight(Form(), n, k)
+    x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
+    run = jax.jit(lambda x, w: api.launch(x, w, Choice("gemm", config)))
+    y = run(x, w)
+    expected = np.asarray(jax.jit(reference.product)(x, w))
+    assert np.linalg.norm(np.asarray(y, np.float32) - expected) < 4e-3 * np.linalg.norm(expected)
+    for _ in range(50):
+        assert bool(jnp.array_equal(run(x, w), y))
