@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from jq.errors import UnsupportedError
+from jq.formats import awq
 from jq.formats.integers import Summary, integers_of, target_of
-from jq.qtensor import QTensor
+from jq.qtensor import QTensor, Source
 from jq.quantize import linears
 from jq.state import State, load_state, module_of, save
 
@@ -49,8 +50,10 @@ def convert(
     config = dict(state.config.get("quantization_config") or state.config.get("compression_config") or {})
     first = state[keys[0]].source
     own = first.format if first is not None else ""
-    summaries = [_summary(state[key], module_of(key)) for key in keys]
-    target = target_of(to, summaries, config or _side_config(state), own)
+    config = config or _side_config(state)
+    version = awq.renamed(to, [state[key] for key in keys])
+    if version is None:
+        target = target_of(to, [_summary(state[key], module_of(key)) for key in keys], config, own)
     _check_scaled_activations(state, to, label)
     tensors: dict[str, Any] = {}
     quantized = set(keys)
@@ -58,13 +61,17 @@ def convert(
         if advance is not None:
             advance(position, len(state), key)
         value = state[key]
-        tensors[key] = _converted(value, module_of(key), target.tensor) if key in quantized else value
+        if key in quantized and version is not None:
+            value = value.replace(source=Source("awq", (("version", version),)))
+        elif key in quantized:
+            value = _converted(value, module_of(key), target.tensor)
+        tensors[key] = value
     new = {k: v for k, v in state.config.items() if k != "compression_config"}
     done = {module_of(key) for key in keys}
     skip = [name for name in linears(state) if name not in done]
     if "lm_head" not in done and "lm_head" not in skip:
         skip.append("lm_head")
-    new["quantization_config"] = target.config(skip)
+    new["quantization_config"] = target.config(skip) if version is None else {**config, **awq.version_keys(version)}
     made = State(
         tensors,
         new,

@@ -214,3 +214,17 @@ def test_targets_are_formats():
     assert set(TARGETS) <= set(jq.formats())
     parts = integers_of(weight(np.random.default_rng(0)), "m")
     assert parts.codes.min() >= 0 and parts.summary.group_size == 32
+
+
+@pytest.mark.parametrize(("source", "version"), [("awq-gemv_fast-g32", "llm-awq"), ("awq-llm_awq-g64", "gemv_fast")])
+def test_storages_of_one_kernel_change_names_only(source, version, tmp_path):
+    if source not in directories():
+        pytest.skip(f"{source} is not at hand")
+    state = jq.load_state(directories()[source])
+    made = jq.convert(state, tmp_path, jq.AWQ(version=version))
+    again = jq.load_state(tmp_path)
+    same_weights(state, again)
+    name = "scaled_zeros" if version == "llm-awq" else "qzeros"
+    stored = dict(again.stored())
+    assert any(key.endswith(f".{name}") for key in stored)
+    assert again.config["quantization_config"] == made.config["quantization_config"]

@@ -226,6 +226,7 @@ def _load_fast(prefix: str, parts: Parts, o: Options) -> Affine:
     )
 
 
+_FAST = ("gemv_fast", "llm-awq")
 _LOADERS = {"gemm": _load_gemm, "gemv": _load_gemv, "gemv_fast": _load_fast, "llm-awq": _load_fast}
 
 
@@ -277,6 +278,26 @@ def config_of(o: Options, skip: list[str]) -> dict[str, Any]:
         "zero_point": not o.sym,
         "modules_to_not_convert": list(skip) or None,
     }
+
+
+def version_keys(version: str) -> dict[str, Any]:
+    """What a quantization_config says of a version: llm-awq's files call themselves gemv with a backend."""
+    return (
+        {"version": "gemv", "backend": "llm-awq"}
+        if version == "llm-awq"
+        else {"version": version, "backend": "autoawq"}
+    )
+
+
+def renamed(to: Any, weights: list[Any]) -> str | None:
+    """The version that `to` asks for where the weights are those of gemv_fast or llm-awq and so is the target.
+
+    The two store the same arrays under two names (qzeros, scaled_zeros). None: this is not the case.
+    """
+    version = VERSIONS.get(str(getattr(to, "version", "")).lower())
+    sources = [getattr(w, "source", None) for w in weights]
+    fast = all(s is not None and s.format == "awq" and s.get("version") in _FAST for s in sources)
+    return version if fast and version in _FAST and getattr(to, "format", None) == "awq" else None
 
 
 def dump(q: Affine) -> Parts:
@@ -366,7 +387,7 @@ class AWQ:
 
     Fields:
       bits, group_size: what the source must have.
-      version: "gemm" or "gemv".
+      version: "gemm" or "gemv"; "gemv_fast" and "llm-awq" into each other (they round their weights in their own way).
       zero_point: False says in the config that all zero points are 2**(bits-1).
     """
 
