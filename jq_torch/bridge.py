@@ -6,11 +6,12 @@ Three facts decide the code (measured on CPU, torch 2.13, jax 0.10):
 - `jax.dlpack.from_dlpack` takes 30-50 us a tensor, the call underneath it 4 us: packed tensors are converted once and
   the result is remembered for as long as the torch tensor lives.
 - A packed tensor is an integer to torch, whatever it means (a float16 scale is an int16 parameter): nothing in torch,
-  transformers or peft then casts it, asks for its gradient or initialises it. `Leaf.dtype` keeps the meaning.
+  transformers or peft then casts it, asks for its gradient or initialises it. `Kind` keeps the meaning.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -88,24 +89,35 @@ def tensor_of(array: Any) -> torch.Tensor:
     return out
 
 
-def carrier_of(array: Any) -> torch.Tensor:
-    """The bits of an array as an integer tensor of the same shape (see the module docstring)."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a packed tensor stands for: an array of this dtype, or a scalar, held as one element since FSDP has no scalars."""
+
+    dtype: str
+    scalar: bool = False
+
+
+def carrier_of(array: Any) -> tuple[torch.Tensor, Kind]:
+    """The bits of an array as an integer tensor (see the module docstring), and what it stands for."""
+    kind = Kind(np.dtype(array.dtype).name, array.ndim == 0)
     tensor = tensor_of(array)
+    tensor = tensor.reshape(1) if kind.scalar else tensor
     if tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
-        return tensor
-    return tensor.view(_CARRIER[tensor.element_size()])
+        return tensor, kind
+    return tensor.view(_CARRIER[tensor.element_size()]), kind
 
 
-def numpy_leaf(tensor: torch.Tensor, dtype: str) -> np.ndarray:
+def numpy_leaf(tensor: torch.Tensor, kind: Kind) -> np.ndarray:
     """A packed tensor as the numpy array that `carrier_of` was given."""
-    return array_of(tensor).view(np.dtype(dtype))
+    array = array_of(tensor).view(np.dtype(kind.dtype))
+    return array.reshape(()) if kind.scalar else array
 
 
-def jax_leaf(tensor: torch.Tensor, dtype: str) -> Any:
+def jax_leaf(tensor: torch.Tensor, kind: Kind) -> Any:
     """A packed tensor as a JAX array (numpy for 64-bit types, which JAX would narrow), converted once."""
     hit, state = _converted.get(tensor), state_of(tensor)
     if hit is None or hit[0] != state:
-        hit = _converted[tensor] = (state, _convert(tensor.detach(), dtype))
+        hit = _converted[tensor] = (state, _convert(tensor.detach(), kind))
     return hit[1]
 
 
@@ -117,10 +129,11 @@ def state_of(tensor: torch.Tensor) -> tuple[int, int]:
 _converted: Any = WeakTensorKeyDictionary()
 
 
-def _convert(tensor: torch.Tensor, dtype: str) -> Any:
-    if np.dtype(dtype).itemsize == 8:
-        return numpy_leaf(tensor, dtype)
-    return to_jax(tensor.view(torch_dtype(dtype)))
+def _convert(tensor: torch.Tensor, kind: Kind) -> Any:
+    if np.dtype(kind.dtype).itemsize == 8:
+        return numpy_leaf(tensor, kind)
+    tensor = tensor.view(torch_dtype(kind.dtype))
+    return to_jax(tensor.reshape(()) if kind.scalar else tensor)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

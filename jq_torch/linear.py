@@ -84,7 +84,7 @@ class Packed(nn.Module):
         leaves, tree = jax.tree.flatten(self._skeletons[role])
         tensors = [getattr(self, name) for name in self._packed[role]]
         return jax.tree.unflatten(
-            tree, [bridge.numpy_leaf(t, leaf.dtype) for t, leaf in zip(tensors, leaves, strict=True)]
+            tree, [bridge.numpy_leaf(t, leaf.kind) for t, leaf in zip(tensors, leaves, strict=True)]
         )
 
     def packed_names(self) -> list[str]:

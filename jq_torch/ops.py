@@ -16,7 +16,6 @@ import logging
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -28,18 +27,18 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Stands for an array in a QTensor without arrays: the index of its tensor and its dtype."""
+    """Stands for an array in a QTensor without arrays: the index of its tensor and what that stands for."""
 
     index: int
-    dtype: str
+    kind: bridge.Kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What a spec names: the pytree of a QTensor, the dtypes of its leaves, and how to multiply with it."""
+    """What a spec names: the pytree of a QTensor, the kinds of its leaves, and how to multiply with it."""
 
     tree: Any
-    dtypes: tuple[str, ...]
+    kinds: tuple[bridge.Kind, ...]
     activation: bool
     kernels: bool = False
 
@@ -52,12 +51,12 @@ def spec_of(skeleton: Any, *, activation: bool, kernels: bool = False) -> str:
     """The spec of a QTensor whose arrays are `Leaf`s; equal QTensors of different layers get the same one.
 
     Args:
-      skeleton: QTensor with `Leaf` in place of arrays; only the tree and the dtypes count.
+      skeleton: QTensor with `Leaf` in place of arrays; only the tree and the kinds count.
       activation: quantize the activations as the tensor says.
       kernels: use the GPU kernels where they fit.
     """
     leaves, tree = jax.tree.flatten(skeleton)
-    static = Static(tree, tuple(leaf.dtype for leaf in leaves), activation, kernels)
+    static = Static(tree, tuple(leaf.kind for leaf in leaves), activation, kernels)
     spec = _specs.get(static)
     if spec is None:
         spec = _specs[static] = f"{type(skeleton).__name__}-{len(_specs)}"
@@ -68,7 +67,7 @@ def spec_of(skeleton: Any, *, activation: bool, kernels: bool = False) -> str:
 def own_dtype(spec: str) -> str:
     """dtype of the dequantized weight of a spec."""
     static = _statics[spec]
-    return jax.tree.unflatten(static.tree, [None] * len(static.dtypes)).dtype
+    return jax.tree.unflatten(static.tree, [None] * len(static.kinds)).dtype
 
 
 def quantizes_activations(spec: str) -> bool:
@@ -95,7 +94,7 @@ def _matmul_program(spec: str) -> Any:
 
 
 def _leaves(packed: list[torch.Tensor], spec: str) -> list[Any]:
-    return [bridge.jax_leaf(t, d) for t, d in zip(packed, _statics[spec].dtypes, strict=True)]
+    return [bridge.jax_leaf(t, d) for t, d in zip(packed, _statics[spec].kinds, strict=True)]
 
 
 def dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> torch.Tensor:
@@ -120,7 +119,7 @@ def _cuda_weight(packed: list[torch.Tensor], spec: str) -> Any:
     from pallas_kernels import torch as kernels
 
     static = _statics[spec]
-    leaves = [bridge.numpy_leaf(t, d) for t, d in zip(packed, static.dtypes, strict=True)]
+    leaves = [bridge.numpy_leaf(t, d) for t, d in zip(packed, static.kinds, strict=True)]
     tensor = jax.tree.unflatten(static.tree, leaves)
     reason = kernels.available() or kernels.refusal(tensor)
     if reason is None:
@@ -260,5 +259,6 @@ experts = torch.ops.jq.experts.default
 def skeleton_of(tensor: Any) -> tuple[Any, list[torch.Tensor]]:
     """Splits a QTensor into its static part (with `Leaf`s) and the integer tensors that hold its bits."""
     leaves, tree = jax.tree.flatten(tensor)
-    infos = [Leaf(i, np.dtype(a.dtype).name) for i, a in enumerate(leaves)]
-    return jax.tree.unflatten(tree, infos), [bridge.carrier_of(a) for a in leaves]
+    carried = [bridge.carrier_of(a) for a in leaves]
+    infos = [Leaf(i, kind) for i, (_, kind) in enumerate(carried)]
+    return jax.tree.unflatten(tree, infos), [tensor for tensor, _ in carried]

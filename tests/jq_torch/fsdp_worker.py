@@ -1,0 +1,64 @@
+"""One process of `test_fsdp.py`: LoRA on a packed model sharded by FSDP2 over gloo; prints one JSON line.
+
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python fsdp_worker.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import peft
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+import jq_torch
+
+
+def adapted(folder: str) -> Any:
+    with jq_torch.enable():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def losses(model: Any, rank: int, world: int, steps: int = 4) -> list[torch.Tensor]:
+    """Losses of this process's rows; the mean over processes is that of the whole batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(3))[rank::world]
+    found = []
+    for _ in range(steps):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = adapted(sys.argv[1])
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    held = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+    found = torch.stack(losses(model, rank, world))
+    dist.all_reduce(found)
+    full = {n: p.full_tensor() for n, p in model.named_parameters() if n in before}
+    same = len(full) == len(before) and all(torch.equal(full[n], before[n]) for n in before)
+    print(json.dumps({"losses": (found / world).tolist(), "held": held / total, "same": same}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
