@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.form import CHUNK, Form
+from pallas_kernels.form import CHUNK, ROWS, Form
 from pallas_kernels.skeletons import gemm, stream
 
 TABLES = Path(__file__).parent / "tuned"
@@ -82,25 +82,52 @@ def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = Fa
 
 
 def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, gathered: bool = False) -> list[Choice]:
-    """Configurations that can run, in no order."""
+    """Configurations that can run; those of the streaming kernel first, in the order of preference."""
     out = []
     if m <= stream.MAX_ROWS:
-        for warps, cluster, ring in ((8, 1, 96), (8, 2, 96), (4, 1, 48), (16, 1, 128), (4, 4, 48)):
-            blocks = multiprocessors * (2 if warps == 4 and cluster == 1 else 1)
-            if cluster == 4:
-                blocks = whole_clusters(blocks, 4)
-            blocks = blocks // cluster * cluster
-            parts = -(-k // CHUNK) // (warps * cluster)
-            room = (ring << 10) // warps // 3  # three copies on their way at least
-            sizes = [c for c in (8, 14, 7, 4, 2, 1) if parts % c == 0 and c * 544 <= room] or [4]
-            out.append(Choice("stream", stream.Config(warps, cluster, sizes[0], ring << 10, blocks)))
+        out = [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered)]
     if not out or m > 8:
         out += [Choice("gemm", config) for config in tilings(m, form, multiprocessors)]
     return [c for c in out if fits(c, m, n, k, form, gathered)]
 
 
+def streams(m: int, n: int, k: int, multiprocessors: int, gathered: bool = False) -> Iterator[stream.Config]:
+    """Configurations of the streaming kernel, the best first, also such as cannot run.
+
+    Two copies in the ring of a warp are enough, and more are slower (measured): what waits in the copy engine and in L2
+    delays x. Every block loads its part of x through L2 at a third more than the speed of the memory, so K is shared by
+    as many blocks as keep that short beside the weight.
+    """
+    tiles = -(-n // ROWS)
+    if m == 1 and not gathered:
+        # two small blocks a processor end more smoothly, unless their number does not suit the tiles
+        even = {blocks: tiles / blocks / -(-tiles // blocks) for blocks in (multiprocessors, 2 * multiprocessors)}
+        chunks = 4 if tiles <= 4 * multiprocessors else 8
+        small = stream.Config(4, 1, chunks, ring(4, chunks), 2 * multiprocessors, unroll=4)
+        large = stream.Config(8, 1, chunks, ring(8, chunks), multiprocessors)
+        yield from (small, large) if even[2 * multiprocessors] >= even[multiprocessors] else (large, small)
+    narrow = tiles <= 4 * multiprocessors
+    chunks = 4 if narrow else 8
+    share = 1 << 15 if narrow else 1 << 16  # bytes of x that a block should load
+    first = 1 if m * k * 2 <= 1 << 15 else next((c for c in (2, 4) if m * k * 2 <= c * share), 4)
+    if gathered:
+        first, chunks = 2, 8  # every block loads the whole row, and orders its part
+    for cluster in dict.fromkeys((first, 4, 2, 8, 1)):
+        blocks = whole_clusters(multiprocessors, cluster)
+        yield stream.Config(8, cluster, chunks, ring(8, chunks), blocks)
+        yield stream.Config(8, cluster, 4, ring(8, 4), blocks)
+
+
+def ring(warps: int, chunks: int) -> int:
+    """Bytes for two copies of each warp."""
+    return warps * chunks * 1088
+
+
 def whole_clusters(blocks: int, cluster: int) -> int:
-    """Blocks that run at once in clusters: some processors of an H100 have no three neighbours (30 fours of 33)."""
+    """Blocks that run at once in clusters: some processors of an H100 have no three neighbours (30 fours of 33), some
+    eights no eighth (14 of 16)."""
+    if cluster > 4:
+        return blocks * 28 // 33 // cluster * cluster
     return blocks * 10 // 11 if cluster > 2 else blocks // cluster * cluster
 
 

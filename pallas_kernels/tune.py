@@ -24,7 +24,7 @@ import numpy as np
 
 from pallas_kernels import api, layout, reference, select
 from pallas_kernels.decode import DECODES
-from pallas_kernels.form import CHUNK, Form, Packed
+from pallas_kernels.form import Form, Packed
 from pallas_kernels.select import Choice
 from pallas_kernels.skeletons import stream
 from pallas_kernels.timing import Jobs, copies, median_us, supervise
@@ -32,7 +32,10 @@ from pallas_kernels.timing import Jobs, copies, median_us, supervise
 # Linear layers of 8B and 70B models: square, fused q/k/v, fused gate/up, down, and gate/up of 70B.
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (6144, 4096))
 FORMS = {"affine": Form(), "codebook": Form("codebook", 4, 64, "bf16")}
-ROWS = {"affine": (1, 8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192), "codebook": (1,)}
+ROWS = {
+    "affine": (1, 8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192),
+    "codebook": (1,),
+}
 MAX_ERROR = 1e-2
 TYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
@@ -69,30 +72,25 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
     """What is worth measuring at a shape."""
     out: list[Choice] = []
 
-    def put(config: stream.Config) -> None:
+    def put(warps: int, cluster: int, chunks: int, blocks: int, unroll: int = 8, height: int = 1) -> None:
+        ring = select.ring(warps, chunks * height)
+        config = stream.Config(warps, cluster, chunks, ring, blocks, unroll=unroll, height=height)
         out.append(Choice("stream", config))
 
-    chunks = -(-k // CHUNK)
-
-    def copy(warps: int) -> int:
-        """Chunks of a copy that divide what one of `warps` warps has to do."""
-        return next((c for c in (8, 14, 7, 4, 2) if (chunks // warps) % c == 0), 4)
-
+    if m == 1:
+        for chunks in (4, 8):
+            put(4, 1, chunks, 2 * sms)
+            put(8, 1, chunks, sms)
+        put(4, 1, 8, 2 * sms, unroll=4)
+        put(8, 2, 8, sms)
+    elif m <= 16:
+        for cluster in (1, 2, 4, 8):
+            blocks = select.whole_clusters(sms, cluster)
+            for warps, chunks in ((8, 4), (8, 8), (12, 4)):
+                put(warps, cluster, chunks, blocks)
+            put(8, cluster, 4, blocks, height=2)
+        out += best_estimates(m, n, k, form, sms, 3)
     if m <= 16:
-        put(stream.Config(8, 1, copy(8), 96 << 10, sms))
-        if m == 1:
-            put(stream.Config(4, 1, copy(4), 48 << 10, 2 * sms))
-            put(stream.Config(8, 1, copy(8), 128 << 10, sms))
-            put(stream.Config(16, 1, copy(16), 128 << 10, sms))
-            put(stream.Config(8, 1, copy(8), 48 << 10, 2 * sms))
-            put(stream.Config(4, 1, copy(4), 64 << 10, 2 * sms))
-            put(stream.Config(4, 1, copy(4), 48 << 10, 2 * sms, unroll=4))
-            put(stream.Config(8, 1, copy(8), 112 << 10, sms))
-        else:
-            put(stream.Config(8, 2, copy(16), 96 << 10, sms))
-            put(stream.Config(4, 2, copy(8), 48 << 10, 2 * sms))
-            put(stream.Config(4, 4, copy(16), 48 << 10, sms * 20 // 11))  # 30 of 33 clusters of 4 fit an H100
-            out += best_estimates(m, n, k, form, sms, 3)
         return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
     return best_estimates(m, n, k, form, sms)
 

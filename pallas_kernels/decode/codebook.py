@@ -33,18 +33,25 @@ def fill(form: Form, dtype: str, base: Int, table: ir.Value, thread: Int, thread
       table: global address of float32[16].
       thread, threads: index and number of the threads that share the work.
     """
+    write(dtype, base, read(table, thread, threads))
 
-    def entry(b: Int, carry: list[Any]) -> list[Any]:
-        low = ptx.load_global(ptx.address(table, b & 15, 4), "f32")
-        high = ptx.load_global(ptx.address(table, b >> 4, 4), "f32")
-        pair = ptx.asm([ptx.i32()], f"cvt.rn.{dtype}x2.f32 $0, $1, $2;", high, low, pure=True)[0]
+
+def read(table: ir.Value, thread: Int, threads: int) -> list[tuple[Int, list[ir.Value]]]:
+    """A thread's entries, to be written when they have come: (number, its two values)."""
+    out = []
+    for first in range(0, 256, threads):
+        b = (thread + first) & 255  # more than 256 threads: some write the same
+        out.append((b, [ptx.load_global(ptx.address(table, half, 4), "f32") for half in (b & 15, b >> 4)]))
+    return out
+
+
+def write(dtype: str, base: Int, entries: Sequence[tuple[Int, list[ir.Value]]]) -> None:
+    for b, (low, high) in entries:
+        pair = ptx.pack_pair(low, high, dtype)
         for i in range(0, ENTRY, 16):
             # neighbouring threads start at different banks
             at = base + b * ENTRY + ((b * 16 + i) & (ENTRY - 1))
             ptx.store_shared(at, [pair] * 4)
-        return carry
-
-    ptx.loop(thread, 256, threads, [], entry)
 
 
 def fragment(form: Form, dtype: str, words: Sequence[ir.Value], zero: Any, table: Int) -> list[ir.Value]:
@@ -55,7 +62,9 @@ def fragment(form: Form, dtype: str, words: Sequence[ir.Value], zero: Any, table
     out = []
     for word in words:
         for p in range(4):
-            move = "shl.b32 t, $1, 7;" if p == 0 else f"shr.b32 t, $1, {8 * p - 7};"
-            text = f"{{ .reg .b32 t; {move} and.b32 t, t, 0x7F80; add.u32 t, t, $2; ld.shared.b32 $0, [t]; }}"
+            # a byte permute and a multiplication: shift, mask and addition would be one more, and all for one unit
+            text = (
+                f"{{ .reg .b32 t; prmt.b32 t, $1, 0, 0x444{p}; mad.lo.u32 t, t, {ENTRY}, $2; ld.shared.b32 $0, [t]; }}"
+            )
             out.append(ptx.asm([ptx.i32()], text, word, table, pure=True)[0])
     return out

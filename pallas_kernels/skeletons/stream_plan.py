@@ -6,15 +6,14 @@ import dataclasses
 import functools
 
 from pallas_kernels.decode import DECODES
-from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Form
+from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS, Form
 
 SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
 MAX_ROWS = 16
 MULTIPROCESSORS = 132
-# Exchange buffers. A warp writes sums of batch b + 4 into the buffer of batch b: by then it has seen batch b + 2
-# complete, so every warp has sent batch b + 2, which each does after it has read batch b.
-BUFFERS = 4
-PARTIALS_BYTES = 32 * 1024
+# Exchange buffers of a warp. It sends turn i when it has turn i - 1 of every block of the cluster, and each of them sent
+# that behind reading turn i - 2: two buffers are enough.
+BUFFERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +22,13 @@ class Config:
 
     Fields:
       warps: warps of a block, a multiple of 4.
-      cluster: blocks that share the K of a tile.
+      cluster: blocks that share the K of a tile, a power of two.
       chunks: tiles of 64 along K that one copy brings.
       ring_bytes: shared memory for the rings of all warps of a block.
       blocks: blocks to launch; a multiple of `cluster`.
       hint: ask L2 to evict the weight first.
       unroll: chunks in one turn of the arithmetic; fewer make a smaller program.
+      height: tiles of 16 rows that a warp takes at once; two read x from shared memory half as often.
     """
 
     warps: int = 8
@@ -38,11 +38,16 @@ class Config:
     blocks: int = 132
     hint: bool = True
     unroll: int = 8
+    height: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything static about one launch: sizes, and offsets in shared memory."""
+    """Everything static about one launch: sizes, and offsets in shared memory.
+
+    The work of a cluster is a sequence of strips (`height` tiles of 16 rows). Each warp takes whole strips in turns; the
+    `strips % warps` that come out over are split evenly, along K, over all warps ("loose" strips), and go first.
+    """
 
     m: int
     n: int
@@ -57,29 +62,39 @@ class Plan:
         return -(-self.n // ROWS)
 
     @property
+    def height(self) -> int:
+        return self.config.height if self.tiles % self.config.height == 0 else 1
+
+    @property
+    def strips(self) -> int:
+        return self.tiles // self.height
+
+    @property
+    def clusters(self) -> int:
+        return min(self.config.blocks // self.config.cluster, self.strips)
+
+    @property
     def k_chunks(self) -> int:
         return -(-self.k // CHUNK)
 
     @property
+    def block_chunks(self) -> int:
+        """Chunks along K that one block reads."""
+        return self.k_chunks // self.config.cluster
+
+    @property
     def chunks(self) -> int:
-        """Chunks of a copy: divides the number of chunks, and fits the groups."""
+        """Chunks of a copy: divides those of a block, and fits the groups."""
         for c in range(self.config.chunks, 1, -1):
             span, group = c * CHUNK, self.form.group
-            if self.k_chunks % c == 0 and (not group or span % group == 0 or group % span == 0):
+            if self.block_chunks % c == 0 and (not group or span % group == 0 or group % span == 0):
                 return c
         return 1
 
     @property
     def pieces(self) -> int:
-        return self.k_chunks // self.chunks
-
-    @property
-    def parts(self) -> int:
-        return self.config.warps * self.config.cluster
-
-    @property
-    def clusters(self) -> int:
-        return min(self.config.blocks // self.config.cluster, self.tiles)
+        """Copies along the K of a block."""
+        return self.block_chunks // self.chunks
 
     @property
     def piece_groups(self) -> int:
@@ -106,12 +121,17 @@ class Plan:
         return self.chunks * self.form.chunk_bytes
 
     @property
+    def param_bytes(self) -> list[int]:
+        """Bytes of the scales and of the zeros of one tile in a stage."""
+        return [self.piece_groups * ROWS * ITEM_BYTES[kind] for kind in self.form.params]
+
+    @property
     def param_offsets(self) -> list[int]:
-        """Offsets of scales and zeros in a stage, and its size at the end."""
-        offsets, at = [], self.code_bytes
-        for kind in self.form.params:
+        """Offsets of scales and zeros of the first tile in a stage, and the stage's size at the end."""
+        offsets, at = [], self.height * self.code_bytes
+        for size in self.param_bytes:
             offsets.append(at)
-            at += self.piece_groups * ROWS * ITEM_BYTES[kind]
+            at += self.height * size
         return [*offsets, -(-at // 16) * 16]
 
     @property
@@ -126,23 +146,15 @@ class Plan:
     @property
     def stages(self) -> int:
         """Slots of a warp's ring: what the configuration asks for, less where the work or the memory is smaller."""
-        most = -(-self.pieces // self.parts) * -(-self.tiles // self.clusters)
-        room = (
-            self.limit - 4096 - self.fixed_bytes - BUFFERS * self.owned * self.parts * self.partial_bytes
-        ) // self.config.warps
+        most = -(-(-(-self.strips // self.clusters) * self.pieces) // self.config.warps)
+        room = (self.limit - 2048 - self.fixed_bytes) // self.config.warps
         return max(2, min(min(self.config.ring_bytes // self.config.warps, room) // self.stage_bytes, most, 32))
-
-    @property
-    def owned(self) -> int:
-        """Tiles that a block adds up at once."""
-        most = -(-self.tiles // self.clusters // self.config.cluster)
-        return max(1, min(PARTIALS_BYTES // (BUFFERS * self.parts * self.partial_bytes), most))
 
     @property
     def fixed_bytes(self) -> int:
         """Shared memory that does not depend on the length of the rings."""
         tables = DECODES[self.form.kind].shared_bytes(self.form) + (1024 if self.form.scale == "u8" else 0)
-        return self.m * self.x_pitch + tables + self.unordered_bytes
+        return self.m * self.x_pitch + tables + self.unordered_bytes + self.sums_bytes + self.loose_bytes
 
     @property
     def columns(self) -> int:
@@ -150,29 +162,68 @@ class Plan:
         return -(-self.m // 8)
 
     @property
-    def x_chunks(self) -> int:
-        """Most chunks of x that one block reads."""
-        ends = [
-            ((r + 1) * self.config.warps * self.pieces // self.parts)
-            - (r * self.config.warps * self.pieces // self.parts)
-            for r in range(self.config.cluster)
-        ]
-        return max(ends) * self.chunks
+    def x_warps(self) -> int:
+        """Warps that fetch rows of x."""
+        return min(self.m, self.config.warps)
 
     @property
     def unordered_bytes(self) -> int:
         """x as it comes, and the block's part of the permutation."""
-        return self.k * 2 + self.x_chunks * CHUNK * 4 if self.gathered else 0
+        return self.k * 2 + self.block_chunks * CHUNK * 4 if self.gathered else 0
 
     @property
     def x_pitch(self) -> int:
         """Bytes from row to row of x: 16 over a multiple of 128, so that 8 rows lie in different banks."""
-        return self.x_chunks * CHUNK * 2 + 16
+        return self.block_chunks * CHUNK * 2 + 16
 
     @property
-    def partial_bytes(self) -> int:
-        """One warp's partial sums of a tile."""
-        return ROWS * 4 if self.m == 1 else ROWS * 8 * 4 * self.columns
+    def lanes(self) -> int:
+        """Lanes of a warp that hold sums."""
+        return 8 if self.m == 1 else 32
+
+    @property
+    def tile_sums(self) -> int:
+        """Sums of a tile that one of these lanes holds."""
+        return 2 if self.m == 1 else 4 * self.columns
+
+    @property
+    def strip_bytes(self) -> int:
+        """One warp's sums of a strip."""
+        return self.height * self.tile_sums * self.lanes * 4
+
+    @property
+    def unit(self) -> int:
+        """Neighbouring sums of a lane that one block of the cluster adds up."""
+        return min(2 if self.m == 1 else 4, self.height * self.tile_sums // self.config.cluster)
+
+    @property
+    def units(self) -> int:
+        return self.height * self.tile_sums // self.unit
+
+    @property
+    def sums_bytes(self) -> int:
+        return self.config.warps * BUFFERS * self.strip_bytes if self.config.cluster > 1 else 0
+
+    @property
+    def loose(self) -> list[int]:
+        """Numbers of loose strips: of most clusters, and of the first ones if these have a strip more."""
+        least = self.strips // self.clusters
+        counts = [least, least + 1] if self.strips % self.clusters else [least]
+        return [count % self.config.warps for count in counts]
+
+    def loose_parts(self, count: int) -> int:
+        """Most warps of a block that share one of `count` loose strips."""
+        most, p = 1, self.pieces
+        total, warps = count * p, min(self.config.warps, count * p)
+        for j in range(count):
+            most = max(most, ((j + 1) * p * warps - 1) // total - ((j * p + 1) * warps - 1) // total + 1)
+        return most
+
+    @property
+    def loose_bytes(self) -> int:
+        """Room for the parts of the loose strips that one block adds up."""
+        cluster = self.config.cluster
+        return max(-(-f // cluster) * self.loose_parts(f) for f in self.loose) * cluster * self.strip_bytes
 
     @functools.cached_property
     def layout(self) -> dict[str, int]:
@@ -185,14 +236,27 @@ class Plan:
             at += -(-nbytes // 128) * 128
 
         put("ring", self.config.warps * self.stages * self.stage_bytes)
-        put("barriers", 8 * (self.config.warps * self.stages + 1 + BUFFERS))
+        put("barriers", 8 * (self.config.warps * (self.stages + BUFFERS) + self.x_warps + 1))
         put("x", self.m * self.x_pitch)
         put("unordered", self.unordered_bytes)
         put("tables", DECODES[self.form.kind].shared_bytes(self.form))
         put("table2", 1024 if self.form.scale == "u8" else 0)
-        put("partials", BUFFERS * self.owned * self.parts * self.partial_bytes)
+        put("sums", self.sums_bytes)
+        put("loose", self.loose_bytes)
         out["bytes"] = at
         return out
+
+    @property
+    def nested_span(self) -> int:
+        """Blocks of second-level scales that the groups of one row and one copy can touch: 0 (none there), 1 or 2."""
+        if self.form.scale != "u8":
+            return 0
+        groups = self.form.groups(self.k)
+        return (
+            1
+            if NESTED_BLOCK % groups == 0 or NESTED_BLOCK % self.piece_groups == 0 == groups % self.piece_groups
+            else 2
+        )
 
     def reason(self) -> str | None:
         """Why this launch is not possible, or None."""
@@ -200,8 +264,12 @@ class Plan:
             return f"{self.m} rows of x, at most {MAX_ROWS}"
         if self.gathered and self.m > 1:
             return "act-order inside the kernel is for one row of x"
-        if self.k % 8:
-            return f"in_features {self.k} is not a multiple of 8"
+        if self.k % 8 or self.n % 8:
+            return f"{self.n}x{self.k} are no multiples of 8"
+        if self.k_chunks % self.config.cluster:
+            return f"{self.k_chunks} chunks of {CHUNK} inputs, not a multiple of {self.config.cluster} blocks"
+        if self.height * self.tile_sums < self.config.cluster:
+            return f"fewer sums of a lane than the {self.config.cluster} blocks of a cluster"
         if self.layout["bytes"] > self.limit:
             return f"{self.layout['bytes']} bytes of shared memory, {self.limit} are there"
         return None

@@ -1,0 +1,128 @@
+"""Scales and zeros in the streaming kernel: read from the ring, nested scales put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxlib.mlir import ir
+
+from pallas_kernels import ptx
+from pallas_kernels.decode import affine
+from pallas_kernels.decode.scaled import as_floats, shifts
+from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS
+from pallas_kernels.ptx import Int
+from pallas_kernels.skeletons.stream_plan import Plan
+
+
+class Params:
+    """What a lane needs of scales and zeros: those of rows g and g + 8 (g = lane / 4) of each tile."""
+
+    def __init__(self, plan: Plan, pointers: dict[str, ir.Value], shared: Int, thread: Int, rank: Int):
+        self.plan, self.pointers, self.thread, self.rank = plan, pointers, thread, rank
+        self.lane = thread & 31
+        self.cluster_first = ptx.special("clusterid.x") if plan.config.cluster > 1 else ptx.special("ctaid.x")
+        self.table2 = shared + plan.layout["table2"]
+        self.is_nested = plan.form.scale == "u8"
+
+    def group_of(self, piece: Int) -> Int:
+        """First group of a piece (counted along the whole K)."""
+        plan, form = self.plan, self.plan.form
+        if not form.group:
+            return Int(0)
+        span = plan.chunks * CHUNK
+        return piece * (span // form.group) if span >= form.group else piece // (form.group // span)
+
+    def load(self, at: Int, h: int, group: Int) -> list[list[ir.Value]]:
+        """Scales and zeros of one group for rows g and g + 8 of tile h, as stored."""
+        plan, out = self.plan, []
+        for kind, tile_bytes, offset in zip(plan.form.params, plan.param_bytes, plan.param_offsets):
+            size = ITEM_BYTES[kind]
+            where = at + offset + h * tile_bytes + group * (ROWS * size) + (self.lane >> 2) * (2 * size)
+            if kind == "f32":
+                out.append(ptx.load_shared(where, "f32", 2))
+            else:
+                out.append(ptx.load_shared(where, "u16" if kind == "u8" else "u32"))
+        return out
+
+    def convert(self, stored: list, nested: list, h: int, group: int) -> dict[str, Any]:
+        """float32 scales of rows g and g + 8 of tile h, and what the zeros need."""
+        form = self.plan.form
+        if self.is_nested:
+            scales = self.expand(Int(stored[0][0]), nested, h, group)
+        else:
+            scales = as_floats(form.scale, stored[0])
+        out: dict[str, Any] = {"scale": scales}
+        if form.zero == "u8" and form.zero_form == "code":
+            out["zero"] = affine.integer_zeros(self.plan.dtype, stored[1][0])
+        elif form.zero:
+            # (code - zero) * scale = (code - point) * scale + shift, and the like; shift meets the sum of x
+            out["shift"] = shifts(form, scales, as_floats(form.zero, stored[1]))
+        return out
+
+    # ---- nested scales
+
+    def read(self) -> list[tuple[Int, ir.Value]]:
+        """This thread's entries of the table of scales, for `write` when they have come. Asks for the second-level
+        scales of the cluster as well: a strip has a few, and each strip would begin with a wait for the memory.
+        """
+        if not self.is_nested:
+            return []
+        plan = self.plan
+        strip, groups = self.cluster_first + self.thread * plan.clusters, plan.form.groups(plan.k)
+        with ptx.when(strip < plan.strips):
+            for h in range(plan.height):
+                first = (strip * plan.height + h) * (ROWS * groups)
+                for place in (first, first + (ROWS * groups - 1)):
+                    block = ptx.select(place < plan.n * groups, place, 0) // NESTED_BLOCK
+                    ptx.prefetch(ptx.address(self.pointers["absmax2"], block, 4))
+        ptx.sync_warp()
+        self.offset = ptx.load_global(self.pointers["offset"], "f32")
+        out = []
+        for first in range(0, 256, self.plan.config.warps * 32):
+            i = (self.thread + first) & 255
+            out.append((i, ptx.load_global(ptx.address(self.pointers["table2"], i, 4), "f32")))
+        return out
+
+    def write(self, entries: list[tuple[Int, ir.Value]]) -> None:
+        for i, value in entries:
+            ptx.store_shared(self.table2 + i * 4, [value])
+
+    def nested(self, strip: Int, piece: Int) -> list[Any]:
+        """Second-level scales of a piece of a strip of the cluster, loaded a piece ahead of their use.
+
+        Returns:
+          of each tile, for rows g and g + 8: the scale of the first group; and where the groups of a piece can touch
+          two blocks, also the second scale and the group from which on it holds. Nothing where scales are plain.
+        """
+        plan = self.plan
+        if not self.is_nested:
+            return []
+        groups = plan.form.groups(plan.k)
+        at = self.group_of(self.rank * plan.pieces + piece)
+        last = plan.n * groups - 1  # behind it: rows of padding, and copies that do not exist
+        out: list[Any] = []
+        for h in range(plan.height):
+            row = ((self.cluster_first + strip * plan.clusters) * plan.height + h) * ROWS + (self.lane >> 2)
+            for half in (0, 8):
+                first = (row + half) * groups + at
+                block = ptx.select(first < last, first, last) // NESTED_BLOCK
+                out.append(self.second_level(block))
+                if plan.nested_span == 2:
+                    end = first + (plan.piece_groups - 1)
+                    out.append(self.second_level(ptx.select(end < last, end, last) // NESTED_BLOCK))
+                    out.append((block + 1) * NESTED_BLOCK - first)
+        return out
+
+    def second_level(self, block: Int) -> ir.Value:
+        return ptx.load_global(ptx.address(self.pointers["absmax2"], block, 4), "f32")
+
+    def expand(self, pair: Int, nested: list[Any], h: int, group: int) -> list[ir.Value]:
+        """Nested scales of rows g and g + 8 as float32."""
+        out, size = [], 1 if self.plan.nested_span == 1 else 3
+        for i, code in enumerate((pair & 255, pair >> 8)):
+            second, *other = nested[(2 * h + i) * size : (2 * h + i + 1) * size]
+            if other:
+                second = ptx.select_float(Int(group) < other[1], second, other[0])
+            value = ptx.load_shared(self.table2 + code * 4, "f32")[0]
+            out.append(ptx.fma(value, second, self.offset))
+        return out
