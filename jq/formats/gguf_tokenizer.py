@@ -1,8 +1,9 @@
 """Tokenizer files from the metadata of a GGUF, built with the `tokenizers` library (no torch, no transformers).
 
-Two kinds of vocabulary: byte-level BPE (`tokenizer.ggml.model` "gpt2") with merges and a named way of splitting text
-before them, and SentencePiece BPE ("llama") with a score for each piece. Keys: llama.cpp, gguf-py/gguf/constants.py;
-the ways of splitting: src/llama-vocab.cpp.
+Four kinds of vocabulary: byte-level BPE (`tokenizer.ggml.model` "gpt2") with merges and a named way of splitting text
+before them, SentencePiece BPE ("llama") with a score for each piece, SentencePiece unigram ("t5") and WordPiece ("bert").
+"rwkv" (greedy by bytes) has no model in `tokenizers`. Keys: llama.cpp, gguf-py/gguf/constants.py; the ways of splitting
+and normalizing: src/llama-vocab.cpp; how vocabularies are written: conversion/ and convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -89,7 +90,13 @@ def tokenizer_files(metadata: Mapping[str, Any], label: str = "file") -> dict[st
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
         raise CheckpointError(f"{label}: tokenizer.ggml.tokens is missing or empty")
-    for key, kinds in (("tokens", str), ("merges", str), ("scores", (int, float)), ("token_type", int)):
+    for key, kinds in (
+        ("tokens", str),
+        ("merges", str),
+        ("scores", (int, float)),
+        ("token_type", int),
+        ("precompiled_charsmap", int),
+    ):
         values = metadata.get(f"tokenizer.ggml.{key}", [])
         if not isinstance(values, list) or not all(isinstance(v, kinds) for v in values):
             raise CheckpointError(f"{label}: tokenizer.ggml.{key} is no list of {key}")
@@ -113,6 +120,7 @@ def _tokenizer_config(metadata: Mapping[str, Any], label: str) -> dict[str, Any]
         config["model_max_length"] = length
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    names |= {"cls_token": "cls", "sep_token": "seperator", "mask_token": "mask"}  # "seperator": the key's own spelling
     for name, key in names.items():
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if index is None:
@@ -192,7 +200,57 @@ def merges_of_scores(vocabulary: Mapping[str, int], scores: list[float]) -> list
     return [split for _, split in found]
 
 
-BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+def _unigram(metadata: Mapping[str, Any], tokens: list[str], label: str) -> Any:
+    """SentencePiece unigram, as T5 has it: normalized by the map that the file carries, blanks as "\u2581"."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise CheckpointError(
+            f"{label}: tokenizer.ggml.scores does not give one score for each of {len(tokens)} tokens"
+        )
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 2)
+    if not isinstance(unknown, int) or not 0 <= unknown < len(tokens):
+        raise CheckpointError(f"{label}: tokenizer.ggml.unknown_token_id is {unknown!r}, outside 0..{len(tokens) - 1}")
+    tokenizer = Tokenizer(models.Unigram(list(zip(tokens, map(float, scores), strict=True)), unknown, False))
+    steps: list[Any] = []
+    table = metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if table:
+        try:
+            steps.append(normalizers.Precompiled(bytes(b & 255 for b in table)))
+        except Exception as e:  # the library's own exception class is Exception
+            raise CheckpointError(f"{label}: tokenizer.ggml.precompiled_charsmap is damaged: {e}") from e
+    if metadata.get("tokenizer.ggml.remove_extra_whitespaces", True):
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if metadata.get("tokenizer.ggml.add_space_prefix", True) else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return tokenizer
+
+
+def _wordpiece(metadata: Mapping[str, Any], tokens: list[str], label: str) -> Any:
+    """WordPiece, as BERT has it. llama.cpp's converter writes a first piece as "\u2581piece" and "##piece" as "piece"."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    vocabulary = {}
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
+        plain = kind == CONTROL or (token.startswith("[") and token.endswith("]"))
+        text = token if plain else token[1:] if token.startswith("\u2581") else f"##{token}"
+        vocabulary[text] = index
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    name = tokens[unknown] if isinstance(unknown, int) and 0 <= unknown < len(tokens) else "[UNK]"
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=name))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": _unigram, "bert": _wordpiece}
+# Kinds whose files mean begin and end tokens where they do not speak of them (src/llama-vocab.cpp).
+_BEGINS, _ENDS = ("llama", "bert"), ("t5", "bert")
 
 
 def _add_special_tokens(tokenizer: Any, metadata: Mapping[str, Any], tokens: list[str]) -> None:
@@ -212,10 +270,12 @@ def _add_ends(tokenizer: Any, metadata: Mapping[str, Any], config: dict[str, Any
 
     kind = metadata.get("tokenizer.ggml.model")
     splitting = SPLITTINGS.get(str(metadata.get("tokenizer.ggml.pre", "default")), Splitting())
-    begin = metadata.get("tokenizer.ggml.add_bos_token", True if kind == "llama" else splitting.bos)
-    end = metadata.get("tokenizer.ggml.add_eos_token", False)
+    begin = metadata.get("tokenizer.ggml.add_bos_token", True if kind in _BEGINS else splitting.bos and kind == "gpt2")
+    end = metadata.get("tokenizer.ggml.add_eos_token", kind in _ENDS)
     config["add_bos_token"], config["add_eos_token"] = bool(begin), bool(end)
     bos, eos = config.get("bos_token"), config.get("eos_token")
+    if kind == "bert":  # [CLS] and [SEP]; older files name them begin and separator
+        bos, eos = config.get("cls_token") or bos, config.get("sep_token") or eos
     head = [bos] if begin and bos else []
     tail = [eos] if end and eos else []
     if not head and not tail:
