@@ -166,7 +166,7 @@ class Attention(nnx.Module):
             q, k, v = self._split(y)
         else:
             h, x = kernels.normed(norm, x, delta, step, _is_packed(self.q_proj))
-            q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+            q, k, v = (kernels.product(part, h, step) for part in (self.q_proj, self.k_proj, self.v_proj))
         if spec.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.qk_norm == "head":
@@ -241,8 +241,8 @@ class MLP(nnx.Module):
             gate_up, x = kernels.norm_product(norm, self.gate_up_proj, x, delta, step)
             return kernels.gated_product(down, gate_up, self.activation, activation, step), x
         h, x = kernels.normed(norm, x, delta, step, _is_packed(down))
-        gate, up = getattr(self, gate_name)(h), getattr(self, up_name)(h)
-        return down(activation(gate.astype(jnp.float32)).astype(x.dtype) * up), x
+        gate, up = (kernels.product(getattr(self, name), h, step) for name in (gate_name, up_name))
+        return kernels.product(down, activation(gate.astype(jnp.float32)).astype(x.dtype) * up, step), x
 
 
 class DecoderLayer(nnx.Module):

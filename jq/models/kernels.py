@@ -157,7 +157,8 @@ def attention(
 
 
 def _on_gpu() -> bool:
-    if jax.default_backend() != "gpu":
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if jax.default_backend() != "gpu" or getattr(chosen, "platform", chosen) not in (None, "gpu", "cuda"):
         return False
     from pallas_kernels import api
 
