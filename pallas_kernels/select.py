@@ -112,7 +112,14 @@ def streams(m: int, n: int, k: int, multiprocessors: int, gathered: bool = False
     first = 1 if m * k * 2 <= 1 << 15 else next((c for c in (2, 4) if m * k * 2 <= c * share), 4)
     if gathered:
         first, chunks = 2, 8  # every block loads the whole row, and orders its part
-    for cluster in dict.fromkeys((first, 4, 2, 8, 1)):
+
+    def copied(cluster: int) -> int:
+        """Chunks of a copy, which must divide those of a block."""
+        block = -(-k // CHUNK) // cluster
+        return max((c for c in range(1, chunks + 1) if block % c == 0 and block), default=0)
+
+    # below four chunks a copy the copies cost more than x does
+    for cluster in sorted(dict.fromkeys((first, 4, 2, 8, 1)), key=lambda c: -min(copied(c), 4)):
         blocks = whole_clusters(multiprocessors, cluster)
         yield stream.Config(8, cluster, chunks, ring(8, chunks), blocks)
         yield stream.Config(8, cluster, 4, ring(8, 4), blocks)

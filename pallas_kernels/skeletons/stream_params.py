@@ -71,8 +71,8 @@ class Params:
         strip, groups = self.cluster_first + self.thread * plan.clusters, plan.form.groups(plan.k)
         with ptx.when(strip < plan.strips):
             for h in range(plan.height):
-                first = (strip * plan.height + h) * (ROWS * groups)
-                for place in (first, first + (ROWS * groups - 1)):
+                begin = (strip * plan.height + h) * (ROWS * groups)
+                for place in (begin, begin + (ROWS * groups - 1)):
                     block = ptx.select(place < plan.n * groups, place, 0) // NESTED_BLOCK
                     ptx.prefetch(ptx.address(self.pointers["absmax2"], block, 4))
         ptx.sync_warp()

@@ -8,6 +8,9 @@ import pytest
 
 import pallas_kernels
 from jq.qtensor import stack
+from pallas_kernels import reference, tune
+from pallas_kernels.form import Form
+from pallas_kernels.skeletons import stream
 
 pytestmark = pytest.mark.gpu
 
@@ -97,6 +100,37 @@ def test_repeated_runs_are_bit_identical():
         first = np.asarray(pallas_kernels.matmul(x, w), np.float32)
         for _ in range(5):
             np.testing.assert_array_equal(np.asarray(pallas_kernels.matmul(x, w), np.float32), first)
+
+
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (1, stream.Config(4, 1, 2, 48 << 10, 16)),
+        (1, stream.Config(8, 2, 4, 48 << 10, 16)),
+        (8, stream.Config(8, 4, 4, 48 << 10, 16)),
+        (9, stream.Config(8, 1, 8, 48 << 10, 16)),
+        (16, stream.Config(12, 4, 2, 48 << 10, 16)),
+        (16, stream.Config(8, 8, 2, 48 << 10, 16)),
+        (16, stream.Config(8, 2, 4, 48 << 10, 16, height=2)),
+    ],
+    ids=str,
+)
+def test_ways_to_share_a_stream(m, config):
+    """Strips that come out even and loose ones, sums inside a block and over the blocks of a cluster."""
+    for n in (2048, 2064, 4096):
+        w = tune.random_weight(Form(), n, 1024)
+        y = jax.jit(stream.matmul, static_argnums=2)(rows(m, 1024), w, config)
+        assert error(y, reference.product(rows(m, 1024), w)) < 4e-3
+
+
+def test_many_short_runs_are_bit_identical():
+    """A weight in the L2 cache and look-ups for every pair of codes: copies come back as soon as they ever do."""
+    form = Form("codebook", 4, 64, "bf16")
+    w = tune.random_weight(form, 4096, 4096)
+    run = jax.jit(stream.matmul, static_argnums=2)
+    config = stream.Config(4, 1, 4, 17 << 10, 264)
+    first = run(rows(1, 4096), w, config)
+    assert not any(bool((run(rows(1, 4096), w, config) != first).any()) for _ in range(500))
 
 
 def test_bias_stack_scan_vmap_and_gradient():

@@ -55,6 +55,13 @@ def test_options():
         lower(Form(), 100, 250, m, choice)  # neither is a multiple of 8
         lower(Form(), 256, 512, m, choice, perm=True)
     lower(Form(), 256, 512, 1, STREAM, perm=True)
+    for m, config in (
+        (1, stream.Config(4, 1, 2, 16 << 10, 264)),
+        (8, stream.Config(8, 4, 2, 32 << 10, 8)),  # loose strips and whole ones
+        (16, stream.Config(12, 8, 1, 32 << 10, 16)),
+        (16, stream.Config(8, 2, 4, 32 << 10, 8, height=2)),
+    ):
+        lower(FORMS["nf4_dq"], 4096, 512, m, select.Choice("stream", config))
 
 
 def tuned():
