@@ -31,6 +31,7 @@ from pallas_kernels.skeletons.stream_sums import Sums
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 MAX_ROWS = 2
+RING = 96 * 1024  # bytes on their way to a multiprocessor
 EARLY = 8  # vectors of a thread
 SCRATCH = 256  # bytes behind the kernel's own: a float of each warp and row
 
@@ -45,7 +46,14 @@ def choice_for(prologue: Norm | Gate, m: int, w: Packed) -> Choice | None:
     choice = choose(m, n, k, w.form, device_key(device.device_kind), cores)
     if choice.kernel != "stream":
         return None
-    return choice if worthwhile(prologue, m, k, choice.config.cluster) else None
+    if not worthwhile(prologue, m, k, choice.config.cluster):
+        return None
+    # the weight's copies that leave ahead must last as long as x is made: more of them than where x is only copied
+    per = -(-choice.config.blocks // MULTIPROCESSORS)
+    config = dataclasses.replace(
+        choice.config, chunks=max(8, choice.config.chunks), ring_bytes=max(RING // per, choice.config.ring_bytes)
+    )
+    return None if Plan(m, n, k, w.form, config, "bf16").reason() else dataclasses.replace(choice, config=config)
 
 
 def gated_choice(prologue: Norm, m: int, w: Packed) -> Choice | None:
@@ -60,7 +68,7 @@ def gated_choice(prologue: Norm, m: int, w: Packed) -> Choice | None:
         chunks=max(1, choice.config.chunks // 2),
         warps=8,
         blocks=choice.config.blocks // -(-choice.config.blocks // MULTIPROCESSORS),
-        ring_bytes=96 * 1024,
+        ring_bytes=RING,
     )
     plan = Plan(m, *w.shape, w.form, config, "bf16")
     return None if plan.reason() else dataclasses.replace(choice, config=config)
