@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import datetime
 import functools
 import gc
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -326,7 +328,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peers", nargs="*", type=int, help="batches to run torch at; all by default")
     parser.add_argument("--lower", action="store_true", help="lower for CUDA only")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
@@ -342,6 +344,8 @@ def main() -> None:
 
     def write() -> None:  # after each row, so that a run that is cut off keeps what it measured
         versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions["torch"] = importlib.metadata.version("torch").split("+")[0]
         save(options.out / f"gpu_decode_{short}.json", card, versions, rows)
 
     for kind in options.weights:
@@ -357,7 +361,7 @@ def main() -> None:
             del model
             gc.collect()
     jax.clear_caches()
-    for batch in [] if options.no_peers else options.batch:
+    for batch in options.batch if options.peers is None else options.peers:
         beside = peers(batch, options.context)
         for row in rows:
             if row["batch"] == batch:
