@@ -315,6 +315,7 @@ def save(path: Path, card: str, versions: dict[str, str], rows: list[dict]) -> N
             new[key(row)]["peers"] = new[key(row)]["peers"] or row["peers"]
     kept = [row for row in earlier if key(row) not in new]
     result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": kept + rows}
+    result["command"] = " ".join(["python", "benchmarks/gpu_decode.py", *sys.argv[1:]])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 
