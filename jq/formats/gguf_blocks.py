@@ -57,6 +57,10 @@ def _six_bits(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scales, minima
 
 
+def _q1_0(b: np.ndarray) -> Split:
+    return {"d": _half(b[..., :2]), "codes": np.unpackbits(b[..., 2:], axis=-1, bitorder="little")}
+
+
 def _q4_0(b: np.ndarray) -> Split:
     return {"d": _half(b[..., :2]), "codes": _low_high(b[..., 2:])}
 
@@ -188,6 +192,13 @@ def _k_quant(split: Split, bits: int, group: int, scale_bits: int, source: Sourc
     )
 
 
+def _signs(split: Split, source: Source) -> Codebook:
+    """A bit a weight: d where it is set, -d where not (ggml-quants.c; gguf 0.19.0 has no Python code for it)."""
+    table = np.broadcast_to(np.array([-1, 1], np.float32), (*split["codes"].shape[:-2], 2)).copy()
+    grouping = Grouping("block", 1, 128)
+    return Codebook(split["codes"], table, split["d"], code_bits=1, grouping=grouping, dtype="float32", source=source)
+
+
 def _iq4(split: Split, group: int, source: Source) -> Codebook:
     d = split["d"]
     absmax = _nested(split["scales"], d, 6, 8, zero_point=32) if "scales" in split else d
@@ -218,6 +229,7 @@ def _narrow(split: Split, group: int, scale_kind: str, source: Source) -> Narrow
 # type -> (split, packed width of its fields, build)
 Row = tuple[Callable[[np.ndarray], Split], dict[str, int], Callable[[Split, Source], QTensor]]
 ROWS: dict[str, Row] = {
+    "Q1_0": (_q1_0, {"codes": 1}, lambda s, o: _signs(s, o)),
     "Q4_0": (_q4_0, {"codes": 4}, lambda s, o: _affine(s, 4, 32, o, zero_point=8)),
     "Q4_1": (_q4_1, {"codes": 4}, lambda s, o: _affine(s, 4, 32, o)),
     "Q5_0": (_q5_0, {"codes": 5}, lambda s, o: _affine(s, 5, 32, o, zero_point=16)),

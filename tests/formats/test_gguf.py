@@ -38,7 +38,7 @@ SCALES = {
     "NVFP4": (),
     "IQ1_M": (),
 }
-DECODED = sorted((ROWS.keys() | KINDS.keys()) - {"Q8_K"})
+DECODED = sorted((ROWS.keys() | KINDS.keys()) - {"Q8_K", "Q1_0"})  # which gguf itself cannot decode
 
 
 def random_blocks(kind: str, rows: int, blocks: int, seed: int) -> np.ndarray:
@@ -95,6 +95,21 @@ def test_stacked_experts_and_rows(kind: str) -> None:
     np.testing.assert_array_equal(bits(q[1].dequantize()), bits(want[1]))
     order = np.array([2, 0, 3, 1])
     np.testing.assert_array_equal(bits(take_rows(tensor_of(raw[0], kind), order).dequantize()), bits(want[0][order]))
+
+
+def test_one_bit_as_ggml_reads_it() -> None:
+    """Q1_0, which gguf 0.19.0 cannot dequantize: bit j of byte j // 8 chooses between d and -d."""
+    rng = np.random.default_rng(1)
+    scales = (rng.random((3, 2)) + 0.01).astype(np.float16)
+    signs = rng.integers(0, 2, (3, 2, 128))
+    blocks = np.zeros((3, 2, 18), np.uint8)
+    blocks[..., :2] = scales[..., None].view(np.uint8)
+    for j in range(128):
+        blocks[..., 2 + j // 8] |= (signs[..., j] << (j % 8)).astype(np.uint8)
+    q = tensor_of(blocks.reshape(3, 36), "Q1_0")
+    want = np.where(signs, scales[..., None], -scales[..., None]).astype(np.float32).reshape(3, 256)
+    np.testing.assert_array_equal(bits(q.dequantize()), bits(want))
+    assert q.nbytes - 8 <= blocks.nbytes  # but for the table of two values
 
 
 def test_scales_that_are_not_finite() -> None:
