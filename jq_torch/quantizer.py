@@ -88,13 +88,23 @@ class JqQuantizer(HfQuantizer):
         return None if self.method is None else onthefly.bits_of(self.method) / 8
 
     def update_tp_plan(self, config: Any) -> Any:
+        """5.17: the plan of the config, before there is a model; every process holds the layers whole."""
+        config.base_model_tp_plan = {}
         return config
 
     def update_ep_plan(self, config: Any) -> Any:
+        config.base_model_ep_plan = {}
         return config
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
-        """Packed layers have no `weight` to shard: their entries leave the plan, each process holds them whole."""
+        """Leaves the rules of the embedding and of an unpacked output layer; every process holds the layers whole.
+
+        A packed layer has no `weight` to shard, and the rules of a block only work together.
+        """
+        ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if not isinstance(m, Packed)]
+        kept = {name for name, module in model.named_modules() if any(module is end for end in ends)}
+        for pattern in [p for p in plan if p not in kept]:
+            del plan[pattern]
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         if not self.pre_quantized:
@@ -177,6 +187,11 @@ class JqQuantizer(HfQuantizer):
     def _pack_one(self, model: Any, path: str, module: Packed) -> None:
         if module.is_packed or any(p.device.type == "meta" for p in module.parameters(recurse=False)):
             return  # already done, or on disk: then every call packs what the hooks bring
+        if any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):  # DTensors
+            raise UnsupportedError(
+                f"{path}: sharded while loading (DistributedConfig); packed layers are sharded after it: load the model "
+                "whole, then torch.distributed.fsdp.fully_shard"
+            )
         if not isinstance(module, JqLinear):
             module.pack()
         else:

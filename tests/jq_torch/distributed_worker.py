@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import jq_torch
+from jq.errors import UnsupportedError
 
 
 def adapted(folder: str) -> Any:
@@ -40,11 +41,9 @@ def losses(model: Any, rank: int, world: int, steps: int = 4) -> list[torch.Tens
     return found
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def fsdp(folder: str) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = adapted(sys.argv[1])
+    model = adapted(folder)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     mesh = init_device_mesh("cpu", (world,))
@@ -56,7 +55,35 @@ def main() -> None:
     dist.all_reduce(found)
     full = {n: p.full_tensor() for n, p in model.named_parameters() if n in before}
     same = len(full) == len(before) and all(torch.equal(full[n], before[n]) for n in before)
-    print(json.dumps({"losses": (found / world).tolist(), "held": held / total, "same": same}), flush=True)
+    return {"losses": (found / world).tolist(), "held": held / total, "same": same}
+
+
+def tensor(folder: str) -> dict[str, Any]:
+    ids = torch.arange(3, 15)[None]
+    with jq_torch.enable(), torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+        found = model(ids).logits
+    found = found.full_tensor() if hasattr(found, "full_tensor") else found
+    sharded = [n for n, p in model.named_parameters() if hasattr(p, "full_tensor")]
+    return {"error": (found - want).abs().max().item(), "sharded": sharded}
+
+
+def refused(folder: str) -> dict[str, Any]:
+    from transformers.distributed import DistributedConfig
+
+    try:
+        with jq_torch.enable():
+            AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
+    except UnsupportedError as e:
+        return {"message": str(e)}
+    return {"message": ""}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    print(json.dumps({"fsdp": fsdp, "tensor": tensor, "refused": refused}[sys.argv[1]](sys.argv[2])), flush=True)
     dist.destroy_process_group()
 
 
