@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import mutations
 import numpy as np
 import pytest
@@ -22,12 +25,65 @@ FOLDERS = {
 }
 FOLDERS = {name: path for name, path in FOLDERS.items() if any(path.glob("*.safetensors")) and stored(path)[0]}
 ROUNDS = 25
+AT = "model.layers.0.self_attn.q_proj"
+SHAPE = {"model_type": "llama", "hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "dtype": "bfloat16"}
+Seed = tuple[dict[str, np.ndarray], dict[str, Any], dict[str, bytes], dict[str, str]]
+
+
+def _made(method: Any) -> Seed:
+    """One module as a quantizer of jq makes it."""
+    w = np.random.default_rng(0).standard_normal((128, 128)).astype(ml_dtypes.bfloat16)
+    config = {**SHAPE, "quantization_config": method.config(["lm_head"])}
+    parts = jq.formats()[method.format].dump(method.quantize(w, name=AT))
+    if method.format == "higgs":
+        config["quantization_config"]["tune_metadata"] = {AT: {"template_id": method.template_id}}
+    return {f"{AT}.{suffix}": array for suffix, array in parts.items()}, config, {}, {}
+
+
+def _gemma() -> Seed:
+    rng = np.random.default_rng(1)
+    parts = {
+        "weight": rng.integers(0, 256, (128, 64), np.uint8),
+        "weight_scale": rng.random((128, 1), np.float32),
+        "input_activation_scale": np.asarray(0.1, np.float32),
+        "output_activation_scale": np.asarray(0.1, np.float32),
+    }
+    settings = {"quant_method": "gemma", "num_bits": 4, "module_quant_configs": {"q_proj": {"num_bits": 4}}}
+    return {f"{AT}.{k}": v for k, v in parts.items()}, {**SHAPE, "quantization_config": settings}, {}, {}
+
+
+def _spqr() -> Seed:
+    rng = np.random.default_rng(2)
+    parts = {
+        "dense_weights": rng.integers(0, 1 << 50, 8 * 8 * 16, np.int64),
+        "row_offsets": np.minimum(np.arange(129), 40).astype(np.int32),
+        "col_vals": rng.integers(0, 128, 40).astype(np.int32),
+        "in_perm": np.zeros(0, np.int32),
+    }
+    settings = {"quant_method": "spqr", "bits": 3, "beta1": 16, "beta2": 16, "shapes": {}}
+    return {f"{AT}.{k}": v for k, v in parts.items()}, {**SHAPE, "quantization_config": settings}, {}, {}
+
+
+# Formats of which no file of the original library is at hand.
+MADE: dict[str, Callable[[], Seed]] = {
+    "higgs": lambda: _made(jq.HIGGS(group_size=64, hadamard_size=64)),
+    "fp_quant-nvfp4": lambda: _made(jq.FPQuant()),
+    "fp_quant-mxfp4": lambda: _made(jq.FPQuant("mxfp4", "quest")),
+    "fouroversix": lambda: _made(jq.FourOverSix()),
+    "quark-uint2": lambda: _made(jq.Quark("uint2", symmetric=False)),
+    "sinq-8": lambda: _made(jq.SINQ(8)),
+    "gemma": _gemma,
+    "spqr": _spqr,
+}
 
 
 @pytest.mark.filterwarnings("ignore::jq.errors.JqWarning")
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, *MADE])
 def test_damage_is_an_error_or_harmless(name: str, tmp_path: Path) -> None:
-    seed = mutations.seed_of(FOLDERS[name])
+    seed = MADE[name]() if name in MADE else mutations.seed_of(FOLDERS[name])
+    mutations.write(tmp_path / "good", *seed)
+    if name in MADE:
+        assert f"{AT}.weight" in jq.load_state(tmp_path / "good")
     rng = random.Random(name)
     for round_ in range(ROUNDS):
         tensors, config, sides, metadata = copy.deepcopy(seed)
