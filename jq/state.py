@@ -162,7 +162,7 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
                 continue
             key = prefix if fmt.parameter(prefix) else f"{prefix}.weight"
             tensors[key] = value
-            taken.update(stored.values())
+            taken.update(name for suffix, name in stored.items() if not suffix.startswith("~"))
         _check_leftovers(ckpt, fmt, taken | untouched)
         clash = sorted(set(tensors) & (set(ckpt.entries) - taken))
         if clash:

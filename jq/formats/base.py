@@ -10,7 +10,8 @@ algorithms, packing and arithmetic live elsewhere. `jq.state` drives it:
     format.dump(q) -> {suffix: array}                # from q's own arrays and q.source alone
 
 The State's key of a quantized module is prefix + ".weight" (or prefix alone where `Format.parameter` says that the
-prefix is a parameter, not a module: stacked experts). Stored names are prefix + separator + suffix.
+prefix is a parameter, not a module: stacked experts). Stored names are prefix + separator + suffix. A suffix that begins
+with "~" is borrowed: `load` may look at that tensor, which stays an entry of its own (a scale that modules share).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
   <m>.weight_scale_inv  float32, bfloat16 or float8_e8m0fnu [ceil(N/bn), ceil(K/bk)], uint8 (the bytes of e8m0),
                         or a scalar; despite its name it multiplies. Also named `scale`, `qscale_weight`, `weight_scale`.
   <m>.activation_scale  scalar, static activations only
-  fused experts         <p> [E, N, K] with <p>_scale_inv [E, ., .] and <p>_activation_scale [E]
+  fused experts         <p> [E, N, K] with <p>_scale_inv [E, ., .] and <p>_activation_scale [E]; or the weights of single
+                        experts beside these scales, as transformers 5.23 saves a model that it quantized
 
 Dequantize: dtype(float32(q) * float32(s)), dtype that of the model. Blocks are those of the config where its grid fits
 (ragged edges included), else shape // grid: one file mixes 128x128 linears and 1x32 experts.
@@ -31,7 +32,7 @@ import numpy as np
 
 from jq.activations import Activation
 from jq.algorithms import narrow
-from jq.errors import FormatError
+from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_once
 from jq.qtensor import Grouping, NarrowFloat, Source
 
@@ -42,6 +43,13 @@ EXTRAS = ("activation_scale", "qscale_act", "input_scale")
 FUSED = ("_scale_inv", "_activation_scale")
 # Fused experts are parameters [E, N, K], their State keys have no ".weight"; one expert's Linear is `experts.0.up_proj`.
 _EXPERTS = re.compile(r"(^|\.)experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
+# One expert's projection -> the fused one that its scales belong to, and which half of its rows it is.
+_ONE_EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(\w+)$")
+_FUSED_PARTS: dict[str, tuple[str, int | None]] = {
+    **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
+    **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
+    **dict.fromkeys(("down_proj", "w2"), ("down_proj", None)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +116,8 @@ def group(names: list[str], options: Options, context: Context) -> dict[str, dic
             parts = {s: f"{module}.{s}" for s in (*SCALES, *EXTRAS) if f"{module}.{s}" in there}
             if any(s in parts for s in SCALES):
                 found[module] = {"weight": name, **parts}
+            elif is_e4m3 and (shared := _shared_scales(module, there)):
+                found[module] = {"weight": name, **shared}
             elif is_e4m3:
                 raise FormatError(
                     f"{name}: float8 without a scale ({', '.join(SCALES)}) beside it; the file is incomplete"
@@ -119,6 +129,37 @@ def group(names: list[str], options: Options, context: Context) -> dict[str, dic
     return found
 
 
+def _shared_scales(module: str, there: set[str]) -> dict[str, str]:
+    """Scales of fused experts beside the weights of single ones, as transformers 5.23 saves them; empty where none are."""
+    match = _ONE_EXPERT.match(module)
+    stem = f"{match[1]}.{_FUSED_PARTS[match[3]][0]}" if match and match[3] in _FUSED_PARTS else ""
+    if f"{stem}_scale_inv" not in there:
+        return {}
+    names = {f"~{key}": f"{stem}_{key}" for key in ("scale_inv", "activation_scale")}
+    return {suffix: name for suffix, name in names.items() if name in there}
+
+
+def _own_part(prefix: str, parts: Parts, shape: tuple[int, ...]) -> Parts:
+    """The shared scales of one expert's projection, under the names of a Linear with "~" before them."""
+    match = _ONE_EXPERT.match(prefix)
+    assert match is not None
+    scale, index, half = parts["~scale_inv"], int(match[2]), _FUSED_PARTS[match[3]][1]
+    name = f"{match[1]}.{_FUSED_PARTS[match[3]][0]}_scale_inv"
+    if scale.ndim not in (1, 3) or index >= scale.shape[0]:
+        raise FormatError(f"{name}: found shape {scale.shape}, which has no scales for expert {index}")
+    own = scale[index]
+    if half is not None and own.ndim == 2:  # rows of gate, then rows of up
+        if own.shape[0] % 2:
+            raise UnsupportedError(
+                f"{name}: found shape {scale.shape}; a block that holds rows of gate and of up is not read"
+            )
+        own = own[own.shape[0] // 2 * half :][: own.shape[0] // 2]
+    found = {"~scale_inv": np.ascontiguousarray(own)}
+    if "~activation_scale" in parts:
+        found["~activation_scale"] = parts["~activation_scale"].reshape(-1)[index]
+    return {"weight": parts["weight"], **found}
+
+
 def join(prefix: str, suffix: str) -> str:
     return prefix + suffix if suffix == "" or suffix.startswith("_") else f"{prefix}.{suffix}"
 
@@ -127,7 +168,9 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
     """One module's (or fused experts') tensors as a QTensor."""
     fused = "" in parts
     weight = parts[""] if fused else take(parts, "weight", prefix)
-    key = "_scale_inv" if fused else next(s for s in SCALES if s in parts)
+    if "~scale_inv" in parts:
+        parts = _own_part(prefix, parts, weight.shape)
+    key = "_scale_inv" if fused else next(s for s in (*SCALES, "~scale_inv") if s in parts)
     name = join(prefix, key)
     kind, codes = _codes(weight, join(prefix, "" if fused else "weight"))
     k = weight.shape[-1] * (2 if kind == "e2m1" else 1)
@@ -199,7 +242,7 @@ def _grid(
 
 def _activation(prefix: str, parts: Parts, options: Options, grouping: Grouping, fused: bool) -> Activation | None:
     if options.activations == "static":
-        found = [s for s in (("_activation_scale",) if fused else EXTRAS) if s in parts]
+        found = [s for s in ("_activation_scale", "~activation_scale", *EXTRAS) if s in parts]
         if not found:
             raise FormatError(f"{prefix}.activation_scale: missing; activation_scheme is static")
         count = parts[""].shape[0] if fused else 1  # a scale for each expert
@@ -221,11 +264,12 @@ def dump(q: Any) -> Parts:
         scale = scale.reshape(() if rank == 0 else (-1,))
     dtype = q.source.get("weight_dtype")
     weight = codes.view(np.dtype(dtype)) if dtype else codes.view(E4M3)
-    return {
+    found = {
         "" if key == "_scale_inv" else "weight": weight,
         key: scale,
         **{s: np.asarray(a) for s, a in q.extras.items()},
     }
+    return {s: a for s, a in found.items() if not s.startswith("~")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import ml_dtypes
+import mutations
 import numpy as np
 import pytest
 from format_reading import assert_same, held_bytes, read
@@ -212,3 +213,31 @@ def test_quantize(fmt, block, seed):
 def test_quantize_refuses_what_blocks_do_not_tile():
     with pytest.raises(FormatError, match=r"shape \(64, 128\) is not tiled by blocks of \(128, 128\)"):
         jq.FP8().quantize(np.ones((64, 128), np.float32), NAME)
+
+
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_single_experts_with_the_scales_of_fused_ones(names, tmp_path):
+    """How transformers 5.23 saves a mixture of experts: weights one by one, scales [E, ., .] of gate and up together."""
+    rng = np.random.default_rng(9)
+    at, inputs = "model.layers.0.mlp.experts", np.full(2, 0.5, np.float32)
+    weights = {i: [random_codes(rng, *shape) for shape in ((16, 32), (16, 32), (32, 16))] for i in range(2)}
+    both, down = rng.random((2, 4, 4)).astype(np.float32), rng.random((2, 4, 2)).astype(np.float32)
+    tensors = {f"{at}.{i}.{n}.weight": w for i, ws in weights.items() for n, w in zip(names, ws, strict=True)}
+    tensors |= {f"{at}.gate_up_proj_scale_inv": both, f"{at}.down_proj_scale_inv": down}
+    tensors |= {f"{at}.gate_up_proj_activation_scale": inputs, f"{at}.down_proj_activation_scale": inputs}
+    state = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": config((8, 8), "static")}
+    mutations.write(tmp_path, tensors, state, {}, {})
+    loaded = jq.load_state(tmp_path)
+    found = jq.quantized(loaded)
+    assert len(found) == 6
+    for i, ws in weights.items():
+        scales = (both[i, :2], both[i, 2:], down[i])
+        for name, w, scale in zip(names, ws, scales, strict=True):
+            want = w.astype(np.float32) * np.repeat(np.repeat(scale, 8, 0), 8, 1)
+            assert_same(found[f"{at}.{i}.{name}"].dequantize(), want.astype(BF16))
+            assert np.isfinite(
+                np.asarray(jq.matmul(np.ones((2, w.shape[1]), np.float32), found[f"{at}.{i}.{name}"]))
+            ).all()
+    assert {name: np.asarray(a).tobytes() for name, a in loaded.stored()} == {
+        k: v.tobytes() for k, v in tensors.items()
+    }
