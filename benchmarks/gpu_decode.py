@@ -303,18 +303,18 @@ def peers(batch: int, context: int) -> dict[str, dict[str, float]]:
 
 
 def save(path: Path, card: str, versions: dict[str, str], rows: list[dict]) -> None:
-    """Writes the rows; those of an earlier run that were not measured now stay."""
+    """Writes the rows, each with the time of its run; those of an earlier run that were not measured now stay."""
 
     def key(row: dict) -> tuple:
         return tuple(row[k] for k in ("weights", "head", "batch", "context", "loop"))
 
-    new = {key(row): row for row in rows}
-    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
-    for row in earlier:
-        if key(row) in new:
-            new[key(row)]["peers"] = new[key(row)]["peers"] or row["peers"]
-    kept = [row for row in earlier if key(row) not in new]
-    result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": kept + rows}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
+    new = {key(row): row | {"measured": now} for row in rows}
+    earlier = {key(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    for place, row in new.items():
+        row["peers"] = row["peers"] or earlier.get(place, row)["peers"]
+    both = list((earlier | new).values())
+    result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": both}
     result["command"] = " ".join(["python", "benchmarks/gpu_decode.py", *sys.argv[1:]])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
