@@ -63,6 +63,7 @@ class JqQuantizer(HfQuantizer):
         """Raises where the request cannot be met; may be called twice and changes nothing."""
         if device_map is not None and importlib.util.find_spec("accelerate") is None:
             raise ImportError("device_map needs the package accelerate: pip install accelerate")
+        _check_devices(device_map)
         if isinstance(device_map, Mapping) and not self.pre_quantized and "disk" in device_map.values():
             raise ValueError(
                 "quantizing while loading cannot put layers on disk; quantize and save the model first, then load the "
@@ -278,6 +279,18 @@ class JqQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _check_devices(device_map: Any) -> None:
+    """Raises RuntimeError for a CUDA device that torch does not see; what torch itself says names no device."""
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    for place in places:
+        name = f"cuda:{place}" if isinstance(place, int) else str(place)
+        kind, _, index = name.partition(":")
+        seen = torch.cuda.device_count()
+        if kind == "cuda" and int(index or 0) >= seen:
+            there = f"{seen} CUDA devices" if seen else "no CUDA device"
+            raise RuntimeError(f"device_map: {name} is asked for, torch sees {there}")
 
 
 def _file_dict(config: Any) -> dict[str, Any]:

@@ -165,3 +165,51 @@ def test_extra_biases_are_kept_and_added(folder, enabled):
     model, info = load(folder, output_loading_info=True)
     assert not info["unexpected_keys"]
     assert torch.equal(model.get_submodule(Q).bias, bias)
+
+
+def test_a_missing_shard_is_named(folder, enabled):
+    """A download that stopped between two shards."""
+    load(folder).save_pretrained(folder / "shards", max_shard_size="40KB")
+    shards = sorted((folder / "shards").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    with pytest.raises((OSError, CheckpointError), match=shards[1].name):
+        load(folder / "shards")
+
+
+def test_a_shard_of_another_save_is_named(folder, enabled):
+    """A directory that two saves wrote into: the index names tensors that its files do not have."""
+    load(folder).save_pretrained(folder / "shards", max_shard_size="40KB")
+    shards = sorted((folder / "shards").glob("model-*.safetensors"))
+    shards[1].write_bytes(shards[0].read_bytes())
+    with pytest.raises(JqError, match=r"safetensors|not in the file"):
+        load(folder / "shards")
+
+
+def test_weights_without_a_config(folder, enabled):
+    (folder / "config.json").unlink()
+    with pytest.raises((OSError, ValueError), match=r"config\.json|model_type"):
+        load(folder)
+
+
+def test_device_maps_need_accelerate(folder, enabled, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "accelerate" else found(n, *a))
+    with pytest.raises(ImportError, match="pip install accelerate"):
+        load(folder, device_map="auto")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device_map", ["cuda", {"": 0}, {"model": "cuda:1", "lm_head": "cpu"}, torch.device("cuda")])
+def test_a_device_that_is_not_there_is_named(folder, enabled, device_map):
+    with pytest.raises(RuntimeError, match=r"device_map: cuda(:\d)? .*torch sees no"):
+        load(folder, device_map=device_map)
+
+
+@pytest.mark.parametrize("key, value", [("bits", 5), ("bits", "four"), ("group_size", -7)])
+def test_a_value_that_the_method_does_not_have_is_named(folder, enabled, key, value):
+    configure(folder, **{key: value})
+    with pytest.raises(JqError, match=rf"{key}.*{value}|{value}.*{key}"):
+        load(folder)

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from tiny import GPTQ, ids, same, save_pair, tensors_of
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import jq_torch
 from jq_torch import ops
@@ -106,6 +106,34 @@ def test_disk_offload(folder, enabled, dense, tmp_path, buffers):
     model.save_pretrained(tmp_path / "saved")
     want, got = tensors_of(folder / "packed"), tensors_of(tmp_path / "saved")
     assert want.keys() == got.keys() and all(same(want[n], got[n]) for n in want if "_proj" in n)
+
+
+@pytest.mark.parametrize("room", ["packed", "half"])
+def test_memory_is_estimated_by_packed_bytes(folder, enabled, dense, tmp_path, room):
+    """ "auto" puts a packed model where the float one would not fit, and what does not fit on disk."""
+    bytes_of = sum(t.nbytes for t in tensors_of(folder / "packed").values())
+    limit = int(1.3 * bytes_of) if room == "packed" else bytes_of // 2
+    assert limit < dense.get_memory_footprint()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "packed", device_map="auto", max_memory={"cpu": limit}, offload_folder=tmp_path
+    )
+    assert ("disk" in getattr(model, "hf_device_map", {}).values()) == (room == "half")
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-6)
+    quantizer = model.hf_quantizer
+    assert quantizer.adjust_max_memory({"cpu": limit}) == {"cpu": limit}
+    assert quantizer.param_element_size(model, "lm_head.weight", model.lm_head.weight) == 4
+
+
+def test_offloaded_eight_bit_layers_stay_packed(folder, enabled):
+    """`llm_int8_enable_fp32_cpu_offload` keeps layers on the CPU in float where bitsandbytes does; here it needs not."""
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
+    places = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places["model.rotary_emb"] = "cpu"
+    made = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config, device_map=places)
+    assert sum(isinstance(m, JqLinear) for m in made.modules()) == 14
+    assert made.config.quantization_config.llm_int8_enable_fp32_cpu_offload
+    want = logits(AutoModelForCausalLM.from_pretrained(folder / "float"))
+    assert (logits(made) - want).norm() < 0.05 * want.norm()
 
 
 def test_copies_and_pickles(model):
