@@ -1,5 +1,7 @@
 """The kernels of a decode step, computed on the CPU thread by thread (`lockstep`), against plain JAX."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import lockstep
@@ -120,14 +122,17 @@ def plain_gate(a):
     return jax.nn.silu(gate.astype(jnp.float32)).astype(a.dtype) * up
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 80, 1024), (3, 64, 2048), (8, 48, 256)])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 80, 2048), (3, 64, 2048), (8, 48, 256)])
 @pytest.mark.parametrize(
     "kind", [prologue.Norm(1e-5), prologue.Gate(), prologue.Plain()], ids=lambda p: type(p).__name__
 )
-def test_dense_products(kind, m, n, k):
+def test_dense_products(kind, m, n, k, large):
     plan = dense.plan_for(kind, m, n, k, jnp.dtype(jnp.bfloat16))
-    if plan is None:
-        pytest.skip("does not pay")
+    if plan is not None and large:  # what weights of many rows get
+        plan = dataclasses.replace(plan, warps=8, steps=8, blocks=3)
+    if plan is None or plan.reason():
+        pytest.skip("does not pay or fit")
     a, b, gain = normal((m, k)), normal((m, k), seed=1), normal((k,), seed=2)
     arrays = {"a": a, "w": normal((n, k), seed=3), "bias": normal((n,), np.float32, 4)}
     x = jnp.asarray(a)
