@@ -63,7 +63,7 @@ def modules(draw):
     return parts, weights.reshape(n, k).astype(DTYPES[dtype])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(modules())
 def test_load_and_dump_invert_slow_decoding(module):
     parts, weights = module
@@ -245,11 +245,11 @@ def reference_int8_linear(x, w, threshold):
     return (y.astype(np.float64) + x.astype(np.float64)[:, columns] @ dense[:, columns].T).astype(x.dtype), q
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 6),
-    st.sampled_from((1, 8, 65, 1030)),
-    st.integers(1, 9),
+    st.sampled_from((1, 2, 6)),  # few shapes: each is compiled
+    st.sampled_from((1, 65, 1030)),
+    st.sampled_from((1, 9)),
     st.sampled_from((0.0, 2.0, 6.0)),
     st.sampled_from(sorted(DTYPES)),
     st.integers(0, 2**32 - 1),

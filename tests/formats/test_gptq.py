@@ -94,7 +94,7 @@ def modules(draw):
     return parts, options, codes, zeros, scales, plain if index is None else index
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(modules())
 def test_load_and_dump_invert_slow_packing(module):
     parts, options, codes, zeros, scales, index = module
