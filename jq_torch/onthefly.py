@@ -294,6 +294,10 @@ def finish(quantizer: Any, model: Any) -> None:
 
     skip = [p for p, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
     found = quantizer.method.config(skip=skip)
+    refine = getattr(quantizer.method, "refine_config", None)
+    if refine is not None:  # what the config says of each module
+        tensors = {f"{p}.weight": m.qtensor() for p, m in model.named_modules() if isinstance(m, JqLinear)}
+        found = refine(found, [name.removesuffix(".weight") for name in tensors], skip, tensors)
     key = str(found["quant_method"])
     if key == "bitsandbytes":
         key += "_4bit" if found.get("load_in_4bit") else "_8bit"

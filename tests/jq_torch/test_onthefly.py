@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import jq
 import jq_torch
+from jq.cli import methods
 from jq.errors import CalibrationError, FormatError, UnsupportedError
 from jq_torch.linear import JqLinear
 
@@ -148,3 +149,32 @@ def test_disk_offload_is_refused_while_quantizing(folder, enabled):
             quantization_config=CONFIGS["bnb-nf4"](),
             device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"},
         )
+
+
+EVERY = sorted(name for name in methods.names().values() if hasattr(methods.find(name), "quantize"))
+OPTIONS = {
+    "RTN": {"group_size": 64},
+    "FP8": {"block_size": (64, 64)},
+    "HIGGS": {"group_size": 64, "hadamard_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n != "MXFP4"])  # its files hold experts of gpt-oss alone
+def test_every_method_without_data(folder, tmp_path, enabled, name):
+    """`JqConfig(method)`: the weights are those of `jq.quantize`, and they save and load."""
+    method = getattr(jq, name)(**OPTIONS.get(name, {}))
+    dtype = torch.float16 if name == "EETQ" else torch.bfloat16
+    config = jq_torch.JqConfig(method)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, JqLinear)}
+    assert len(layers) == 14
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    path = "model.layers.1.mlp.up_proj"
+    want = method.quantize(jq_torch.bridge.array_of(dense.get_submodule(path).weight)).dequantize("float32")
+    assert torch.equal(layers[path].dequantize(torch.float32), jq_torch.bridge.from_jax(want))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for path, layer in layers.items():
+        assert torch.equal(again.get_submodule(path).dequantize(torch.float32), layer.dequantize(torch.float32)), path
+    with torch.no_grad():
+        assert torch.isfinite(again(ids()).logits).all()
