@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import ml_dtypes
 
 from jq import exact
+from jq.activation_schemes.products import float_sums
 from jq.activation_schemes.torchao_mx import quantize_mx
 from jq.activations import register
 from jq.errors import UnsupportedError
-from jq.matmul import dense_matmul
 
 _FLOAT8 = {"fp8_e4m3": (448.0, ml_dtypes.float8_e4m3fn), "fp8_e5m2": (57344.0, ml_dtypes.float8_e5m2)}
 _INTEGERS = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint4": (0, 15)}
@@ -32,9 +32,10 @@ def quark(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     dtype = x.dtype
     if w.activation.get("input") is not None:
         x = fake_quantized(x, w.activation.get("input"), w.extras, "input")
-    y = exact.rounded(dense_matmul(x, w.dequantize(dtype)))
-    if bias is not None:
-        y = exact.rounded(y + bias.astype(dtype))
+    sums = float_sums(x, w.dequantize(dtype))
+    if bias is not None:  # added to the float32 sums, as torch's linear does
+        sums = sums + bias.astype(dtype).astype(jnp.float32)
+    y = exact.rounded(sums.astype(dtype))
     if w.activation.get("output") is not None:
         y = fake_quantized(y, w.activation.get("output"), w.extras, "output")
     return y
