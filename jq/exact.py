@@ -2,7 +2,7 @@
 
 XLA is free to contract `a*b + c` into a fused multiply-add (it does on the CPU under jit), to turn a division by a
 broadcast divisor into a product with the reciprocal (CPU, eager too), to divide approximately (GPU, float32), and to
-skip the rounding of a bfloat16 product that is widened at once. Code that promises the bits of another library uses
+skip the rounding of a bfloat16 or float8 value that is widened at once. Code that promises the bits of another library uses
 these functions; each returns exactly what numpy returns, eagerly, under jit, scan and vmap.
 
 float32 and bfloat16 subnormals are outside the promise: XLA:CPU flushes them.
@@ -130,6 +130,33 @@ def rounded(x: Array) -> Array:
     """x, with the rounding of its own 16-bit dtype kept where it is widened later (XLA may drop it)."""
     digits = {"bfloat16": (8, 7), "float16": (5, 10)}.get(str(x.dtype))
     return x if digits is None or _is_numpy(x) else jax.lax.reduce_precision(x, *digits)
+
+
+# float8 dtype -> (mantissa bits, exponent of the smallest normal number)
+_FLOAT8 = {"float8_e4m3fn": (3, -6), "float8_e5m2": (2, -14), "float8_e4m3fnuz": (3, -7), "float8_e5m2fnuz": (2, -15)}
+
+
+def float8(x: Array, dtype: Any) -> Array:
+    """`x.astype(dtype)` to a float8 dtype, x within its range; what is widened later keeps this rounding.
+
+    The values are rounded in float32, half to even, before the conversion: where XLA drops a conversion to float8 and
+    back as excess precision (it may, on a GPU), it drops nothing.
+    """
+    if _is_numpy(x):
+        return x.astype(dtype)
+    return to_digits(cast(x, jnp.float32), *_FLOAT8[np.dtype(dtype).name]).astype(dtype)
+
+
+def to_digits(x: jax.Array, mantissa: int, smallest: int) -> jax.Array:
+    """float32 values rounded half to even to a narrow float's mantissa bits, of any size above; still float32.
+
+    Args:
+      mantissa: bits behind the point.
+      smallest: exponent of the smallest normal number; below it the steps stay as they are there.
+    """
+    exponent = ((jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF) - 127
+    place = jnp.maximum(exponent, smallest) - mantissa
+    return jnp.round(x * pow2(-place)) * pow2(place)  # products by powers of two are exact
 
 
 def pow2(exponent: Array) -> Array:

@@ -143,7 +143,7 @@ def round_to(x: jax.Array, args: Args) -> jax.Array:
     if args.type == "int":
         return jnp.round(x)
     if args.num_bits == 8:
-        return x.astype(ml_dtypes.float8_e4m3fn).astype(x.dtype)
+        return exact.float8(x, ml_dtypes.float8_e4m3fn).astype(x.dtype)
     if args.num_bits == 4:
         return round_e2m1(x)
     # E2M3: steps of 1/8 below 2, then 1/4, then 1/2; a step is a power of two, so the quotients are exact.
@@ -195,7 +195,7 @@ def _nvfp4(x: jax.Array, static: Mapping[str, Any], args: Args) -> Quantized:
     whole = jnp.asarray(static["global_scale"]).astype(jnp.float32).reshape(-1)
     peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     local = exact.cast(exact.div(peak, jnp.asarray(args.limits[1], x.dtype)), jnp.float32) * whole
-    scales = jnp.clip(local, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(jnp.float32)
+    scales = exact.float8(jnp.clip(local, -448, 448), ml_dtypes.float8_e4m3fn).astype(jnp.float32)
     scales = jnp.where(scales == 0, jnp.float32(0.125), scales)
     step = exact.div(scales, whole)
     values = round_to(exact.div(exact.cast(x, jnp.float32), step), args)

@@ -41,7 +41,7 @@ def _dense(blocks: jax.Array, amax: jax.Array, rule: str, expansion: float) -> j
     top, scale_top = LIMITS[rule]
     whole = exact.div(jnp.float32(top * scale_top), jnp.where(amax == 0, jnp.float32(1), amax))
     peak = exact.div(jnp.max(jnp.abs(blocks), axis=1), jnp.float32(top)) * whole * jnp.float32(expansion)
-    scales = jnp.minimum(peak, jnp.float32(448)).astype(jnp.float8_e4m3fn).astype(jnp.float32)[:, None]
+    scales = exact.float8(jnp.minimum(peak, jnp.float32(448)), jnp.float8_e4m3fn).astype(jnp.float32)[:, None]
     step = exact.reciprocal(whole) * scales
     values = blocks * exact.reciprocal(jnp.where(scales == 0, jnp.float32(1), step))
     size = jnp.abs(values)

@@ -25,7 +25,7 @@ TOP = 448.0
 
 def to_e4m3(x: jax.Array) -> jax.Array:
     """float32 -> the nearest e4m3 values (half to even, saturating), as float32."""
-    return jnp.clip(x, -TOP, TOP).astype(ml_dtypes.float8_e4m3fn).astype(jnp.float32)
+    return exact.float8(jnp.clip(x, -TOP, TOP), ml_dtypes.float8_e4m3fn).astype(jnp.float32)
 
 
 def _product(codes: jax.Array, scale: jax.Array, w: Any, dtype: Any) -> jax.Array:

@@ -39,9 +39,8 @@ def fp_quant(x: jax.Array, w: Any) -> jax.Array:
 def _nvfp4(groups: jax.Array, whole: jax.Array) -> jax.Array:
     """float32[M, blocks, 16] after e4m3 scales and e2m1 values."""
     peak = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
-    scale = (
-        jnp.clip(exact.div(whole * peak, jnp.float32(6)), 0, 448).astype(ml_dtypes.float8_e4m3fn).astype(jnp.float32)
-    )
+    bounded = jnp.clip(exact.div(whole * peak, jnp.float32(6)), 0, 448)
+    scale = exact.float8(bounded, ml_dtypes.float8_e4m3fn).astype(jnp.float32)
     scaled = exact.div(groups * whole, jnp.where(scale == 0, jnp.float32(1), scale))
     level = jnp.searchsorted(jnp.asarray(_BOUNDS), jnp.abs(scaled), side="left")
     values = jnp.take(jnp.asarray(_VALUES), level) * jnp.where(scaled > 0, jnp.float32(1), jnp.float32(-1))

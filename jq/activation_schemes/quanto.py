@@ -52,7 +52,7 @@ def quantize(x: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
         return jnp.clip(jnp.round(quotient), -128, 127).astype(jnp.int8)
     target = np.dtype(getattr(ml_dtypes, kind))
     limit = jnp.asarray(float(ml_dtypes.finfo(target).max), x.dtype)
-    return jnp.clip(quotient, -limit, limit).astype(target)
+    return exact.float8(jnp.clip(quotient, -limit, limit), target)
 
 
 def _integer_product(codes: jax.Array, scale: jax.Array, w: Affine) -> jax.Array:

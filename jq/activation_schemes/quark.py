@@ -63,7 +63,7 @@ def fake_quantized(x: jax.Array, spec: Any, extras: Any, name: str) -> jax.Array
     if spec.dtype in _FLOAT8:
         top, kind = _FLOAT8[spec.dtype]
         scaled = exact.rounded(exact.div(x.astype(jnp.float32), scale).astype(x.dtype))
-        codes = jnp.clip(scaled, -top, top).astype(kind).astype(jnp.float32)
+        codes = exact.float8(jnp.clip(scaled, -top, top), kind).astype(jnp.float32)
         return exact.rounded((codes * scale).astype(x.dtype))
     low, high = _INTEGERS[spec.dtype]
     codes = jnp.round(x.astype(jnp.float32) * exact.reciprocal(scale)) + zero

@@ -133,7 +133,7 @@ def quantize_float8(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
     scale = exact.cast(exact.rounded(exact.div(peak, jnp.asarray(top, x.dtype))), jnp.float32)
     divisor = jnp.where(scale == 0, jnp.float32(1), scale)
     wide = rows.astype(jnp.float32).reshape(x.shape if granularity == "tensor" else rows.shape)
-    codes = jnp.clip(exact.div(wide, divisor), -top, top).astype(dtype)
+    codes = exact.float8(jnp.clip(exact.div(wide, divisor), -top, top), dtype)
     return codes.reshape(x.shape), scale[..., 0] if isinstance(granularity, int) else scale
 
 
@@ -143,7 +143,7 @@ def float8_int4(x: jax.Array, w: Any) -> jax.Array:
     wide = x.astype(jnp.float32)
     peak = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True), jnp.float32(1e-12))
     scale = exact.div(peak, jnp.float32(448))
-    codes = jnp.clip(exact.div(wide, scale), -448, 448).astype(jnp.float8_e4m3fn)
+    codes = exact.float8(jnp.clip(exact.div(wide, scale), -448, 448), jnp.float8_e4m3fn)
     return (float_sums(codes, w.dequantize()) * scale).astype(x.dtype)
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 
 from jq import exact
 from jq.activation_schemes.products import float_sums
@@ -69,11 +67,7 @@ def quantize_mx(x: jax.Array, element: str, block: int, mode: str) -> tuple[jax.
 def to_element(x: jax.Array, element: str) -> jax.Array:
     """float32 values rounded half to even onto a narrow float, clipped to its range; still float32."""
     mantissa, smallest, _, top = _ELEMENTS[element]
-    if element.startswith("float8"):
-        return jnp.clip(x, -top, top).astype(np.dtype(getattr(ml_dtypes, element))).astype(jnp.float32)
-    _, exponent = jnp.frexp(x)
-    place = jnp.maximum(exponent - 1, smallest) - mantissa
-    return jnp.clip(jnp.round(x * exact.pow2(-place)) * exact.pow2(place), -top, top)
+    return jnp.clip(exact.to_digits(x, mantissa, smallest), -top, top)
 
 
 @register("torchao_nvfp4")
@@ -98,7 +92,7 @@ def quantize_nvfp4(x: jax.Array, whole: jax.Array | None, block: int) -> jax.Arr
     groups = x.astype(jnp.float32).reshape(x.shape[0], -1, block)
     scale = exact.div(jnp.max(jnp.abs(groups), axis=-1), jnp.float32(6))
     scale = scale if whole is None else exact.div(scale, whole)
-    scale = jnp.clip(scale, _E4M3_EPS, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    scale = exact.float8(jnp.clip(scale, _E4M3_EPS, 448), jnp.float8_e4m3fn).astype(jnp.float32)
     inverse = exact.reciprocal(scale) if whole is None else exact.div(exact.reciprocal(whole), scale)
     values = to_element(groups * inverse[..., None], "float4_e2m1fn_x2")
     factor = scale if whole is None else whole * scale

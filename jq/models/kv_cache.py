@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jq import exact
 from jq.errors import UnsupportedError
 
 # name -> (dtype of the buffer, largest magnitude of a code); None: codes are the values themselves
@@ -92,7 +93,7 @@ def encode(name: str, values: jax.Array, scale: jax.Array | None) -> Buffer:
     else:
         wide = wide / scale.astype(jnp.float32)
     wide = jnp.clip(wide, -limit if dtype != jnp.int8 else -128.0, limit)
-    return Buffer((jnp.round(wide) if dtype == jnp.int8 else wide).astype(dtype), scales)
+    return Buffer(jnp.round(wide).astype(dtype) if dtype == jnp.int8 else exact.float8(wide, dtype), scales)
 
 
 def decode(buffer: Buffer, scale: jax.Array | None, dtype: Any) -> jax.Array:

@@ -103,6 +103,32 @@ def test_cast_keeps_the_rounding_of_bfloat16() -> None:
         same(function(jnp.asarray(a), jnp.asarray(b)), want, way)
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_float8_keeps_its_rounding(name: str) -> None:
+    """Codes, and codes that are widened at once (XLA drops such a conversion on a GPU)."""
+    target = np.dtype(getattr(ml_dtypes, name))
+    top = float(ml_dtypes.finfo(target).max)
+    codes = np.arange(256, dtype=np.uint8).view(target).astype(np.float32)
+    codes = np.sort(codes[np.isfinite(codes)])
+    halves = ((codes[1:] + codes[:-1]) / 2).astype(np.float32)
+    near = [np.nextafter(halves, np.float32(way)) for way in (-np.inf, np.inf)]
+    x = np.concatenate([codes, halves, *near, np.clip(values(np.float32, 3), -top, top), [0, -0.0, np.nan]])
+    x = np.clip(x, -top, top).astype(np.float32)
+    want = x.astype(target)
+    for way, f in ways(lambda a: exact.float8(a, target)):
+        got = np.asarray(f(jnp.asarray(x)))
+        assert got.dtype == target
+        np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32), err_msg=way)
+    for way, f in ways(lambda a: exact.float8(a, target).astype(jnp.float32)):
+        np.testing.assert_array_equal(np.asarray(f(jnp.asarray(x))), want.astype(np.float32), err_msg=way)
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        short = np.clip(x.astype(dtype).astype(np.float32), -top, top).astype(dtype)
+        np.testing.assert_array_equal(
+            np.asarray(exact.float8(jnp.asarray(short), target)).astype(np.float32),
+            short.astype(target).astype(np.float32),
+        )
+
+
 def test_powers_of_two() -> None:
     exponents = np.arange(-155, 135)
     with np.errstate(over="ignore"):
