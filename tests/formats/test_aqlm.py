@@ -56,7 +56,7 @@ def slow(parts: dict[str, np.ndarray]) -> np.ndarray:
     return out
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 5),

@@ -88,7 +88,7 @@ def modules(draw):
     return parts, awq.Options(bits, size, version, sym), codes, zeros, scales, group
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(modules())
 def test_load_and_dump_invert_slow_packing(module):
     parts, options, codes, zeros, scales, group = module

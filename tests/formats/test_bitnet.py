@@ -32,7 +32,7 @@ def config(linear_class="bitlinear", **more):
     return {"quant_method": "bitnet", "linear_class": linear_class, **more}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_reads_and_writes_both_classes(data):
     n, k = 4 * data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))

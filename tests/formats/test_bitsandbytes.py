@@ -245,9 +245,9 @@ def reference_int8_linear(x, w, threshold):
     return (y.astype(np.float64) + x.astype(np.float64)[:, columns] @ dense[:, columns].T).astype(x.dtype), q
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=18, deadline=None)
 @given(
-    st.sampled_from((1, 2, 6)),  # few shapes: each is compiled
+    st.sampled_from((1, 6)),  # few shapes: each is compiled
     st.sampled_from((1, 65, 1030)),
     st.sampled_from((1, 9)),
     st.sampled_from((0.0, 2.0, 6.0)),

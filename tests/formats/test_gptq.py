@@ -94,7 +94,7 @@ def modules(draw):
     return parts, options, codes, zeros, scales, plain if index is None else index
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(modules())
 def test_load_and_dump_invert_slow_packing(module):
     parts, options, codes, zeros, scales, index = module
@@ -270,7 +270,7 @@ def test_dynamic_rules():
     assert o.rules[0] == (".*\\.k_proj", None)  # skips come first
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     bits=st.sampled_from((2, 3, 4, 8)),
     sym=st.booleans(),

@@ -74,7 +74,7 @@ def checkpoint(seed: int, n: int, k: int, *, interleaved: bool, perm: bool, outl
     return parts, weight
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     tiles=st.tuples(st.integers(1, 2), st.integers(1, 3)),

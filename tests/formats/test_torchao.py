@@ -66,7 +66,7 @@ def spread(params, shape):
     return np.repeat(np.repeat(params, shape[0] // params.shape[0], 0), shape[1] // params.shape[1], 1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_integers(data):
     bits = data.draw(st.integers(1, 8))

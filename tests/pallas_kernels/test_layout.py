@@ -15,7 +15,10 @@ from pallas_kernels import layout, reference, tensors
 
 @settings(max_examples=20, deadline=None)
 @given(
-    n=st.integers(1, 70), k=st.integers(1, 200), order=st.sampled_from(("split", "natural")), seed=st.integers(0, 99)
+    n=st.sampled_from((1, 16, 17, 70)),  # few shapes: each is compiled
+    k=st.sampled_from((1, 63, 64, 200)),
+    order=st.sampled_from(("split", "natural")),
+    seed=st.integers(0, 99),
 )
 def test_codes_come_back(n, k, order, seed):
     codes = np.random.default_rng(seed).integers(0, 16, (n, k), np.uint8)
