@@ -55,7 +55,7 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     if bias is not None:
         y = y + bias.astype(y.dtype)
     if outputs is not None:
-        y = quantize(rounded(y), outputs, _static(w.extras, "output")).dequantized
+        y = quantize(exact.rounded(y), outputs, _static(w.extras, "output")).dequantized
     return y
 
 
@@ -110,30 +110,24 @@ def _qparams(x: jax.Array, args: Args) -> tuple[jax.Array, jax.Array | None]:
     smallest = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0)
     largest = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0)
     if args.symmetric:
-        scale = rounded(exact.div(jnp.maximum(-smallest, largest), jnp.asarray((high - low) / 2, dtype)))
+        scale = exact.rounded(exact.div(jnp.maximum(-smallest, largest), jnp.asarray((high - low) / 2, dtype)))
         zero = None
     else:
-        scale = rounded(exact.div(rounded(largest - smallest), jnp.asarray(high - low, dtype)))
-        shift = rounded(exact.div(smallest, jnp.where(scale == 0, jnp.ones_like(scale), scale)))
-        zero = jnp.round(jnp.clip(rounded(jnp.asarray(low, dtype) - shift), low, high)).astype(dtype)
+        scale = exact.rounded(exact.div(exact.rounded(largest - smallest), jnp.asarray(high - low, dtype)))
+        shift = exact.rounded(exact.div(smallest, jnp.where(scale == 0, jnp.ones_like(scale), scale)))
+        zero = jnp.round(jnp.clip(exact.rounded(jnp.asarray(low, dtype) - shift), low, high)).astype(dtype)
         zero = jnp.where(scale == 0, jnp.zeros_like(zero), zero)  # the library's 0 / 0 ends as the integer 0
     return jnp.where(scale == 0, jnp.asarray(_EPS[str(dtype)], dtype), scale), zero
 
 
 def _apply(x: jax.Array, scale: jax.Array, zero: jax.Array | None, args: Args) -> Quantized:
     """x / scale (+ zero) -> clamp -> round -> (- zero) * scale, each rounded to x's dtype."""
-    scaled = rounded(exact.div(x, scale))
+    scaled = exact.rounded(exact.div(x, scale))
     if zero is not None:
-        scaled = rounded(scaled + zero)
+        scaled = exact.rounded(scaled + zero)
     values = round_to(scaled, args)
     moved = values if zero is None else values - zero
-    return Quantized(values, scale, zero, rounded(moved * scale))
-
-
-def rounded(x: jax.Array) -> jax.Array:
-    """x with the rounding of its own 16-bit dtype kept, which XLA drops where the value is widened at once."""
-    digits = {"bfloat16": (8, 7), "float16": (5, 10)}.get(str(x.dtype))
-    return x if digits is None else jax.lax.reduce_precision(x, *digits)
+    return Quantized(values, scale, zero, exact.rounded(moved * scale))
 
 
 def round_to(x: jax.Array, args: Args) -> jax.Array:
@@ -169,10 +163,10 @@ def _mx(x: jax.Array, args: Args) -> Quantized:
     if dtype == "float16":  # 2**exponent underflows in the library's float16, and a scale of zero becomes one
         exponent = jnp.where(exponent < -24, 0, exponent)
     # A power of two: multiplying by the inverse is the exact quotient. (2**-127 itself would be flushed to zero.)
-    scaled = rounded((exact.cast(x, jnp.float32) * exact.pow2(-exponent)).astype(x.dtype))
+    scaled = exact.rounded((exact.cast(x, jnp.float32) * exact.pow2(-exponent)).astype(x.dtype))
     values = round_to(scaled, args)
     scales = exact.pow2(exponent)
-    dequantized = rounded((exact.cast(values, jnp.float32) * scales).astype(x.dtype))
+    dequantized = exact.rounded((exact.cast(values, jnp.float32) * scales).astype(x.dtype))
     return Quantized(values, scales, None, dequantized)
 
 
@@ -199,4 +193,4 @@ def _nvfp4(x: jax.Array, static: Mapping[str, Any], args: Args) -> Quantized:
     scales = jnp.where(scales == 0, jnp.float32(0.125), scales)
     step = exact.div(scales, whole)
     values = round_to(exact.div(exact.cast(x, jnp.float32), step), args)
-    return Quantized(values, scales, None, rounded((values * step).astype(x.dtype)))
+    return Quantized(values, scales, None, exact.rounded((values * step).astype(x.dtype)))

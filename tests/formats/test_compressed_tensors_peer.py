@@ -20,7 +20,7 @@ import jq
 from jq.formats.compressed_tensors_config import parse_group
 from jq.formats.compressed_tensors_methods import layout_of, weight_parts
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("compressed_tensors", reason="needs compressed-tensors (extra `peers`)")
 
 INT_TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}

@@ -20,7 +20,7 @@ from jq.formats.gguf_reader import read_file, read_gguf
 from jq.formats.gguf_types import BY_NAME, TYPES
 from jq.qtensor.blocks import KINDS
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 from gguf import GGMLQuantizationType as Type  # noqa: E402
 
 # Where float16 scales lie in a block: random bytes there would be NaN or infinite now and then.

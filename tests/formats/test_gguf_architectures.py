@@ -12,7 +12,7 @@ import pytest
 import jq
 from jq.formats.gguf_config import ARCHITECTURES, COMMON_PARTS, MIXTRAL, TOP
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 pytest.importorskip("torch", reason="torch is not installed")
 import torch  # noqa: E402
 
@@ -116,7 +116,7 @@ def write(path: Path, name: str, config: Any, extra: dict[str, Any], tensors: di
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     kind, settings, extra = CASES[name]
     config = getattr(transformers, kind)(**{**COMMON, **settings})
     torch.manual_seed(0)
