@@ -41,7 +41,7 @@ class Checkpoint:
       files: file name that holds each tensor.
       metadata: safetensors metadata by file name.
       side_files: contents of the other files of the directory by name, config.json left out.
-      objects: plain values of a torch file by dotted name.
+      objects: plain values of a torch file, or of SINQ's file beside an index, by dotted name.
       container: "safetensors", "torch" or "gguf".
     """
 
@@ -124,7 +124,9 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
     sides = _side_files(folder) if path.is_dir() else {}
     if suffix == ".safetensors":
         found, files, metadata_by_file = _read_safetensors(folder, weights)
-        return Checkpoint(path, config, found, files, metadata_by_file, sides, {}, "safetensors")
+        return Checkpoint(
+            path, config, found, files, metadata_by_file, sides, _plain_values(folder, sides), "safetensors"
+        )
     tensors: dict[str, TorchTensor] = {}
     objects: dict[str, Any] = {}
     files = {}
@@ -229,6 +231,17 @@ def _side_files(folder: Path) -> dict[str, bytes]:
             continue
         if file.stat().st_size <= MAX_SIDE_FILE_BYTES:
             found[file.name] = file.read_bytes()
+    return found
+
+
+def _plain_values(folder: Path, sides: Mapping[str, bytes]) -> dict[str, Any]:
+    """Values of a `*.index.json.meta.json`, {module: {"meta": {name: value}}}, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, raw in sides.items():
+        if name.endswith(".index.json.meta.json"):
+            for module, values in parse_json(raw, folder / name, "file").items():
+                meta = values.get("meta") if isinstance(values, dict) else None
+                found |= {f"{module}.meta.{k}": v for k, v in (meta.items() if isinstance(meta, dict) else ())}
     return found
 
 

@@ -18,6 +18,7 @@ _MODULES = (
     "gptq",
     "awq",
     "bitsandbytes",
+    "sinq",
     "hqq",
     "quanto",
     "eetq",
@@ -36,7 +37,6 @@ _MODULES = (
     "higgs",
     "fp_quant",
     "fouroversix",
-    "sinq",
     "gemma",
     "metal",
 )

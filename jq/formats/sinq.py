@@ -4,12 +4,16 @@
     meta.scale.x   uint8 [32, C], C = N*K/G / 32, with meta.scale.s and meta.scale.m float16 [1, C]; flattened, one scale
                    for each group. Without quantized scales: meta.scale float16 [N*K/G, 1]
     meta.zero.x    uint8 [N*K/G, 1], with meta.zero.s and meta.zero.m float16 [1, 1]; or meta.zero
-    meta.scale2    float16 [1, K]
+    meta.scale2    float16 [1, K]; with two-dimensional tiles float16 [T, 1, G], tile (i, j) of GxG at i * K/G + j, and
+                   scales and zeros (in x; plain float16 [T, G, 1]) in the order (tile, row of the tile)
     meta.awq_scale carried where it is there; it takes no part in dequantization
+Where group_size does not divide in_features, SINQ halves it until it does: the width of W_q tells.
 
 Dequantize: scale = float16(x * s) + m and zero alike; dt((q - zero) * scale * scale2) where a model of bfloat16 or
-float32 computes in float32 with three roundings and one of float16 in float16. Plain values (shape, packing) lie in
-model.safetensors.index.json.meta.json, which is kept as it is; what decoding needs follows from config and tensors.
+float32 computes in float32 with three roundings and one of float16 in float16. Methods of SINQ's own interface: "nf4" and
+"nf3" look the codes up in a table and compute in float16, "noz" has one zero for the whole matrix. Plain values (shape,
+packing, method) lie in model.safetensors.index.json.meta.json, which is kept as it is and which stands for the
+quantization_config where SINQ itself saved the model.
 
 Quantize: `jq.algorithms.sinq`, from the weight in float16, a tile for each group of columns.
 
@@ -26,11 +30,12 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.algorithms import sinq as algorithm
-from jq.errors import FormatError, UnsupportedError
+from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.layer_shapes import in_features_of
 from jq.formats.slabs import pack_slabs, unpack_slabs
 from jq.qtensor import Affine, Grouping, Source
-from jq.qtensor.scaled import Scaled
+from jq.qtensor.scaled import Scaled, Tiles
 
 HALF = np.dtype(np.float16)
 TILE = 32  # scales that share s and m lie C apart: x has this many rows
@@ -44,17 +49,33 @@ PACKING = {
     2: (4, np.uint8),
     1: (8, np.uint8),
 }
+TABLES = {"nf4": (4, "nf4_sub_mul"), "nf3": (3, "nf3_sub_mul")}  # least width, formula
+SIDE_FILE = "model.safetensors.index.json.meta.json"
 QUANTIZED = tuple(f"meta.{name}.{part}" for name in ("scale", "zero") for part in "xsm")
 SUFFIXES = ("W_q", "meta.scale", "meta.zero", "meta.scale2", "meta.awq_scale", *QUANTIZED)
+PLAIN = ("nbits", "group_size", "method")
 KNOWN = ("quant_method", "nbits", "group_size", "tiling_mode", "method", "modules_to_not_convert")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Settings of the model."""
+    """Settings of the model: width, group size and, for table codes, the formula."""
 
     bits: int = 4
     group_size: int = 64
+    formula: str = ""
+
+
+def detect(checkpoint: Any) -> dict | None:
+    """The config of a model that SINQ itself saved, from the plain values of its first layer."""
+    found = checkpoint.side_json(SIDE_FILE)
+    metas = [v.get("meta") for v in found.values() if isinstance(v, Mapping)] if found else []
+    meta = next((m for m in metas if isinstance(m, Mapping) and "nbits" in m), None)
+    return (
+        None
+        if meta is None
+        else {"quant_method": "sinq", **{k: meta[k] for k in ("nbits", "group_size", "method") if k in meta}}
+    )
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -62,7 +83,6 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
 
     Raises:
       FormatError: a width or group size that SINQ does not have.
-      UnsupportedError: two-dimensional tiles, table codes.
     """
     for key in config.keys() - set(KNOWN):
         warn_once(context.label, f"quantization_config.{key} is not known to SINQ; ignored")
@@ -73,11 +93,13 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         raise FormatError(f"{label}.nbits is {bits!r}, expected one of {sorted(PACKING)}")
     if type(group) is not int or group < 1:
         raise FormatError(f"{label}.group_size is {group!r}, expected a positive integer")
-    if config.get("tiling_mode", "1D") != "1D":
-        raise UnsupportedError(f"{label}.tiling_mode {config['tiling_mode']!r} is not read; '1D' is")
-    if "nf" in str(config.get("method", "sinq")).lower():
-        raise UnsupportedError(f"{label}.method {config['method']!r} (table codes) is not read; 'sinq' and 'asinq' are")
-    return Options(bits, group)
+    if config.get("tiling_mode", "1D") not in ("1D", "2D"):
+        raise FormatError(f"{label}.tiling_mode is {config['tiling_mode']!r}, expected '1D' or '2D'")
+    method = str(config.get("method", "sinq")).lower()
+    table = next((t for t in TABLES if t in method), None)
+    if table and bits < TABLES[table][0]:
+        raise FormatError(f"{label}.nbits is {bits}, which does not hold the codes of method {method!r}")
+    return Options(bits, group, TABLES[table][1] if table else "")
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> Scaled:
@@ -86,45 +108,55 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Scale
     Raises:
       FormatError: missing tensors, shapes or dtypes that disagree with the config.
     """
-    o = options
+    own = {k: context.objects[f"{prefix}.meta.{k}"] for k in PLAIN if f"{prefix}.meta.{k}" in context.objects}
+    o = parse(own, context) if len(own) == len(PLAIN) else options  # SINQ itself may mix widths and methods
     per, dtype = PACKING[o.bits]
     words, second = take(parts, "W_q", prefix), take(parts, "meta.scale2", prefix)
     expect_dtype(words, (dtype,), f"{prefix}.W_q")
     expect_dtype(second, (HALF,), f"{prefix}.meta.scale2")
-    if words.ndim != 2 or words.shape[1] != o.group_size or second.ndim != 2 or second.shape[0] != 1:
+    group = words.shape[1] if words.ndim == 2 else 0
+    tiled = second.ndim == 3
+    row = (second.shape[0] if tiled else 1, 1, group if tiled else second.shape[-1])
+    narrow = not tiled and _narrowed(o.group_size, second.shape[-1]) == group
+    if not group or not (group == o.group_size or narrow) or second.shape not in (row, row[1:]):
         raise FormatError(
             f"{prefix}.W_q: found shape {tuple(words.shape)} with meta.scale2 of {tuple(second.shape)}, expected "
-            f"(rows, {o.group_size}) and (1, in_features); check quantization_config.group_size"
+            f"(rows, {o.group_size}) and (1, in_features) or (tiles, 1, {o.group_size}); check "
+            "quantization_config.group_size"
         )
-    k = second.shape[1]
     groups = parts["meta.scale.x" if "meta.scale.x" in parts else "meta.scale"].size if _has_scale(parts) else 0
-    if k % o.group_size or groups < 1 or groups * o.group_size % k or -(-groups // per) != words.shape[0]:
+    k = _tiled_inputs(prefix, groups * group, group, context) if tiled else second.shape[1]
+    whole = k % group == 0 and groups > 0 and groups * group % k == 0
+    if not whole or -(-groups // per) != words.shape[0] or (tiled and second.shape[0] * group != groups):
         raise FormatError(
             f"{prefix}.W_q: {words.shape[0]} rows of {per} slabs, {groups} scales and {k} inputs in groups of "
-            f"{o.group_size} do not fit together; check nbits and group_size of quantization_config"
+            f"{group} do not fit together; check nbits and group_size of quantization_config"
         )
-    n = groups * o.group_size // k
+    n = groups * group // k
     unsigned = np.ascontiguousarray(words).view(np.uint32 if dtype is np.int32 else np.uint8)
     codes = unpack_slabs(unsigned, o.bits, per, high_first=True)[:groups].reshape(n, k)
-    half = context.model_dtype == "float16"
+    tile = group if tiled else 0
+    half = context.model_dtype == "float16" or bool(o.formula)
     base = Affine.make(
         codes,
-        _parameter(prefix, parts, "scale", n, k // o.group_size, TILE),
+        _parameter(prefix, parts, "scale", n, k // group, TILE, tile),
         code_bits=o.bits,
         name=prefix,
-        zeros=_parameter(prefix, parts, "zero", n, k // o.group_size, groups),
-        grouping=Grouping("block", 1, o.group_size),
-        formula="sub_mul" if half else "f32",
+        zeros=_parameter(prefix, parts, "zero", n, k // group, groups, tile),
+        grouping=Grouping("block", 1, group),
+        formula=o.formula or ("sub_mul" if half else "f32"),
         dtype="float16" if half else "float32",
     )
     quantized = tuple(name for name in ("scale", "zero") if f"meta.{name}.x" in parts)
     extras = {"meta.awq_scale": parts["meta.awq_scale"]} if "meta.awq_scale" in parts else {}
     made = Scaled(
         base,
-        second.reshape(-1),
+        second.reshape(-1, k) if tiled else second.reshape(-1),
         extras,
         dtype=context.model_dtype,
-        source=Source("sinq", (("quantized", quantized),)),
+        source=Source(
+            "sinq", (("quantized", quantized), ("zero_rank", parts["meta.zero"].ndim if "meta.zero" in parts else 0))
+        ),
     )
     made.check(prefix)
     again = dump(made)["W_q"]
@@ -133,23 +165,53 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Scale
     return made
 
 
+def _narrowed(group: int, inputs: int) -> int:
+    """The group size that SINQ takes where `group` does not divide the inputs."""
+    while group >= 16 and inputs % group:
+        group //= 2
+    return group
+
+
+def _tiled_inputs(prefix: str, size: int, tile: int, context: Context) -> int:
+    """in_features of a matrix of square tiles, which its tensors do not tell.
+
+    Raises:
+      FormatError: neither the file of plain values nor the model's config tells it.
+    """
+    shape = context.objects.get(f"{prefix}.meta.shape")
+    if isinstance(shape, list) and len(shape) == 2 and all(type(v) is int and v > 0 for v in shape):
+        return shape[1]
+    found = in_features_of(prefix, size, context.config, lambda k: k % tile == 0 and size // k % tile == 0)
+    if found is None:
+        raise FormatError(
+            f"{prefix}.W_q: {size} weights in tiles of {tile}x{tile}, but neither {SIDE_FILE} nor config.json tells "
+            "in_features"
+        )
+    return found
+
+
 def _has_scale(parts: Parts) -> bool:
     return "meta.scale.x" in parts or "meta.scale" in parts
 
 
-def _parameter(prefix: str, parts: Parts, name: str, n: int, columns: int, rows: int) -> Any:
-    """Scales or zeros [N, K/G]: float16, or a nested `Affine` of bytes stored as [rows, C]."""
+def _parameter(prefix: str, parts: Parts, name: str, n: int, columns: int, rows: int, tile: int) -> Any:
+    """Scales or zeros [N, K/G], or [1, 1]: float16, or a nested `Affine` of bytes stored as [rows, C]."""
+    plain = f"meta.{name}.x" not in parts
+    stored = take(parts, f"meta.{name}" if plain else f"meta.{name}.x", prefix)
+    label = f"{prefix}.meta.{name}" + ("" if plain else ".x")
+    expect_dtype(stored, (HALF if plain else np.uint8,), label)
     count = n * columns
-    if f"meta.{name}.x" not in parts:
-        stored = take(parts, f"meta.{name}", prefix)
-        expect_dtype(stored, (HALF,), f"{prefix}.meta.{name}")
-        expect_shape(stored, (count, 1), f"{prefix}.meta.{name}", "one for each group")
-        return stored.reshape(n, columns)
-    codes = parts[f"meta.{name}.x"]
-    expect_dtype(codes, (np.uint8,), f"{prefix}.meta.{name}.x")
+    if name == "zero" and stored.size == 1:  # "noz": one number for the whole matrix
+        n, columns, count, rows, tile = 1, 1, 1, 1, 0
+    if plain:
+        shapes = ((count // tile, tile, 1),) if tile else ((count, 1), *(((),) if count == 1 else ()))
+        if stored.shape not in shapes:
+            expect_shape(stored, shapes[0], label, "one for each group")
+        value: Any = stored.reshape(1, -1) if tile else stored.reshape(n, columns)
+        return Tiles(value, tile, columns) if tile else value
     if count % rows:
-        raise FormatError(f"{prefix}.meta.{name}.x: {count} groups do not make {rows} rows")
-    expect_shape(codes, (rows, count // rows), f"{prefix}.meta.{name}.x", f"{count} groups in {rows} rows")
+        raise FormatError(f"{label}: {count} groups do not make {rows} rows")
+    expect_shape(stored, (rows, count // rows), label, f"{count} groups in {rows} rows")
     steps = []
     for part in "sm":
         step = take(parts, f"meta.{name}.{part}", prefix)
@@ -157,8 +219,8 @@ def _parameter(prefix: str, parts: Parts, name: str, n: int, columns: int, rows:
         expect_shape(step, (1, count // rows), f"{prefix}.meta.{name}.{part}", "one for each column of x")
         steps.append(step.reshape(-1) if count > rows else step.reshape(1, 1))
     grouping = Grouping("strided", 0, rows) if count > rows else Grouping("block", 0, 0)
-    return Affine.make(
-        codes.reshape(n, columns),
+    made = Affine.make(
+        stored.reshape((1, count) if tile else (n, columns)),
         steps[0],
         code_bits=8,
         name=f"{prefix}.meta.{name}",
@@ -167,21 +229,29 @@ def _parameter(prefix: str, parts: Parts, name: str, n: int, columns: int, rows:
         formula="mul_add",
         dtype="float16",
     )
+    return Tiles(made, tile, columns) if tile else made
 
 
 def dump(q: Scaled) -> Parts:
     """Stored tensors of a module."""
     base = q.base
+    assert q.source is not None
     per, dtype = PACKING[base.code_bits]
-    codes = np.asarray(base.unpack()).reshape(-1, base.grouping.cols)
+    group = base.grouping.cols
+    codes = np.asarray(base.unpack()).reshape(-1, group)
     unsigned = np.uint32 if dtype is np.int32 else np.uint8
+    second = np.asarray(q.column_scale)
     found: Parts = {
         "W_q": pack_slabs(codes, base.code_bits, per, high_first=True, dtype=unsigned).view(dtype),
-        "meta.scale2": np.asarray(q.column_scale).reshape(1, -1),
+        "meta.scale2": second.reshape((1, -1) if second.ndim == 1 else (-1, 1, group)),
     }
     for name, value in (("scale", base.scales), ("zero", base.zeros)):
+        tile = value.rows if isinstance(value, Tiles) else 0
+        value = value.base if isinstance(value, Tiles) else value
         if not isinstance(value, Affine):
-            found[f"meta.{name}"] = np.asarray(value).reshape(-1, 1)
+            stored = np.asarray(value)
+            scalar = name == "zero" and q.source.get("zero_rank") == 0
+            found[f"meta.{name}"] = stored.reshape((-1, tile, 1) if tile else () if scalar else (-1, 1))
             continue
         steps = np.asarray(value.scales).size
         raw = _bits.unpack(np.asarray(value.codes), 8, value.shape[-1]).astype(np.uint8)
@@ -200,11 +270,13 @@ class SINQ:
 
     Fields:
       bits: 8, 6, 5, 4, 3, 2 or 1.
-      group_size: inputs that share a scale; a multiple of 8 that divides in_features.
+      group_size: inputs that share a scale, a multiple of 8; halved, down to 16, where it does not divide in_features.
+      tiling_mode: "1D" (tiles of all outputs) or "2D" (squares of group_size, which must divide both sizes).
     """
 
     bits: int = 4
     group_size: int = 64
+    tiling_mode: str = "1D"
     format = "sinq"
 
     def quantize(self, w: Any, name: str = "weight") -> Scaled:
@@ -214,30 +286,39 @@ class SINQ:
           FormatError: an option or a size that SINQ does not have.
           ValueError: scales or zero points that float16 does not hold.
         """
-        options = parse({"nbits": self.bits, "group_size": self.group_size}, Context(label=name))
+        options = parse(self.config(), Context(label=name))
         w = np.asarray(w)
-        group = self.group_size
-        if w.ndim != 2 or group % 8 or w.shape[1] % group or w.size // group % TILE:
+        tiled = self.tiling_mode == "2D"
+        group = self.group_size if tiled or w.ndim != 2 else _narrowed(self.group_size, w.shape[1])
+        cut = w.ndim == 2 and not w.shape[1] % group and not (tiled and w.shape[0] % group)
+        if not cut or self.group_size % 8 or (group < 16 and group != self.group_size) or w.size // group % TILE:
+            squares = (
+                f"squares of {group} that divide both sizes" if tiled else f"groups of {group} that divide in_features"
+            )
             raise FormatError(
-                f"{name}: found shape {w.shape}; SINQ needs groups of {group} (a multiple of 8) that divide in_features, "
-                f"and a number of groups that {TILE} divides"
+                f"{name}: found shape {w.shape}; SINQ needs {squares} (a multiple of 8), and a number of groups that "
+                f"{TILE} divides"
             )
         half = w.astype(HALF)
-        tiles = np.ascontiguousarray(half.reshape(w.shape[0], -1, group).swapaxes(0, 1))
-        made = algorithm.quantize(tiles, self.bits, plain=algorithm.heavy_tailed(half))
-        codes, scale, zero = (a.swapaxes(0, 1).reshape(-1, a.shape[2]) for a in made[:3])
+        height = group if tiled else w.shape[0]
+        wide = w.shape[1] // group
+        squares = half.reshape(-1, height, wide, group).swapaxes(1, 2).reshape(-1, height, group)
+        made = algorithm.quantize(np.ascontiguousarray(squares), self.bits, plain=algorithm.heavy_tailed(half))
+        codes = made[0].reshape(-1, wide, height, group).swapaxes(1, 2).reshape(-1, group)
+        scale, zero = (a if tiled else a.swapaxes(0, 1) for a in made[1:3])
         if not (np.isfinite(scale).all() and np.isfinite(zero).all()):
             raise ValueError(f"{name}: scales or zero points overflow float16, in which SINQ keeps them")
         per, dtype = PACKING[self.bits]
         unsigned = np.uint32 if dtype is np.int32 else np.uint8
         parts: Parts = {
             "W_q": pack_slabs(codes, self.bits, per, high_first=True, dtype=unsigned).view(dtype),
-            "meta.scale2": made[3].reshape(1, -1),
+            "meta.scale2": made[3] if tiled else made[3].reshape(1, -1),
         }
         for key, value, rows in (("scale", scale, TILE), ("zero", zero, zero.size)):
             for part, array in zip("xsm", algorithm.bytes_of(value, rows), strict=True):
                 parts[f"meta.{key}.{part}"] = array
-        return load(name, parts, options, Context({"dtype": str(w.dtype)}, label=name))
+        sizes = {f"{name}.meta.shape": list(w.shape)}
+        return load(name, parts, options, Context({"dtype": str(w.dtype)}, objects=sizes, label=name))
 
     def config(self, skip: list[str] | None = None) -> dict[str, Any]:
         """The quantization_config of a checkpoint made with these options."""
@@ -245,7 +326,7 @@ class SINQ:
             "quant_method": "sinq",
             "nbits": self.bits,
             "group_size": self.group_size,
-            "tiling_mode": "1D",
+            "tiling_mode": self.tiling_mode,
             "method": "sinq",
             "modules_to_not_convert": list(skip) if skip else None,
         }
@@ -260,5 +341,6 @@ FORMAT = Format(
     suffixes=SUFFIXES,
     load=load,
     dump=dump,
+    detect=detect,
     methods_table={"SINQ": SINQ},
 )

@@ -11,5 +11,6 @@ from jq.qtensor.narrow_float import NarrowFloat as NarrowFloat
 from jq.qtensor.outliers import WithOutliers as WithOutliers
 from jq.qtensor.rotated import Rotated as Rotated
 from jq.qtensor.scaled import Scaled as Scaled
+from jq.qtensor.scaled import Tiles as Tiles
 from jq.qtensor.sparse import Sparse as Sparse
 from jq.qtensor.vector_codebook import VectorCodebook as VectorCodebook

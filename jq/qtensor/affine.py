@@ -260,6 +260,26 @@ def _bnb_int8(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     return (code.astype(np.float32) * scale.astype(np.float32) * np.float32(7.874015718698502e-3)).astype(dtype)
 
 
+# SINQ's tables (the second from "Asymmetric Floating Point Quantization for LLMs"), float16 as they are used.
+NF4 = np.array(
+    [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
+    + [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0],
+    np.float16,
+)
+NF3 = np.array([-1.0, -0.53502274, -0.24693140, 0.0, 0.18333752, 0.38199395, 0.62298566, 1.0], np.float16)
+
+
+def _table_sub_mul(table: np.ndarray) -> Formula:
+    """(table[code] - zero) * scale, each step in the scale's dtype; codes beyond the table mean its last entry."""
+
+    def formula(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
+        xp, dt = namespace(code, scale), scale.dtype
+        values = xp.asarray(table).astype(dt)[xp.minimum(code, len(table) - 1)]
+        return exact.cast((values - zero.astype(dt)) * scale, dtype)
+
+    return formula
+
+
 FORMULAS: dict[str, Formula] = {
     "sub_mul": _sub_mul,
     "cast_sub_mul": _cast_sub_mul,
@@ -270,4 +290,6 @@ FORMULAS: dict[str, Formula] = {
     "mul_add": _mul_add,
     "fma": _fma,
     "bnb_int8": _bnb_int8,
+    "nf4_sub_mul": _table_sub_mul(NF4),
+    "nf3_sub_mul": _table_sub_mul(NF3),
 }

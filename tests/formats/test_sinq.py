@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jq.errors import FormatError, UnsupportedError
+import jq
+from jq.errors import FormatError
 from jq.formats import sinq
 from jq.formats.base import Context
 
+DIRECTORY = Path(__file__).parents[1] / "reference" / "sinq-4-g64-bf16"
 PER = {8: 1, 6: 5, 5: 6, 4: 2, 3: 10, 2: 4, 1: 8}
 
 
@@ -95,5 +100,34 @@ def test_damage_is_named(change: Any, message: str) -> None:
 def test_config_errors() -> None:
     with pytest.raises(FormatError, match="nbits is 7"):
         sinq.parse({"nbits": 7}, context("bfloat16"))
-    with pytest.raises(UnsupportedError, match="tiling_mode '2D' is not read"):
-        sinq.parse({"tiling_mode": "2D"}, context("bfloat16"))
+    with pytest.raises(FormatError, match="tiling_mode is '3D', expected '1D' or '2D'"):
+        sinq.parse({"tiling_mode": "3D"}, context("bfloat16"))
+    with pytest.raises(FormatError, match="nbits is 3, which does not hold the codes of method 'sinq_nf4'"):
+        sinq.parse({"nbits": 3, "method": "sinq_nf4"}, context("bfloat16"))
+    with pytest.raises(FormatError, match=r"found shape .40, 64.; SINQ needs squares of 32"):
+        sinq.SINQ(4, 32, "2D").quantize(np.zeros((40, 64), np.float32))
+
+
+def test_inputs_of_tiles_come_from_the_plain_values_or_the_model() -> None:
+    w = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    parts = sinq.dump(sinq.SINQ(4, 32, "2D").quantize(w))
+    options = sinq.parse({"group_size": 32, "tiling_mode": "2D"}, context("float32"))
+    with pytest.raises(FormatError, match="tells in_features"):
+        sinq.load("m.q_proj", parts, options, context("float32"))
+    known = Context(config={"dtype": "float32", "hidden_size": 128}, label="test")
+    assert sinq.load("m.q_proj", parts, options, known).shape == (64, 128)
+    objects = {"m.q_proj.meta.shape": [128, 64]}
+    assert sinq.load("m.q_proj", parts, options, Context({}, objects=objects, label="test")).shape == (128, 64)
+
+
+def test_models_that_sinq_saved_need_no_config(tmp_path: Path) -> None:
+    """Plain values of the layers stand for quantization_config, each layer's own where they differ."""
+    state = jq.load_state(str(DIRECTORY))
+    config = json.loads((DIRECTORY / "config.json").read_text())
+    del config["quantization_config"]
+    shutil.copytree(DIRECTORY, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    found = jq.load_state(str(tmp_path / "m"))
+    for name, q in state.items():
+        if isinstance(q, jq.QTensor):
+            assert np.array_equal(np.asarray(found[name].dequantize()), np.asarray(q.dequantize()))
