@@ -21,8 +21,16 @@ from pallas_kernels.form import CHUNK, NESTED_BLOCK, ROWS, Form, Packed
 
 NAME = "mma16"
 SCALES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-ZERO_FORMS = {"sub_mul": "code", "f32": "code", "mul_sub": "minus", "mul_add": "plus", "fma": "plus"}
+ZERO_FORMS = {
+    **dict.fromkeys(("sub_mul", "cast_sub_mul", "f32"), "code"),
+    "mul_sub": "minus",
+    **dict.fromkeys(("mul_add", "fma", "f32_mul_add"), "plus"),
+}
 LOW = "kernel.absmax_low"  # key in extras: lower halves of a split float32 absmax
+BEHIND = {
+    "scales": "kernel.scales_behind",
+    "zeros": "kernel.zeros_behind",
+}  # groups that are stored beyond the last used
 
 
 def refusal(w: Any) -> str | None:
@@ -35,8 +43,6 @@ def refusal(w: Any) -> str | None:
         return "sparse codes; kernels take packed ones"
     if w.bits != 4:
         return f"{w.bits}-bit codes; kernels take 4"
-    if w.out_features % ROWS:
-        return f"out_features {w.out_features} is not a multiple of {ROWS}"
     return _affine_refusal(w) if isinstance(w, Affine) else _codebook_refusal(w)
 
 
@@ -49,26 +55,38 @@ def _affine_refusal(w: Affine) -> str | None:
         return f"groups of {cols}; kernels take multiples of 32"
     if not hasattr(w.scales, "dtype") or str(w.scales.dtype) not in SCALES:
         return "scales that are themselves quantized"
-    if tuple(w.scales.shape[-2:]) != (n, -(-k // cols)):
+    if w.scales.shape[-2] != n or w.scales.shape[-1] < -(-k // cols):
         return f"scales of shape {tuple(w.scales.shape)} for a weight of {w.shape} in groups of {cols}"
     if w.formula not in ZERO_FORMS:
         return f"formula {w.formula!r}"
     if w.zeros is None:
         point = w.zero_point + (8 if w.signed else 0)
-        if not 0 <= point < 112 or (w.formula not in ("sub_mul", "f32") and w.zero_point):
+        if not 0 <= point < 112 or (ZERO_FORMS[w.formula] != "code" and w.zero_point):
             return f"zero point {w.zero_point} with formula {w.formula!r}"
     elif not hasattr(w.zeros, "dtype"):
         return "zeros that are themselves quantized"
     elif w.zeros_bits:
         if w.zeros_bits > 6 or ZERO_FORMS[w.formula] != "code" or w.signed:
             return f"{w.zeros_bits}-bit zeros with formula {w.formula!r}"
-    elif str(w.zeros.dtype) not in SCALES or w.signed or w.zeros.shape != w.scales.shape:
+    elif w.zeros.shape != w.scales.shape:
         return f"zeros of {w.zeros.dtype} {tuple(w.zeros.shape)}"
+    elif np.dtype(w.zeros.dtype).kind in "iu":
+        if ZERO_FORMS[w.formula] != "code":
+            return f"zeros of {w.zeros.dtype} with formula {w.formula!r}"
+        if isinstance(w.zeros, jax.core.Tracer) or not _all_within(w.zeros, -8 if w.signed else 0, 56):
+            return f"zeros of {w.zeros.dtype} that are not known to lie near the codes"
+    elif str(w.zeros.dtype) not in SCALES or w.signed:
+        return f"zeros of {w.zeros.dtype} for {'signed' if w.signed else 'unsigned'} codes"
     if w.g_idx is not None and not isinstance(w.g_idx, jax.core.Tracer):
         counts = np.apply_along_axis(np.bincount, -1, np.asarray(w.g_idx), minlength=k // cols)
         if k % cols or np.any(counts != cols):
             return "an act-order g_idx whose groups differ in size"
     return None
+
+
+def _all_within(values: Any, low: int, end: int) -> bool:
+    values = np.asarray(values)
+    return bool(values.size) and low <= values.min() and values.max() < end
 
 
 def _codebook_refusal(w: Codebook) -> str | None:
@@ -91,8 +109,8 @@ def _codebook_refusal(w: Codebook) -> str | None:
 def prepare(w: Any) -> Any:
     """The same QTensor with its arrays in the kernels' order and `layout` set; `restore` is the inverse.
 
-    Shape, dtypes of codes and scales, and size stay (K is padded to a multiple of 64). Integer zeros become one byte
-    each. A float32 absmax is split: the kernel reads its upper half, rounded to bfloat16; the rest goes to `extras`. An
+    Shape, dtypes of codes and scales, and size stay (N is padded to a multiple of 16, K of 64). Integer zeros become one
+    byte each. A float32 absmax is split: the kernel reads its upper half, rounded to bfloat16; the rest goes to `extras`. An
     act-order `g_idx` is replaced by the permutation of K that sorts it.
 
     Args:
@@ -106,7 +124,7 @@ def prepare(w: Any) -> Any:
     if w.layout:
         return w
     k = w.in_features
-    notes = {"k": k, "pad": w.pad, "word": str(w.codes.dtype)}
+    notes = {"n": w.out_features, "k": k, "pad": w.pad, "word": str(w.codes.dtype)}
     perm = None
     if isinstance(w, Affine) and w.g_idx is not None:
         g_idx = np.asarray(w.g_idx)
@@ -121,11 +139,18 @@ def prepare(w: Any) -> Any:
     codes = _over_stack(w.ndim, _pack_codes, w.codes, perm, k=k, order=order, flip=flip)
     fields: dict[str, Any] = {"codes": codes, "pad": -k % CHUNK}
     if isinstance(w, Affine):
-        fields |= {"scales": _rows(w.ndim, w.scales), "g_idx": perm}
+        params = {"scales": jnp.asarray(w.scales)}
         if w.zeros is not None:
-            notes["zeros"] = w.zeros_bits
             zeros: Any = w.group_zeros()
-            fields |= {"zeros": _rows(w.ndim, zeros.astype(jnp.uint8) if w.zeros_bits else zeros), "zeros_bits": 0}
+            notes |= {"zeros": w.zeros_bits, "zeros_type": str(w.zeros.dtype)}
+            integer = np.dtype(zeros.dtype).kind in "iu"
+            params["zeros"] = (zeros + (8 if flip else 0)).astype(jnp.uint8) if integer else jnp.asarray(zeros)
+        fields |= {"g_idx": perm, "zeros_bits": 0, "extras": dict(w.extras)}
+        for name, values in params.items():
+            groups = -(-k // (w.grouping.cols or k))
+            fields[name] = _rows(w.ndim, values[..., :groups])
+            if values.shape[-1] > groups:
+                fields["extras"][BEHIND[name]] = values[..., groups:]
     else:
         fields |= _pack_absmax(w, notes)
     return w.replace(layout=";".join([NAME, *(f"{key}={value}" for key, value in notes.items())]), **fields)
@@ -144,10 +169,15 @@ def restore(w: Any) -> Any:
     codes = _over_stack(w.ndim, _unpack_codes, w.codes, perm, shape=(n, k), order=order, flip=flip, pad=pad)
     fields: dict[str, Any] = {"codes": codes, "pad": pad}
     if isinstance(w, Affine):
-        fields["scales"] = _rows(w.ndim, w.scales, back=True)
+        fields["scales"] = _with_behind(w, "scales", n)
+        fields["extras"] = {key: value for key, value in w.extras.items() if key not in BEHIND.values()}
         if "zeros" in notes:
-            zeros, width = _rows(w.ndim, w.zeros, back=True), int(notes["zeros"])
-            fields |= {"zeros": _pack_zeros(zeros, width) if width else zeros, "zeros_bits": width}
+            zeros, width = _with_behind(w, "zeros", n), int(notes["zeros"])
+            if width:
+                zeros = _pack_zeros(zeros, width)
+            elif np.dtype(zeros.dtype).kind in "iu":
+                zeros = (zeros.astype(jnp.int32) - (8 if flip else 0)).astype(notes["zeros_type"])
+            fields |= {"zeros": zeros, "zeros_bits": width}
         if "order" in notes:
             fields["g_idx"] = _group_index(w, perm, k)
     else:
@@ -163,15 +193,15 @@ def packed(w: Any) -> Packed:
     stack = w.codes.shape[:-2]
 
     def tiles(a: jax.Array) -> jax.Array:
-        return a.reshape(*stack, n // ROWS, -1, ROWS)
+        return a.reshape(*stack, -(-n // ROWS), -1, ROWS)
 
     codes = w.codes if w.codes.dtype == jnp.int32 else jax.lax.bitcast_convert_type(w.codes, jnp.int32)
-    codes = codes.reshape(*stack, n // ROWS, -1, w.bits * 32)
+    codes = codes.reshape(*stack, -(-n // ROWS), -1, w.bits * 32)
     group = cols if cols < k else 0
     if isinstance(w, Affine):
         zero = ""
         if w.zeros is not None:
-            zero = "u8" if int(notes["zeros"]) else SCALES[str(w.zeros.dtype)]
+            zero = "u8" if w.zeros.dtype == jnp.uint8 else SCALES[str(w.zeros.dtype)]
         point = w.zero_point + (8 if w.signed else 0) if not zero else 8
         form = Form("affine", w.bits, group, SCALES[str(w.scales.dtype)], zero, ZERO_FORMS[w.formula], point)  # type: ignore[arg-type]
         zeros = None if w.zeros is None else tiles(w.zeros)
@@ -208,29 +238,35 @@ def _pack_codes(words: jax.Array, perm: jax.Array | None, *, k: int, order: str,
     codes = codes ^ 8 if flip else codes  # two's complement to offset binary
     codes = codes if perm is None else codes[:, perm]
     out = layout.pack_codes(codes, order)
-    return jax.lax.bitcast_convert_type(out, jnp.uint32).reshape(words.shape[0], -1)
+    return jax.lax.bitcast_convert_type(out, jnp.uint32).reshape(out.shape[0] * ROWS, -1)
 
 
 def _unpack_codes(
     words: jax.Array, perm: jax.Array | None, *, shape: tuple[int, int], order: str, flip: bool, pad: int
 ) -> jax.Array:
-    tiles = jax.lax.bitcast_convert_type(words, jnp.int32).reshape(shape[0] // ROWS, -1, 128)
+    tiles = jax.lax.bitcast_convert_type(words, jnp.int32).reshape(-(-shape[0] // ROWS), -1, 128)
     codes = layout.unpack_codes(tiles, order, shape)
     codes = codes if perm is None else codes[:, jnp.argsort(perm)]
     codes = codes ^ 8 if flip else codes
     return _bits.pack(jnp.pad(codes, ((0, 0), (0, pad))) if pad > 1 else codes, 4)
 
 
-def _rows(ndim: int, params: jax.Array, back: bool = False) -> jax.Array:
-    """[N, G] parameters into the order of `layout.pack_rows`, or back; the shape stays."""
+def _rows(ndim: int, params: jax.Array, back: int = 0) -> jax.Array:
+    """[N, G] parameters into the order of `layout.pack_rows`, N padded to whole tiles; or the first `back` rows again."""
     return _over_stack(ndim, _reorder, jnp.asarray(params), back=back)
 
 
-def _reorder(params: jax.Array, *, back: bool) -> jax.Array:
-    n, groups = params.shape
+def _reorder(params: jax.Array, *, back: int) -> jax.Array:
+    groups = params.shape[-1]
     if back:
-        return layout.unpack_rows(params.reshape(-1, groups, ROWS), n)
-    return layout.pack_rows(params).reshape(n, groups)
+        return layout.unpack_rows(params.reshape(-1, groups, ROWS), back)
+    return layout.pack_rows(params).reshape(-1, groups)
+
+
+def _with_behind(w: Affine, name: str, n: int) -> jax.Array:
+    """Scales or zeros [N, stored groups] of a prepared tensor, those beyond the last used one too."""
+    used, behind = _rows(w.ndim, getattr(w, name), back=n), w.extras.get(BEHIND[name])
+    return used if behind is None else jnp.concatenate([used, behind], -1)
 
 
 def _pack_zeros(zeros: jax.Array, width: int) -> jax.Array:
@@ -274,11 +310,11 @@ def _unpack_absmax(w: Codebook, notes: dict[str, str]) -> dict[str, Any]:
     if isinstance(w.absmax, Codebook):
         nested = w.absmax
         shape = tuple(int(d) for d in notes["nested"].split("x"))
-        codes = _rows(w.ndim, nested.codes, back=True)
+        codes = _rows(w.ndim, nested.codes, back=w.out_features)
         if notes["nested_word"] != "uint8":
             codes = _bits.pack(codes.reshape(*stack, *shape[:-1], -1), 8)
         return {"absmax": nested.replace(codes=codes.reshape(*stack, *shape))}
-    high = jax.lax.bitcast_convert_type(_rows(w.ndim, w.absmax, back=True), jnp.uint16).astype(jnp.uint32)
+    high = jax.lax.bitcast_convert_type(_rows(w.ndim, w.absmax, back=w.out_features), jnp.uint16).astype(jnp.uint32)
     low = w.extras[LOW].astype(jnp.uint32)
     bits = ((high - (low >> 15)) << 16) | low
     absmax = jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -18,7 +18,7 @@ FP4 = np.concatenate([_FP4, -_FP4])
 
 KINDS = (
     "w4a16_g128", "w4a16_g32", "w4a16_row", "w4a16_signed", "w4a16_g128_asym", "w4a16_actorder", "hqq_g64", "awq_sub",
-    "nf4_b64", "nf4_b64_dq", "fp4_b64", "nf4_b4096",
+    "w4a16_behind", "tinygemm", "signed_zeros", "nf4_b64", "nf4_b64_dq", "fp4_b64", "nf4_b4096",
 )  # fmt: skip
 
 
@@ -46,6 +46,16 @@ def make(kind: str, n: int, k: int, seed: int = 0):
     if kind == "hqq_g64":
         zeros = (jax.random.uniform(keys[2], (n, groups)) * 15).astype(scale_dtype)
         return Affine.make(codes, scales, zeros=zeros, **common)
+    if kind == "w4a16_behind":  # AWQ's GEMV files round the number of groups up
+        more = jnp.concatenate([scales, scales + 1], 1)
+        zeros = jax.random.bits(keys[2], more.shape, jnp.uint8) & 15
+        return Affine.make(codes, more, zeros=zeros.astype(jnp.int32), zeros_bits=4, **common)
+    if kind == "tinygemm":
+        zeros = (jax.random.normal(keys[2], (n, groups)) * 0.05).astype(scale_dtype)
+        return Affine.make(codes, scales, zeros=zeros, formula="f32_mul_add", **common)
+    if kind == "signed_zeros":
+        zeros = (jax.random.bits(keys[2], (n, groups), jnp.uint8) & 15).astype(jnp.int8) - 8
+        return Affine.make((codes.astype(jnp.int8) - 8).astype(jnp.int8), scales, zeros=zeros, signed=True, **common)
     if kind == "awq_sub":
         zeros = (scales * 7.5).astype(scale_dtype)
         return Affine.make(codes, scales, zeros=zeros, formula="mul_sub", **common)

@@ -118,7 +118,7 @@ class Affine(QTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return codes_shape(self.codes, self.code_bits, self.pad)
+        return codes_shape(self.codes, self.code_bits, self.pad, self.layout)
 
     @property
     def group_size(self) -> int:

@@ -269,11 +269,14 @@ def row_codes(codes: Any, bits: int, pad: int, *, signed: bool = False) -> Array
     return _bits.unpack(codes, bits, _bits.capacity(codes, bits) - pad, signed=signed)
 
 
-def codes_shape(codes: Any, bits: int, pad: int) -> tuple[int, ...]:
+def codes_shape(codes: Any, bits: int, pad: int, layout: str = "") -> tuple[int, ...]:
     """Shape [*stack, N, K] of packed rows or of a nested `Sparse`."""
     if isinstance(codes, QTensor):
         return codes.shape
-    return (*codes.shape[:-1], _bits.capacity(codes, bits) - pad)
+    *stack, rows = codes.shape[:-1]
+    if layout:  # a kernel's order may hold rows of padding; then it says how many are the weight's
+        rows = next((int(item[2:]) for item in layout.split(";") if item.startswith("n=")), rows)
+    return (*stack, rows, _bits.capacity(codes, bits) - pad)
 
 
 def padding(codes: Array, bits: int, in_features: int) -> int:

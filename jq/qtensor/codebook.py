@@ -17,6 +17,7 @@ from jq.qtensor.base import (
     Grouping,
     QTensor,
     Source,
+    codes_shape,
     dense_value,
     expand,
     groups_of,
@@ -102,7 +103,7 @@ class Codebook(QTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.codes.shape[:-1], _bits.capacity(self.codes, self.code_bits) - self.pad)
+        return codes_shape(self.codes, self.code_bits, self.pad, self.layout)
 
     def describe(self) -> str:
         nested = ", double quant" if isinstance(self.absmax, QTensor) else ""

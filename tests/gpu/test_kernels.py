@@ -51,7 +51,9 @@ def test_every_kind_for_few_and_many_rows(kind):
         assert error(pallas_kernels.matmul(x, w), product(x, q.dequantize("float32"))) < 3e-3
 
 
-@pytest.mark.parametrize(("n", "k"), [(16, 64), (144, 192), (4096, 576), (272, 11008), (48, 4096)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(16, 64), (144, 192), (4096, 576), (272, 11008), (48, 4096), (1, 256), (21, 640), (1001, 2048)]
+)
 def test_ragged_shapes(n, k):
     kind = "w4a16_g32" if k % 128 else "w4a16_g128"
     q = weights.make(kind, n, k, seed=n)

@@ -47,8 +47,9 @@ def test_parameters_come_back():
 
 @pytest.mark.parametrize("kind", weights.KINDS)
 def test_restore_inverts_prepare(kind):
-    q = weights.make(kind, 64, 4096 if kind == "nf4_b4096" else 512)
-    for original in (q, stack([q, q])):
+    k = 4096 if kind == "nf4_b4096" else 512
+    q = weights.make(kind, 64, k)
+    for original in (q, stack([q, q]), weights.make(kind, 20, k)):
         w = tensors.prepare(original)
         assert w.shape == original.shape and w.layout
         restored = tensors.restore(w)
@@ -60,7 +61,7 @@ def test_restore_inverts_prepare(kind):
 
 @pytest.mark.parametrize("kind", weights.KINDS)
 def test_plain_twin_agrees_with_dequantize(kind):
-    q = weights.make(kind, 64, 4096 if kind == "nf4_b4096" else 512)
+    q = weights.make(kind, 52, 4096 if kind == "nf4_b4096" else 512)
     dense = np.asarray(reference.dense(tensors.packed(tensors.prepare(q))))
     expected = np.asarray(q.dequantize("float32"))
     # dequantize rounds to the tensor's own dtype; a float32 absmax is rounded to bfloat16 by prepare
@@ -81,7 +82,7 @@ def test_refusals_say_why():
     assert tensors.refusal(good) is None
     for q, word in (
         (Affine.make(codes, ones, code_bits=8, zero_point=8, grouping=group), "8-bit"),
-        (Affine.make(codes[:20], ones[:20], code_bits=4, zero_point=8, grouping=group), "out_features 20"),
+        (Affine.make(codes, ones, code_bits=4, zeros=ones.astype(jnp.int16) * 99, grouping=group), "near the codes"),
         (Affine.make(codes, jnp.ones((32, 11), jnp.bfloat16), code_bits=4, grouping=Grouping("block", 1, 24)), "24"),
         (good.replace(g_idx=jnp.zeros(256, jnp.int32)), "act-order"),
     ):
