@@ -7,6 +7,7 @@ know beside the arrays: "mma16" followed by ";key=value" items.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -94,14 +95,18 @@ def _codebook_refusal(w: Codebook) -> str | None:
     block = w.grouping.cols or k
     if w.offset is not None:
         return "an offset after the product"
-    if (block % 32 or k % block) and block % k:
-        return f"blocks of {block} that straddle rows of {k}"
-    if block % k == 0 and n % (block // k):
-        return f"blocks of {block} that do not end with the weight"
+    group = _common_group(w)
+    if group % 32 and group < k:
+        return f"blocks of {block} in rows of {k}, which share runs of {group}; kernels take multiples of 32"
     nested = w.absmax
     if not isinstance(nested, Codebook):
         return None if str(nested.dtype) == "float32" else f"absmax of {nested.dtype}"
-    if nested.bits != 8 or nested.grouping.cols != NESTED_BLOCK or isinstance(nested.absmax, Codebook) or block > k:
+    if (
+        nested.bits != 8
+        or nested.grouping.cols != NESTED_BLOCK
+        or isinstance(nested.absmax, Codebook)
+        or block != group
+    ):
         return f"a nested absmax {nested!r}"
     return None
 
@@ -197,7 +202,8 @@ def packed(w: Any) -> Packed:
 
     codes = w.codes if w.codes.dtype == jnp.int32 else jax.lax.bitcast_convert_type(w.codes, jnp.int32)
     codes = codes.reshape(*stack, -(-n // ROWS), -1, w.bits * 32)
-    group = cols if cols < k else 0
+    group = cols if isinstance(w, Affine) else _common_group(w)
+    group = group if group < k else 0
     if isinstance(w, Affine):
         zero = ""
         if w.zeros is not None:
@@ -283,30 +289,33 @@ def _group_index(w: Affine, perm: jax.Array | None, k: int) -> jax.Array:
     return groups[back]
 
 
+def _common_group(w: Codebook) -> int:
+    """Weights along K that share a scale in every row: all of a block, or what blocks across rows leave in common."""
+    k = w.in_features
+    return math.gcd(w.grouping.cols or k, k)
+
+
 def _pack_absmax(w: Codebook, notes: dict[str, Any]) -> dict[str, Any]:
     """absmax in tiles; a float32 one as bfloat16 (nearest) and the lower halves of its bits."""
     n, k = w.shape[-2:]
-    stack, block = w.shape[:-2], w.grouping.cols or k
+    stack, group = w.shape[:-2], _common_group(w)
     if isinstance(w.absmax, Codebook):
         nested = w.absmax
         notes["nested"] = "x".join(map(str, nested.codes.shape[len(stack) :]))
         notes["nested_word"] = str(nested.codes.dtype)
-        codes = jnp.asarray(nested.unpack()).astype(jnp.uint8).reshape(*stack, n, k // block)
+        codes = jnp.asarray(nested.unpack()).astype(jnp.uint8).reshape(*stack, n, k // group)
         return {"absmax": nested.replace(codes=_rows(w.ndim, codes), pad=0)}
     notes["absmax"] = "x".join(map(str, w.absmax.shape[len(stack) :]))
-    absmax = jnp.asarray(w.absmax).reshape(*stack, -1)
-    if block > k:  # rows that share a block
-        absmax = jnp.repeat(absmax, block // k, axis=-1)
-    bits = jax.lax.bitcast_convert_type(absmax.reshape(*stack, n, -1), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(w.absmax).reshape(*stack, -1), jnp.uint32)
     high = ((bits + 0x8000) >> 16).astype(jnp.uint16)
     low = (bits & 0xFFFF).astype(jnp.uint16)
-    high = jax.lax.bitcast_convert_type(high, jnp.bfloat16)
+    high = jnp.repeat(high, (w.grouping.cols or k) // group, axis=-1)[..., : n * k // group]
+    high = jax.lax.bitcast_convert_type(high.reshape(*stack, n, -1), jnp.bfloat16)
     return {"absmax": _rows(w.ndim, high), "extras": {**w.extras, LOW: low}}
 
 
 def _unpack_absmax(w: Codebook, notes: dict[str, str]) -> dict[str, Any]:
-    k = w.in_features
-    stack, block = w.shape[:-2], w.grouping.cols or k
+    k, stack = w.in_features, w.shape[:-2]
     if isinstance(w.absmax, Codebook):
         nested = w.absmax
         shape = tuple(int(d) for d in notes["nested"].split("x"))
@@ -315,11 +324,10 @@ def _unpack_absmax(w: Codebook, notes: dict[str, str]) -> dict[str, Any]:
             codes = _bits.pack(codes.reshape(*stack, *shape[:-1], -1), 8)
         return {"absmax": nested.replace(codes=codes.reshape(*stack, *shape))}
     high = jax.lax.bitcast_convert_type(_rows(w.ndim, w.absmax, back=w.out_features), jnp.uint16).astype(jnp.uint32)
+    high = high.reshape(*stack, -1)[..., :: (w.grouping.cols or k) // _common_group(w)]
     low = w.extras[LOW].astype(jnp.uint32)
     bits = ((high - (low >> 15)) << 16) | low
     absmax = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    if block > k:
-        absmax = absmax[..., :: block // k, :]
     shape = tuple(int(d) for d in notes["absmax"].split("x"))
     extras = {key: value for key, value in w.extras.items() if key != LOW}
     return {"absmax": absmax.reshape(*stack, *shape), "extras": extras}

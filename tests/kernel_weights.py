@@ -18,7 +18,7 @@ FP4 = np.concatenate([_FP4, -_FP4])
 
 KINDS = (
     "w4a16_g128", "w4a16_g32", "w4a16_row", "w4a16_signed", "w4a16_g128_asym", "w4a16_actorder", "hqq_g64", "awq_sub",
-    "w4a16_behind", "tinygemm", "signed_zeros", "nf4_b64", "nf4_b64_dq", "fp4_b64", "nf4_b4096",
+    "w4a16_behind", "tinygemm", "signed_zeros", "nf4_b64", "nf4_b64_dq", "fp4_b64", "nf4_b4096", "nf4_b384",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def make(kind: str, n: int, k: int, seed: int = 0):
     keys = jax.random.split(jax.random.key(seed), 4)
     codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & 15
     if kind.startswith(("nf4", "fp4")):
-        block = 4096 if kind.endswith("b4096") else 64
+        block = int(kind.split("_b")[1].removesuffix("_dq"))
         return _codebook(kind, codes, block, keys)
     group = {"w4a16_g32": 32, "w4a16_row": k, "hqq_g64": 64}.get(kind, 128)
     scale_dtype = jnp.float16 if kind in ("hqq_g64", "awq_sub") else jnp.bfloat16
@@ -67,7 +67,7 @@ def _codebook(kind, codes, block, keys):
     table = jnp.asarray(FP4 if kind.startswith("fp4") else NF4)
     whole = k % block == 0
     grouping = Grouping("block", 1, block) if whole else Grouping("flat", 0, block)
-    shape = (n, k // block) if whole else (n * k // block,)
+    shape = (n, k // block) if whole else (-(-n * k // block),)
     if not kind.endswith("dq"):
         absmax = jax.random.uniform(keys[1], shape) * 0.05 + 0.01
         return Codebook.make(codes, table, absmax, code_bits=4, grouping=grouping)
