@@ -91,7 +91,7 @@ def _all_within(values: Any, low: int, end: int) -> bool:
 
 
 def _codebook_refusal(w: Codebook) -> str | None:
-    n, k = w.shape[-2:]
+    k = w.in_features
     block = w.grouping.cols or k
     if w.offset is not None:
         return "an offset after the product"
