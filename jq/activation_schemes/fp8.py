@@ -32,7 +32,9 @@ def _product(codes: jax.Array, scale: jax.Array, w: Any, dtype: Any) -> jax.Arra
     """dtype(sum of (codes * scale) * weight), all in float32; scale broadcasts to codes [M, K]."""
     if isinstance(w, NarrowFloat) and w.formula in ("cast", "own"):
         w = w.replace(formula="f32")
-    weight = w.replace(dtype="float32", activation=None, extras={}).dequantize()
+    if getattr(w, "formula", "") != "f32_e4m3":  # that one rounds to its own dtype on the way
+        w = w.replace(dtype="float32")
+    weight = w.replace(activation=None, extras={}).dequantize(np.float32)
     contract = (((1,), (1,)), ((), ()))
     y = jax.lax.dot_general(codes * scale, weight, contract, precision=jax.lax.Precision.HIGHEST)
     return y.astype(dtype)

@@ -8,13 +8,16 @@
   INT8         weight int8 [N, K], weight_scale float32 [N], input_scale float32 []
   W4A16_AWQ    weight uint8 [N/2, K], rows 2r (low nibble) and 2r + 1 of signed codes, weight_scale float32 [N, K/G];
                pre_quant_scale [K] where it was not folded into the layer before
+  W4A8_AWQ     the same, weight_scale_2 float32 []: the product is rounded once more, to e4m3 under this scale
+  NVFP4_SVD    NVFP4 with pre_quant_scale, svdquant_lora_a [R, K] and svdquant_lora_b [N, R]: y = x @ w.T + x @ a.T @ b.T
+  MXFP4        weight uint8 [N, K/2], weight_scale uint8 [N, K/32] (also W4A8_MXFP4_FP8, with input_scale)
   KV cache     k_proj.k_scale, v_proj.v_scale: plain arrays of the State
 
 The stored tensors say which of these a layer is; the config (`quantization_config` of config.json, or
 hf_quant_config.json of older exports) says what inputs are quantized to.
 
 Dequantize: NVFP4 dt(float32(value) * (float32(s) * s2)), a code of -0 read as +0; FP8 and INT8 dt(q) * dt(scale), both
-cast to the model's dtype first, one rounding; W4A16_AWQ dt(float32(q) * scale).
+cast to the model's dtype first, one rounding; W4A16_AWQ dt(float32(q) * scale); MXFP4 dt(float32(value) * 2**e).
 Quantize (NVFP4QTensor, CPU): see `jq.algorithms.narrow.nvfp4_modelopt`.
 
 Source: nvidia-modelopt 0.47.0 torch/quantization/qtensor/{nvfp4,fp8,int8,mxfp8}_tensor.py, torch/export.
@@ -23,7 +26,6 @@ Source: nvidia-modelopt 0.47.0 torch/quantization/qtensor/{nvfp4,fp8,int8,mxfp8}
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -33,78 +35,16 @@ from jq import bits as _bits
 from jq.activations import FLOAT, Activation
 from jq.algorithms import narrow
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
-from jq.qtensor import Affine, Grouping, NarrowFloat, QTensor, Source
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take
+from jq.formats.modelopt_config import NAME, Options, detect, parse
+from jq.qtensor import Affine, Grouping, LowRank, NarrowFloat, QTensor, Source
+from jq.qtensor.affine import check_finite
 
-NAME = "modelopt"
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
-# Algorithms whose tensors are read. The others round twice (W4A8_AWQ), or add a low-rank product (SVD).
-ALGORITHMS = (
-    "W4A16_AWQ",
-    *("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL", "MXFP8"),
-    *("W8A16", "W8A8_SQ_PER_CHANNEL", "W4A8_NVFP4_FP8", "MIXED_PRECISION"),
-)
-WEIGHT_ONLY = ("W4A16_AWQ", "W4A16_NVFP4", "FP8_PB_WO", "W8A16", "FP8_PB_REAL")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """A parsed config: the algorithm, that of single layers where they are mixed, and the model's dtype."""
-
-    algorithm: str = "NVFP4"
-    layers: tuple[tuple[str, str], ...] = ()
-    dtype: str = "bfloat16"
-
-    def of(self, prefix: str) -> str:
-        return dict(self.layers).get(prefix, self.algorithm)
-
-
-def detect(checkpoint: Any) -> dict | None:
-    """The config of an export that has hf_quant_config.json alone."""
-    found = checkpoint.side_json("hf_quant_config.json")
-    if not found or not isinstance(found.get("quantization"), Mapping):
-        return None
-    return {"quant_method": NAME, **found}
-
-
-def parse(config: Mapping[str, Any], context: Context) -> Options:
-    """Reads either form of the config.
-
-    Raises:
-      FormatError: no algorithm named.
-      UnsupportedError: an algorithm whose tensors are not read.
-    """
-    label = f"{context.label}: quantization_config"
-    nested = config.get("quantization")
-    inner = nested if isinstance(nested, Mapping) else config
-    algorithm = inner.get("quant_algo") or _from_groups(config.get("config_groups"))
-    if not algorithm:
-        raise FormatError(f"{label}: no quant_algo; it names the algorithm, e.g. 'NVFP4' or 'FP8'")
-    layers = inner.get("quantized_layers") or {}
-    algorithm = str(algorithm).upper()  # some exports write fp8_pb_wo
-    named = {p: str(layer.get("quant_algo")).upper() for p, layer in layers.items() if isinstance(layer, Mapping)}
-    for name in (algorithm, *named.values()):
-        if name not in ALGORITHMS:
-            raise UnsupportedError(
-                f"{label}: quant_algo {name!r} is not read here; those that are: {', '.join(ALGORITHMS)}"
-            )
-    known = {
-        *("quant_method", "quant_algo", "config_groups", "ignore", "producer", "kv_cache_scheme", "quantized_layers"),
-        *("quantization", "group_size", "exclude_modules", "kv_cache_quant_algo", "has_zero_point", "pre_quant_scale"),
-    }
-    for key in sorted((set(config) | set(inner)) - known):
-        warn_once(label, f"key {key!r} is not known and ignored")
-    given = context.config.get("dtype") or context.config.get("torch_dtype")
-    return Options(algorithm, tuple(named.items()), context.model_dtype if given else "bfloat16")
-
-
-def _from_groups(groups: Any) -> str | None:
-    """The algorithm of a config that has config_groups alone, by the bits of its weights."""
-    if not isinstance(groups, Mapping) or not groups:
-        return None
-    kinds: set[Any] = {(g.get("weights") or {}).get("num_bits") for g in groups.values() if isinstance(g, Mapping)}
-    return {4: "NVFP4", 8: "FP8"}.get(kinds.pop()) if len(kinds) == 1 else "MIXED_PRECISION"
+FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
+LOW_RANK = ("svdquant_lora_a", "svdquant_lora_b")
+SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", *LOW_RANK)
+WEIGHT_ONLY = ("W4A16_AWQ", "W4A16_NVFP4", "FP8_PB_WO", "W8A16", "FP8_PB_REAL", "MXFP4")
 
 
 def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
@@ -112,13 +52,13 @@ def group(names: list[str], options: Options, context: Context) -> dict[str, dic
 
     Raises:
       FormatError: a scale without its weight, or a float8 weight without its scale.
-      UnsupportedError: layers with a low-rank product beside the weight.
+      UnsupportedError: experts that are stored as one tensor.
     """
     there, found = set(names), {}
     for name in names:
         prefix = name.removesuffix(".weight")
-        if name.endswith((".svdquant_lora_a", ".svdquant_lora_b")):
-            raise UnsupportedError(f"{name}: a low-rank product beside the weight (SVDQuant), which is not done here")
+        if name.endswith("_proj_weight_scale"):
+            raise UnsupportedError(f"{name}: experts that are stored as one tensor are not read; one by one they are")
         if name.endswith(".weight_scale") and f"{name.removesuffix('_scale')}" not in there:
             raise FormatError(f"{name}: no weight beside it; the file is incomplete")
         if name == prefix or np.dtype(context.dtypes[name]).itemsize != 1:
@@ -139,8 +79,11 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
             f"{prefix}.weight: found shape {weight.shape}, expected two axes; stacked experts are not read"
         )
     made: Any
-    if weight.dtype == np.uint8 and options.of(prefix) == "W4A16_AWQ":
+    scale = take(parts, "weight_scale", prefix)
+    if weight.dtype == np.uint8 and scale.dtype in FLOATS and options.of(prefix) in ("W4A16_AWQ", "W4A8_AWQ"):
         made = _int4(prefix, parts, weight, options)
+    elif weight.dtype == np.uint8 and scale.dtype == np.uint8:
+        made = _mxfp4(prefix, weight, scale, options)
     elif weight.dtype == np.uint8:
         made = _nvfp4(prefix, parts, weight, options)
     elif weight.dtype == np.int8:
@@ -150,6 +93,15 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
         made = _fp8(prefix, parts, weight, options)
     extras: Parts = {k: parts[k] for k in ("input_scale", "pre_quant_scale") if k in parts}
     activation = _activation(prefix, made, extras, options)
+    low = [take(parts, k, prefix) for k in LOW_RANK] if any(k in parts for k in LOW_RANK) else []
+    if low:
+        inputs = {k: v for k, v in extras.items() if k == "input_scale"}
+        base = made.replace(extras=inputs, activation=activation)
+        base.check(prefix)
+        expect_dtype(low[0], FLOATS, f"{prefix}.{LOW_RANK[0]}")
+        extras = {k: v for k, v in extras.items() if k not in inputs}
+        made = LowRank(base, low[0], low[1], dtype=options.dtype, source=Source(NAME, (("kind", "low rank"),)))
+        activation = activation and Activation("low_rank")
     if "pre_quant_scale" in extras:
         expect_shape(extras["pre_quant_scale"], (made.in_features,), f"{prefix}.pre_quant_scale", "one for each input")
         activation = _with_prepared_inputs(activation)
@@ -177,6 +129,21 @@ def _nvfp4(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> N
         formula="global_multiply",
         dtype=options.dtype,
         source=Source(NAME, (("kind", "nvfp4"),)),
+    )
+
+
+def _mxfp4(prefix: str, weight: np.ndarray, scale: np.ndarray, options: Options) -> NarrowFloat:
+    n, k = weight.shape[0], 2 * weight.shape[1]
+    expect_shape(scale, (n, -(-k // 32)), f"{prefix}.weight_scale", "one exponent for 32 inputs")
+    return NarrowFloat(
+        np.ascontiguousarray(weight).view(np.uint32 if weight.shape[1] % 4 == 0 else np.uint8),
+        scale,
+        kind="e2m1",
+        scale_kind="e8m0",
+        grouping=Grouping("block", 1, 32),
+        formula="f32",
+        dtype=options.dtype,
+        source=Source(NAME, (("kind", "mxfp4"),)),
     )
 
 
@@ -237,6 +204,14 @@ def _int4(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Af
     expect_dtype(scale, (np.float32, ml_dtypes.bfloat16, np.float16), f"{prefix}.weight_scale")
     if scale.ndim != 2 or scale.shape[0] != n or not scale.shape[1] or k % scale.shape[1]:
         raise FormatError(f"{prefix}.weight_scale: found shape {scale.shape}, expected ({n}, groups of {k} inputs)")
+    second: dict[str, Any] = {}
+    if "weight_scale_2" in parts:
+        whole = parts["weight_scale_2"]
+        expect_dtype(whole, (np.float32,), f"{prefix}.weight_scale_2")
+        if whole.size != 1:
+            raise FormatError(f"{prefix}.weight_scale_2: found shape {whole.shape}, expected one number")
+        check_finite(whole, f"{prefix}.weight_scale_2")
+        second = {"zeros": whole.reshape(1, 1)}
     nibbles = np.stack([weight & 15, weight >> 4], axis=1).reshape(n, k).astype(np.int8)
     return Affine.make(
         (nibbles ^ 8) - 8,
@@ -245,9 +220,10 @@ def _int4(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Af
         name=prefix,
         signed=True,
         grouping=Grouping("block", 1, k // scale.shape[1]),
-        formula="f32",
+        formula="f32_e4m3" if second else "f32",
         dtype=options.dtype,
-        source=Source(NAME, (("kind", "int4"),)),
+        source=Source(NAME, (("kind", "int4"), ("rank", parts["weight_scale_2"].ndim if second else 0))),
+        **second,
     )
 
 
@@ -267,7 +243,7 @@ def _activation(prefix: str, q: Any, extras: Parts, options: Options) -> Activat
     if "input_scale" in extras:
         if extras["input_scale"].size != 1:
             raise FormatError(f"{prefix}.input_scale: found shape {extras['input_scale'].shape}, expected one number")
-        if isinstance(q, Affine):
+        if q.source.get("kind") == "int8":
             return Activation("int8_static", ("input_scale",))
         small = q.source.get("kind") == "nvfp4" and algorithm != "W4A8_NVFP4_FP8"
         return Activation("nvfp4_static" if small else "fp8_static", ("input_scale",))
@@ -282,13 +258,20 @@ def _activation(prefix: str, q: Any, extras: Parts, options: Options) -> Activat
 def dump(q: Any) -> Parts:
     """Stored tensors, identical to those that were loaded."""
     kind = q.source.get("kind")
+    if isinstance(q, LowRank):
+        low = {LOW_RANK[0]: np.asarray(q.down), LOW_RANK[1]: np.asarray(q.up)}
+        return {**dump(q.base), **low, **{k: np.asarray(v) for k, v in q.extras.items()}}
     codes, scale = np.asarray(q.codes), np.asarray(q.scales)
     extras = {k: np.asarray(v) for k, v in q.extras.items()}
     if kind == "nvfp4":
         whole = np.asarray(q.global_scale)
         return {"weight": codes.view(np.uint8), "weight_scale": scale.view(E4M3), "weight_scale_2": whole, **extras}
+    if kind == "mxfp4":
+        return {"weight": codes.view(np.uint8), "weight_scale": scale, **extras}
     if kind == "int4":
         nibbles = (np.asarray(q.unpack()) & 15).astype(np.uint8)
+        if q.zeros is not None:
+            extras["weight_scale_2"] = np.asarray(q.zeros).reshape((1,) * q.source.get("rank"))
         return {"weight": nibbles[0::2] | nibbles[1::2] << 4, "weight_scale": scale, **extras}
     rank = q.source.get("rank")
     if rank == 4:

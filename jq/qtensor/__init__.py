@@ -7,6 +7,7 @@ from jq.qtensor.base import Source as Source
 from jq.qtensor.base import stack as stack
 from jq.qtensor.blocks import Blocks as Blocks
 from jq.qtensor.codebook import Codebook as Codebook
+from jq.qtensor.low_rank import LowRank as LowRank
 from jq.qtensor.narrow_float import NarrowFloat as NarrowFloat
 from jq.qtensor.outliers import WithOutliers as WithOutliers
 from jq.qtensor.rotated import Rotated as Rotated

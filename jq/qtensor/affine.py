@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jq import bits as _bits
@@ -240,6 +241,19 @@ def _f32(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     return (diff * scale.astype(np.float32)).astype(dtype)
 
 
+def _f32_e4m3(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
+    """`_f32` without a zero point, then rounded to e4m3 under a second scale, which `zero` holds (ModelOpt's W4A8).
+
+    In float32: e4m3(clip(w * s, -448, 448)) * (1 / s) with s = 448 / (448 * zero), as its `fp8_eager` forms it.
+    """
+    first = exact.cast(_f32(code, scale, np.int32(0), dtype), np.float32)
+    top = np.float32(448)
+    xp = namespace(first)
+    step = exact.div(xp.full_like(zero, top), zero * top)
+    values = exact.float8(xp.clip(first * step, -top, top), ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return (values * exact.reciprocal(step)).astype(dtype)
+
+
 def _mul_sub(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     """dt(scale * code) - zero, two roundings to the scale's dtype."""
     return exact.cast(exact.mul_sub(scale, code.astype(scale.dtype), zero.astype(scale.dtype)), dtype)
@@ -285,6 +299,7 @@ FORMULAS: dict[str, Formula] = {
     "cast_sub_mul": _cast_sub_mul,
     "div": _div,
     "f32": _f32,
+    "f32_e4m3": _f32_e4m3,
     "f32_mul_add": _f32_mul_add,
     "mul_sub": _mul_sub,
     "mul_add": _mul_add,

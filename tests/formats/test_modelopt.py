@@ -85,6 +85,16 @@ def test_config_of_the_side_file():
     assert parse(FORMAT.detect(Checkpoint()), Context()).algorithm == "FP8"
 
 
+def test_configs_of_groups_and_of_the_cache_alone():
+    """The kind of a weight, not its width alone; a model whose cache alone is quantized has plain weights."""
+    for bits, kind, want in ((4, "int", "W4A16_AWQ"), (4, "float", "NVFP4"), (8, "int", "W8A8_SQ_PER_CHANNEL")):
+        groups = {"group_0": {"weights": {"num_bits": bits, "type": kind}}}
+        assert parse({"quant_method": "modelopt", "config_groups": groups}, Context()).algorithm == want
+    cache = {"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8, "type": "float"}, "ignore": []}
+    assert parse(cache, Context()).algorithm == "NONE"
+    assert read(FORMAT, {f"{NAME}.weight": np.ones((2, 16), BF16)}, cache) == {}
+
+
 def test_awq_scales_inputs_whether_they_are_quantized_or_not():
     rng = np.random.default_rng(4)
     parts = {
@@ -105,8 +115,8 @@ def test_awq_scales_inputs_whether_they_are_quantized_or_not():
 def test_errors():
     with pytest.raises(FormatError, match="no quant_algo"):
         parse({"quant_method": "modelopt"}, Context())
-    with pytest.raises(UnsupportedError, match="quant_algo 'W4A8_AWQ' is not read here"):
-        parse(config("W4A8_AWQ"), Context())
+    with pytest.raises(UnsupportedError, match="quant_algo 'W4A16_GPTQ' is not read here"):
+        parse(config("W4A16_GPTQ"), Context())
     good = {
         "weight": np.zeros((2, 8), np.uint8),
         "weight_scale": np.ones((2, 1), E4M3),
@@ -123,7 +133,12 @@ def test_errors():
     fails(FormatError, "q_proj.weight_scale: found dtype float32", weight_scale=np.ones((2, 1), np.float32))
     fails(FormatError, "q_proj.weight_scale: no weight beside it", weight=None)
     fails(FormatError, r"pre_quant_scale: found shape \(8,\), expected \(16,\)", pre_quant_scale=np.ones(8, BF16))
-    fails(UnsupportedError, "q_proj.svdquant_lora_a: a low-rank product", svdquant_lora_a=np.ones((2, 2), BF16))
+    fails(FormatError, "q_proj.svdquant_lora_b: missing", svdquant_lora_a=np.ones((2, 16), BF16))
+    low = {"svdquant_lora_a": np.ones((2, 16), BF16), "svdquant_lora_b": np.ones((3, 2), BF16)}
+    fails(FormatError, r"a low-rank product of \(3, 2\) and \(2, 16\) for a weight of \(2, 16\)", **low)
+    experts = {"m.experts.gate_up_proj_weight_scale": np.ones((2, 2, 1), E4M3)}
+    with pytest.raises(UnsupportedError, match="gate_up_proj_weight_scale: experts that are stored as one tensor"):
+        read(FORMAT, experts, config("NVFP4"))
     fails(FormatError, "float8 without .*weight_scale", weight=np.ones((2, 16), E4M3), weight_scale=None)
 
 
