@@ -82,6 +82,15 @@ def _q8_0(b: np.ndarray) -> Split:
     return {"d": _half(b[..., :2]), "codes": b[..., 2:]}
 
 
+def _q8_1(b: np.ndarray) -> Split:
+    """The second number is d times the sum of the codes, which only serves dot products."""
+    return {"d": np.ascontiguousarray(b[..., :4]).view(np.float32), "codes": b[..., 8:]}
+
+
+def _q8_1_half(b: np.ndarray) -> Split:
+    return {"d": _half(b[..., :2]), "codes": b[..., 4:]}
+
+
 def _q8_k(b: np.ndarray) -> Split:
     """The 16 sums at the end only serve dot products; they follow from the codes."""
     return {"d": np.ascontiguousarray(b[..., :4]).view(np.float32), "codes": b[..., 4:260]}
@@ -235,6 +244,8 @@ ROWS: dict[str, Row] = {
     "Q5_0": (_q5_0, {"codes": 5}, lambda s, o: _affine(s, 5, 32, o, zero_point=16)),
     "Q5_1": (_q5_1, {"codes": 5}, lambda s, o: _affine(s, 5, 32, o)),
     "Q8_0": (_q8_0, {"codes": 8}, lambda s, o: _affine(s, 8, 32, o, signed=True)),
+    "Q8_1": (_q8_1, {"codes": 8}, lambda s, o: _affine(s, 8, 32, o, signed=True)),
+    "Q8_1_HALF": (_q8_1_half, {"codes": 8}, lambda s, o: _affine(s, 8, 32, o, signed=True)),
     "Q8_K": (_q8_k, {"codes": 8}, lambda s, o: _affine(s, 8, 256, o, signed=True)),
     "Q2_K": (_q2_k, {"codes": 2, "scales": 4, "minima": 4}, lambda s, o: _k_quant(s, 2, 16, 4, o)),
     "Q3_K": (_q3_k, {"codes": 3, "scales": 6}, lambda s, o: _k_quant(s, 3, 16, 6, o, zero_point=4)),

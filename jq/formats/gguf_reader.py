@@ -11,6 +11,7 @@ vocabulary of 49,152, this one takes 0.1 s), and on a damaged file it raises wha
 
 from __future__ import annotations
 
+import bisect
 import math
 import mmap
 import re
@@ -23,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from jq.errors import CheckpointError, UnsupportedError
-from jq.formats.gguf_types import TYPES
+from jq.formats.gguf_types import NARROW, TYPES
 from jq.safetensors_file import Entry, check_name
 
 VERSIONS = (2, 3)
@@ -204,10 +205,13 @@ def _tensor_info(cursor: _Cursor) -> Info:
 
 def _entries(cursor: _Cursor, infos: list[Info], start: int) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
+    offsets = sorted(start + offset for *_, offset in infos)
     for name, shape, number, offset in infos:
         if name in found:
             raise cursor.fail(f"{name}: stored twice")
-        found[name] = _entry(cursor, name, shape, number, start + offset)
+        after = bisect.bisect_right(offsets, start + offset)
+        room = (offsets[after] if after < len(offsets) else cursor.size) - start - offset
+        found[name] = _entry(cursor, name, shape, number, start + offset, room)
     end, last = start, "the header"
     for name, entry in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset < end:
@@ -216,13 +220,16 @@ def _entries(cursor: _Cursor, infos: list[Info], start: int) -> dict[str, Entry]
     return found
 
 
-def _entry(cursor: _Cursor, name: str, shape: tuple[int, ...], number: int, offset: int) -> Entry:
+def _entry(cursor: _Cursor, name: str, shape: tuple[int, ...], number: int, offset: int, room: int) -> Entry:
+    """The entry of a tensor that has `room` bytes up to the next one, or to the end of the file."""
     if number not in TYPES:
         raise UnsupportedError(
             f"{cursor.path}: {name}: tensor type {number} is not known; known: "
             f"{', '.join(t.name for t in TYPES.values())}. llama-quantize of llama.cpp can rewrite the file"
         )
     kind = TYPES[number]
+    if kind.name in NARROW and math.prod(shape) * kind.bytes // kind.elements > room:
+        kind = NARROW[kind.name]
     if math.prod(shape) * kind.bytes // kind.elements > cursor.size:
         raise cursor.fail(f"{name}: {kind.name} of shape {shape} does not fit the file; it is truncated or damaged")
     if kind.name in PLAIN:

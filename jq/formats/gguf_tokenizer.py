@@ -1,9 +1,10 @@
 """Tokenizer files from the metadata of a GGUF, built with the `tokenizers` library (no torch, no transformers).
 
-Four kinds of vocabulary: byte-level BPE (`tokenizer.ggml.model` "gpt2") with merges and a named way of splitting text
-before them, SentencePiece BPE ("llama") with a score for each piece, SentencePiece unigram ("t5") and WordPiece ("bert").
-"rwkv" (greedy by bytes) has no model in `tokenizers`. Keys: llama.cpp, gguf-py/gguf/constants.py; the ways of splitting
-and normalizing: src/llama-vocab.cpp; how vocabularies are written: conversion/ and convert_hf_to_gguf.py.
+Six kinds of vocabulary: byte-level BPE (`tokenizer.ggml.model` "gpt2") with merges and a named way of splitting text
+before them, SentencePiece BPE ("llama") with a score for each piece or ("gemma4") with merges, SentencePiece unigram
+("t5"), WordPiece ("bert") and the longest match by bytes ("rwkv"). "plamo2" (a lattice of its own) is not built. Keys:
+llama.cpp, gguf-py/gguf/constants.py; the ways of splitting and normalizing: src/llama-vocab.cpp; how vocabularies are
+written: conversion/ and convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from jq.errors import CheckpointError
 from jq.formats.base import warn_once
 
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # values of tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -82,7 +83,7 @@ def tokenizer_files(metadata: Mapping[str, Any], label: str = "file") -> dict[st
     if isinstance(template, str):
         found["chat_template.jinja"] = template.encode()
     kind = str(metadata.get("tokenizer.ggml.model", ""))
-    if not kind:
+    if kind in ("", "none", "no_vocab"):
         return found
     if kind not in BUILDERS:
         warn_once(label, f"tokenizer of kind {kind!r} is not built (only {', '.join(BUILDERS)}); pass token ids")
@@ -139,13 +140,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], label: str) -> A
         warn_once(label, f"pre-tokenizer {name!r} is not known; text is split as GPT-2 does, tokens may differ")
     splitting = SPLITTINGS.get(name, Splitting())
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for text in metadata.get("tokenizer.ggml.merges") or []:
-        left, _, right = text[1:].partition(" ")  # the first character may itself be a blank
-        merges.append((text[0] + left if text else "", right))
-    known = [m for m in merges if m[0] in vocabulary and m[1] in vocabulary and m[0] + m[1] in vocabulary]
-    if len(known) < len(merges):
-        warn_once(label, f"{len(merges) - len(known)} merges name pieces outside the vocabulary; left out")
+    known = _merges(metadata, vocabulary, label)
     tokenizer = Tokenizer(models.BPE(vocabulary, known, fuse_unk=False, ignore_merges=splitting.whole))
     steps = [pre_tokenizers.Split(Regex(r), behavior="isolated") for r in splitting.regexes]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -155,23 +150,36 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], label: str) -> A
     return tokenizer
 
 
+def _merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int], label: str) -> list[tuple[str, str]]:
+    """The file's merges, those left out (with a warning) that name pieces outside the vocabulary."""
+    merges = []
+    for text in metadata.get("tokenizer.ggml.merges") or []:
+        left, _, right = text[1:].partition(" ")  # the first character may itself be a blank
+        merges.append((text[0] + left if text else "", right))
+    known = [m for m in merges if m[0] in vocabulary and m[1] in vocabulary and m[0] + m[1] in vocabulary]
+    if len(known) < len(merges):
+        warn_once(label, f"{len(merges) - len(known)} merges name pieces outside the vocabulary; left out")
+    return known
+
+
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], label: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    scores: Any = metadata.get("tokenizer.ggml.scores")
+    if not metadata.get("tokenizer.ggml.merges") and (not isinstance(scores, list) or len(scores) != len(tokens)):
         raise CheckpointError(
             f"{label}: tokenizer.ggml.scores does not give one score for each of {len(tokens)} tokens"
         )
+    merges = metadata.get("tokenizer.ggml.merges")
     gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
-    if gemma:  # blanks are spelled as such in these files, and scores do not follow the order of merging
+    if gemma and not merges:  # blanks are spelled as such in these files, and scores do not follow the order of merging
         tokens = ["\u2581" * len(t) if t and not t.strip(" ") else t for t in tokens]
         scores = [-i for i in range(len(tokens))]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     model = models.BPE(
         vocabulary,
-        merges_of_scores(vocabulary, scores),
+        _merges(metadata, vocabulary, label) if merges else merges_of_scores(vocabulary, scores),
         unk_token=tokens[unknown] if 0 <= unknown < len(tokens) else None,
         fuse_unk=True,
         byte_fallback=True,
@@ -248,7 +256,59 @@ def _wordpiece(metadata: Mapping[str, Any], tokens: list[str], label: str) -> An
     return tokenizer
 
 
+def bytes_of_text(text: str) -> bytes:
+    """The bytes that an RWKV vocabulary means by Python's spelling of them: "\\n", "\\xe4", "\\\\", "\\'" are one byte each."""
+    found, at = bytearray(), 0
+    named = {"n": b"\n", "t": b"\t", "r": b"\r"}
+    while at < len(text):
+        if text[at] != "\\" or at + 1 == len(text):
+            found += text[at].encode()
+            at += 1
+        elif text[at + 1] == "x":
+            found.append(int(text[at + 2 : at + 4], 16))
+            at += 4
+        else:
+            found += named.get(text[at + 1], text[at + 1].encode())
+            at += 2
+    return bytes(found)
+
+
+def _longest_match(metadata: Mapping[str, Any], tokens: list[str], label: str) -> Any:
+    """RWKV: from left to right, the longest token that the bytes begin with.
+
+    That is WordPiece without a mark for pieces inside of words, over the whole text as one word.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    letters = _byte_letters()
+    vocabulary = {}
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
+        try:
+            plain = kind not in (CONTROL, USER_DEFINED, UNUSED)
+            vocabulary["".join(letters[b] for b in bytes_of_text(token)) if plain else token] = index
+        except ValueError as e:
+            raise CheckpointError(f"{label}: token {index}, {token!r}: damaged escape") from e
+    missing = [b for b, letter in enumerate(letters) if letter not in vocabulary]
+    if missing:  # any other text would be no match at all
+        raise CheckpointError(f"{label}: no token for {len(missing)} of 256 bytes, the first 0x{missing[0]:02x}")
+    model = models.WordPiece(vocabulary, unk_token=tokens[0], continuing_subword_prefix="")
+    model.max_input_chars_per_word = 2**31
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """The letter that byte-level vocabularies write for each byte: itself where it is printable, else from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
 BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": _unigram, "bert": _wordpiece}
+BUILDERS |= {"gemma4": _sentencepiece, "rwkv": _longest_match}
 # Kinds whose files mean begin and end tokens where they do not speak of them (src/llama-vocab.cpp).
 _BEGINS, _ENDS = ("llama", "bert"), ("t5", "bert")
 
@@ -271,6 +331,8 @@ def _add_ends(tokenizer: Any, metadata: Mapping[str, Any], config: dict[str, Any
     kind = metadata.get("tokenizer.ggml.model")
     splitting = SPLITTINGS.get(str(metadata.get("tokenizer.ggml.pre", "default")), Splitting())
     begin = metadata.get("tokenizer.ggml.add_bos_token", True if kind in _BEGINS else splitting.bos and kind == "gpt2")
+    if kind == "gemma4":  # the flag is set, but the chat template writes the begin token itself (transformers 5.23)
+        begin = False
     end = metadata.get("tokenizer.ggml.add_eos_token", kind in _ENDS)
     config["add_bos_token"], config["add_eos_token"] = bool(begin), bool(end)
     bos, eos = config.get("bos_token"), config.get("eos_token")

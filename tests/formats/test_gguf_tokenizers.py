@@ -1,4 +1,4 @@
-"""Unigram and WordPiece vocabularies of GGUF: the same ids as the tokenizer that the metadata was written from."""
+"""Vocabularies of GGUF beside GPT-2's and Llama's: the same ids as the tokenizer that the metadata was written from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jq.errors import CheckpointError
+from jq.errors import CheckpointError, JqWarning
 from jq.formats.gguf_tokenizer import tokenizer_files
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -74,3 +74,73 @@ def test_wordpiece() -> None:
     made = built(metadata)
     for text in [*TEXTS, "Hellos, worlds"]:
         assert made.encode(text).ids == [2, *original.encode(text).ids, 3], text
+
+
+def longest(text: bytes, pieces: list[bytes]) -> list[int]:
+    """RWKV's rule, slow and obvious: the longest piece that the rest begins with."""
+    ids = []
+    while text:
+        best = max((p for p in pieces if p and text.startswith(p)), key=len)
+        ids.append(pieces.index(best))
+        text = text[len(best) :]
+    return ids
+
+
+def rwkv() -> tuple[dict[str, Any], list[bytes]]:
+    """Tokens as llama.cpp's converter spells them: Python's repr of the bytes."""
+    words = [b"he", b"hello", b"lo ", b" wor", b"ld", b"\n\n", b"a'b", b'say "', "世".encode(), "世界".encode()[:4]]
+    words += [b"\\n", b"it's \""]
+    pieces = [b"", *[bytes([i]) for i in range(256)], *words]
+    tokens = ["<s>", *(repr(p)[2:-1] for p in pieces[1:])]
+    kinds = [3, *[1] * (len(tokens) - 1)]
+    metadata = {"general.architecture": "rwkv7", "tokenizer.ggml.model": "rwkv", "tokenizer.ggml.eos_token_id": 0}
+    return {**metadata, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}, pieces
+
+
+def test_longest_match_of_bytes() -> None:
+    metadata, pieces = rwkv()
+    made = built(metadata)
+    texts = [*TEXTS, 'hello world\n\nhe\nsay "a\'b" it\'s "', "世界 世!", "\\n\t\x00 ~", "x" * 300]
+    for text in texts:
+        got = made.encode(text).ids
+        assert got == longest(text.encode(), pieces), text
+        assert made.decode(got) == text
+    assert made.encode("hello<s>").ids[-1] == 0
+    with pytest.raises(CheckpointError, match="no token for 57 of 256 bytes, the first 0xc7"):
+        tokenizer_files({**metadata, "tokenizer.ggml.tokens": metadata["tokenizer.ggml.tokens"][:200]})
+    with pytest.raises(CheckpointError, match=r"token 3, .* damaged escape"):
+        tokenizer_files({**metadata, "tokenizer.ggml.tokens": ["<s>", "a", "b", "\\xzz"]})
+
+
+def test_gemma4_has_merges() -> None:
+    """Blanks as "▁", bytes where a letter has no token, as transformers builds it from such a file."""
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *bytes_, *"helowrd▁", "he", "ll", "▁w", "hell", "hello", "\n", "\n\n"]
+    merges = ["h e", "l l", "he ll", "hell o", "▁ w", "\n \n"]
+    metadata = {
+        "general.architecture": "gemma4",
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.token_type": [3, 3, 3, 3, *[6] * 256, *[1] * (len(tokens) - 260)],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    made = built(metadata)
+    vocabulary = {t: i for i, t in enumerate(tokens)}
+    pairs = [tuple(m.split(" ")) for m in merges]
+    original = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    original.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    for text in ["hello world", " hello\n\n hell", "éh", ""]:
+        assert made.encode(text).ids == original.encode(text).ids, text
+    assert made.decode(made.encode("hello world").ids) == "hello world"
+
+
+def test_no_vocabulary_and_kinds_that_are_not_built() -> None:
+    assert tokenizer_files({"tokenizer.ggml.model": "none"}) == {}
+    with pytest.warns(JqWarning, match="tokenizer of kind 'plamo2' is not built"):
+        assert tokenizer_files({"tokenizer.ggml.model": "plamo2"}, "plamo.gguf") == {}
