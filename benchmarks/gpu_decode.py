@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 
 from jq.load import build
 from jq.models import decoder, llama, steps
@@ -315,7 +316,7 @@ def save(path: Path, card: str, versions: dict[str, str], rows: list[dict]) -> N
         row["peers"] = row["peers"] or earlier.get(place, row)["peers"]
     both = list((earlier | new).values())
     result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": both}
-    result["command"] = " ".join(["python", "benchmarks/gpu_decode.py", *sys.argv[1:]])
+    result["command"] = " ".join(["python", "benchmarks/gpu_decode.py", *map(record.shown, sys.argv[1:])])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -106,7 +106,7 @@ _matmul.defvjp(_forward, _backward)
 @jax.custom_batching.custom_vmap
 def _batched(x: jax.Array, w: Any, bias: jax.Array | None, layer: jax.Array | None) -> jax.Array:
     packed = w if isinstance(w, Packed) else _view(w)
-    (m, k), n = x.shape, packed.shape[0]
+    m, (n, k) = len(x), (size + -size % 8 for size in packed.shape)  # as `launch` pads them
     device = jax.devices()[0]
     cores = getattr(device, "core_count", None) or 132
     gathered = packed.perm is not None and m == 1

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import pallas_kernels
 from pallas_kernels import api, select, tune
 from pallas_kernels.form import Form
 from pallas_kernels.skeletons import gemm, stream
@@ -91,3 +92,13 @@ def test_a_choice_exists_for_any_shape():
 def test_shared_memory_is_counted():
     with pytest.raises(ValueError, match="shared memory"):
         lower(Form(), 256, 65536, 16, select.Choice("stream", stream.Config(cluster=1)))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 256), (21, 640), (52, 100)])
+def test_ragged_sides_are_padded(n, k):
+    """A weight whose rows or columns are no whole copies: a kernel is found, and the product has the weight's N."""
+    w = tune.random_weight(Form(group=0), n, k)
+    for m in (1, 40):
+        x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+        lowered = jax.jit(pallas_kernels.matmul).trace(x, w).lower(lowering_platforms=("cuda",))
+        assert lowered.out_info.shape == (m, n) and "mosaic_gpu_v2" in lowered.as_text()
