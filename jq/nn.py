@@ -10,6 +10,7 @@ tensor that `jq.save` and `jq.quantized` use, in a `Packed` variable. Compiled f
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from jq import activations
-from jq.errors import UnsupportedError
+from jq.errors import JqWarning, UnsupportedError
 from jq.matmul import matmul
 from jq.qtensor import Affine, Codebook, QTensor
 
@@ -248,14 +249,23 @@ def linear_of(
 
 
 def prepared(weight: QTensor, dtype: Any) -> QTensor:
-    """The weight in the order of the device's kernels where they take it (16-bit activations); else as it is."""
-    if jax.default_backend() != "gpu" or np.dtype(dtype).itemsize != 2:
+    """The weight in the order of the GPU's kernels where they take it; else as it is, with a warning why."""
+    if jax.default_backend() != "gpu":
         return weight
     from pallas_kernels import api, tensors
 
-    if api.device_reason() is not None or tensors.refusal(weight) is not None:
+    if api.device_reason() is not None:  # which it has told by itself
         return weight
-    return tensors.prepare(weight)
+    reason = tensors.refusal(weight) if np.dtype(dtype).itemsize == 2 else f"activations are {np.dtype(dtype)}"
+    if reason is None:
+        return tensors.prepare(weight)
+    warnings.warn(
+        f"some weights have no GPU kernel ({reason}): they are dequantized in every product, which takes longer than "
+        "dense weights do; packed=False dequantizes them once",
+        JqWarning,
+        stacklevel=2,
+    )
+    return weight
 
 
 def restored(weight: QTensor) -> QTensor:

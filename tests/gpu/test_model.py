@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from reference_dirs import directories
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:some weights have no GPU kernel")]
 # more checkpoints, by the paths of JAXQ_GPU_CHECKPOINTS
 MORE = [Path(p) for p in os.environ.get("JAXQ_GPU_CHECKPOINTS", "").split(os.pathsep) if p]
 REFERENCE = {**directories(), **{p.name: p for p in MORE}}
