@@ -57,15 +57,22 @@ def table(device: str) -> dict[tuple, list[tuple[int, Choice]]]:
     return out
 
 
+@functools.cache
+def measured_rows(device: str) -> dict[tuple, list[tuple[int, Choice]]]:
+    """`table` of a device; what was not measured on it is as on an H100."""
+    own, common = table(device), table("h100")
+    return {key: sorted((dict(common.get(key, ())) | dict(own.get(key, ()))).items()) for key in common | own}
+
+
 def choose(
     m: int, n: int, k: int, form: Form, device: str = "h100", multiprocessors: int = 132, gathered: bool = False
 ) -> Choice:
     """The kernel for x [m, k] and a weight [n, k]. `gathered`: an act-order weight and one row of x."""
-    entries = table(device) or table("h100")  # a Hopper card that was not measured
+    entries = measured_rows(device)
     own = entries.get((form.kind, form.bits, n, k), [])
-    measured = max((largest for largest, _ in own), default=0)
+    most = max((largest for largest, _ in own), default=0)
     # where a decode function was not measured, what is best for int4 is a good guess
-    other = [r for r in entries.get(("affine", form.bits, n, k), []) if r[0] > measured]
+    other = [r for r in entries.get(("affine", form.bits, n, k), []) if r[0] > most]
     choice = next((c for largest, c in [*own, *other] if m <= largest), None)
     if choice is not None and fits(choice, m, n, k, form, gathered):
         return choice

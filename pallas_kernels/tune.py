@@ -1,7 +1,7 @@
 """Measures configurations and writes the table that `select` reads: `python -m pallas_kernels.tune`.
 
-    python -m pallas_kernels.tune --jobs tune.jsonl --seconds 300
-    python -m pallas_kernels.tune --write tune.jsonl        # the fastest of each shape -> tuned/<device>.json
+    python -m pallas_kernels.tune --jobs tune.jsonl --seconds 300 --rows 1 16 256
+    python -m pallas_kernels.tune --jobs tune.jsonl --write "NVIDIA H200"   # results of elsewhere -> tuned/h200.json
 
 Each configuration is checked against float32 before it counts.
 """
@@ -103,14 +103,15 @@ def best_estimates(m: int, n: int, k: int, form: Form, sms: int, count: int = 8)
     return list(dict.fromkeys([*choices[:count], used]))
 
 
-def measure(jobs: Jobs) -> None:
-    """The worker: every configuration of every shape that has no result yet."""
+def measure(jobs: Jobs, rows: list[int] | None = None) -> None:
+    """The worker: every configuration of every shape (and of these rows of x, if given) that has no result yet."""
     device = jax.devices()[0]
     for kind, form in FORMS.items():
         for n, k in SHAPES:
             todo = [
                 (f"{kind} {n}x{k} m={m} {c}", m, c)
                 for m in ROWS[kind]
+                if rows is None or m in rows
                 for c in configurations(m, n, k, form, device.core_count)
             ]
             todo = [t for t in todo if jobs.open(t[0])]
@@ -174,13 +175,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=Path, default=Path("tune.jsonl"), help="results, one JSON line each")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--write", metavar="DEVICE", help="write the table from the results and end")
+    parser.add_argument("--rows", type=int, nargs="+", help=f"rows of x, among {ROWS['affine']}; all by default")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        measure(Jobs(args.jobs))
+        measure(Jobs(args.jobs), args.rows)
         return
     if not args.write:
-        supervise(["-m", "pallas_kernels.tune", "--worker", "--jobs", str(args.jobs)], args.seconds)
+        rows = ["--rows", *map(str, args.rows)] if args.rows else []
+        supervise(["-m", "pallas_kernels.tune", "--worker", "--jobs", str(args.jobs), *rows], args.seconds)
     device = args.write or jax.devices()[0].device_kind
     print(write(Jobs(args.jobs), device))
 
