@@ -1,4 +1,4 @@
-"""Four Over Six: inputs rounded to NVFP4 as the weights are, with one largest magnitude for the whole call.
+"""Four Over Six: inputs rounded as the weights are, to NVFP4 with one largest magnitude for the whole call, or to MXFP4.
 
 After github.com/mit-han-lab/fouroversix of 2026-04-21 (quantize/pytorch/reference.py, matmul/pytorch.py), whose PyTorch
 code runs on a CPU: both sides dequantized to float32, float32 sums.
@@ -15,13 +15,16 @@ import numpy as np
 from jq import exact
 from jq.activation_schemes.products import float_sums
 from jq.activations import register
-from jq.algorithms.fouroversix import BLOCK, LIMITS
+from jq.algorithms.fouroversix import BLOCK, LIMITS, MX_BLOCK
 
 
 @register("fouroversix")
 def fouroversix(x: jax.Array, w: Any) -> jax.Array:
     """x [M, K] -> [M, N] in the dtype that the weights dequantize to."""
-    inputs = dequantized(x, w.activation.get("rule"))
+    if w.activation.get("dtype") == "mxfp4":
+        inputs = dequantized_mx(x, w.activation.get("rule"))
+    else:
+        inputs = dequantized(x, w.activation.get("rule"))
     return float_sums(inputs, w.replace(dtype="float32").dequantize()).astype(np.dtype(w.dtype))
 
 
@@ -37,6 +40,27 @@ def dequantized(x: jax.Array, rule: str) -> jax.Array:
     return dense.reshape(x.shape)
 
 
+def dequantized_mx(x: jax.Array, rule: str) -> jax.Array:
+    """x float[M, K] after e2m1 values with exponents of 32, rounded up: float32[M, K]."""
+    blocks = x.astype(jnp.float32).reshape(-1, MX_BLOCK)
+    peak = exact.div(jnp.max(jnp.abs(blocks), axis=1), jnp.float32(LIMITS[rule][0]))
+    stored = (jax.lax.bitcast_convert_type(peak, jnp.int32) + 0x7FFFFF) >> 23
+    step = exact.pow2(stored - 127)[:, None]
+    values = jnp.where(stored[:, None] == 0, jnp.float32(0), blocks * exact.pow2(127 - stored)[:, None])
+    half = jnp.where(step > 2.0**-25, step, jnp.float32(0)).astype(jnp.float16).astype(jnp.float32)
+    dense = exact.rounded((_level(values) * jnp.sign(values) * half).astype(jnp.float16))
+    return dense.astype(jnp.float32).reshape(x.shape)
+
+
+def _level(values: jax.Array) -> jax.Array:
+    """The nearest magnitude that e2m1 has."""
+    size = jnp.abs(values)
+    level = jnp.where(
+        size < 2, jnp.round(2 * size) * 0.5, jnp.where(size < 4, jnp.round(size), 2 * jnp.round(size * 0.5))
+    )
+    return jnp.minimum(level, jnp.float32(6))
+
+
 def _dense(blocks: jax.Array, amax: jax.Array, rule: str, expansion: float) -> jax.Array:
     top, scale_top = LIMITS[rule]
     whole = exact.div(jnp.float32(top * scale_top), jnp.where(amax == 0, jnp.float32(1), amax))
@@ -44,11 +68,7 @@ def _dense(blocks: jax.Array, amax: jax.Array, rule: str, expansion: float) -> j
     scales = exact.float8(jnp.minimum(peak, jnp.float32(448)), jnp.float8_e4m3fn).astype(jnp.float32)[:, None]
     step = exact.reciprocal(whole) * scales
     values = blocks * exact.reciprocal(jnp.where(scales == 0, jnp.float32(1), step))
-    size = jnp.abs(values)
-    level = jnp.where(
-        size < 2, jnp.round(2 * size) * 0.5, jnp.where(size < 4, jnp.round(size), 2 * jnp.round(size * 0.5))
-    )
-    rounded = jnp.minimum(level, jnp.float32(6)) * jnp.sign(values)
+    rounded = _level(values) * jnp.sign(values)
     return jnp.where(scales == 0, jnp.float32(0), exact.div(rounded * scales * amax, jnp.float32(top * scale_top)))
 
 

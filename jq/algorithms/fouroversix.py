@@ -1,4 +1,4 @@
-"""Four Over Six: NVFP4 whose blocks are scaled to a largest value of 6 or of 4, whichever is closer.
+"""Four Over Six: NVFP4 whose blocks are scaled to a largest value of 6 or of 4, whichever is closer; MXFP4 to one of them.
 
 Source: github.com/mit-han-lab/fouroversix of 2026-04-21, quantize/pytorch/reference.py, whose code runs on a CPU. One
 difference: values that the scale's rounding raises above 6 saturate there, as in the library's CUDA kernel; the PyTorch
@@ -15,7 +15,7 @@ from jq.algorithms.torch_sum import sum_axis
 
 F32 = np.float32
 E4M3 = ml_dtypes.float8_e4m3fn
-BLOCK = 16
+BLOCK, MX_BLOCK = 16, 32
 # rule -> (largest value of a block, largest scale)
 LIMITS = {"static_6": (6, 448), "static_4": (4, 448), "mse": (6, 256), "mae": (6, 256), "abs_max": (6, 256)}
 
@@ -44,6 +44,27 @@ def quantize(w: np.ndarray, rule: str, *, square: bool = False) -> tuple[np.ndar
         scales = np.where(four < six, other_scales, scales)
     shaped = codes.reshape(grid.shape).swapaxes(1, 2)
     return narrow.untile(shaped, w.shape), np.repeat(scales.reshape(grid.shape[:2]), rows, axis=0).view(np.uint8), amax
+
+
+def quantize_mx(w: np.ndarray, rule: str, *, square: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """MXFP4: the exponent of a block's largest magnitude over 6 ("static_6") or 4 ("static_4"), rounded up.
+
+    Args:
+      w: float[N, K]; K a multiple of 32, where `square` N too.
+      rule: "static_6" or "static_4".
+      square: scales of 32 x 32 blocks in place of 1 x 32.
+
+    Returns:
+      uint8 [N, K] e2m1 codes, uint8 [N, K/32] exponents + 127 (0 for a block of zeros).
+    """
+    rows = MX_BLOCK if square else 1
+    grid = narrow.tiles(w.astype(F32), (rows, MX_BLOCK)).swapaxes(1, 2)
+    blocks = grid.reshape(-1, rows * MX_BLOCK)
+    step = np.abs(blocks).max(axis=1) / F32(LIMITS[rule][0])
+    stored = (step.view(np.int32) + 0x7FFFFF) >> 23
+    values = np.where(stored[:, None] == 0, F32(0), np.ldexp(blocks, 127 - stored[:, None]))
+    shaped = _codes(values).reshape(grid.shape).swapaxes(1, 2)
+    return narrow.untile(shaped, w.shape), np.repeat(stored.reshape(grid.shape[:2]), rows, axis=0).astype(np.uint8)
 
 
 def _scaled(blocks: np.ndarray, amax: np.ndarray, rule: str, expansion: np.floating) -> tuple[np.ndarray, np.ndarray]:

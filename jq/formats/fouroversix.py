@@ -1,16 +1,18 @@
-"""Four Over Six: NVFP4 whose blocks of 16 reach to 6 or to 4, whichever is closer.
+"""Four Over Six: NVFP4 whose blocks of 16 reach to 6 or to 4, whichever is closer, or MXFP4.
 
     quantized_weight_values         uint8 [N', K'/2], two e2m1 codes a byte, low nibble first
-    quantized_weight_scale_factors  float8_e4m3fn [N' * K'/16], in the order of Blackwell's tensor cores, or [N', K'/16]
-    quantized_weight_amax           float32, one value
+    quantized_weight_scale_factors  float8_e4m3fn [N' * K'/16], in the order of Blackwell's tensor cores, or [N', K'/16];
+                                    MXFP4: float8_e8m0fnu for blocks of 32
+    quantized_weight_amax           float32, one value (MXFP4: 1, not used)
     quantized_weight_metadata       int32 or int64 [6]: N, K, N', K', 1, whether scales are in Blackwell's order
 
-N' and K' are N and K padded with zeros to multiples of 128 and 64. Dequantize: dt(float32(code * scale) * amax / top),
-top = 6 * 256 for the adaptive rules, 6 * 448 for "static_6", 4 * 448 for "static_4". The library quantizes activations
+N' and K' are N and K padded with zeros to multiples of 128 and of four blocks. Dequantize: NVFP4
+dt(float32(code * scale) * amax / top), top = 6 * 256 for the adaptive rules, 6 * 448 for "static_6", 4 * 448 for
+"static_4"; MXFP4 dt(float16(code * scale)), static rules alone. The library quantizes activations
 the same way (`jq.activation_schemes.fouroversix`). Quantize: `jq.algorithms.fouroversix`.
 
 Source: github.com/mit-han-lab/fouroversix of 2026-04 (model/modules/linear.py, quantize/backend.py); no file of it was at
-hand, its PyTorch code runs on a CPU. Only dtype "nvfp4" is read.
+hand, its PyTorch code runs on a CPU. Its other dtypes (if4, nvint4, ...), which transformers does not name, are not read.
 """
 
 from __future__ import annotations
@@ -33,6 +35,12 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 VALUES, SCALES, AMAX, METADATA = (
     f"quantized_weight_{name}" for name in ("values", "scale_factors", "amax", "metadata")
 )
+# dtype -> (block, dtype of the stored scales, scale_kind)
+DTYPES: dict[str, tuple[int, np.dtype, str]] = {
+    "nvfp4": (algorithm.BLOCK, E4M3, "e4m3"),
+    "mxfp4": (algorithm.MX_BLOCK, np.dtype(ml_dtypes.float8_e8m0fnu), "e8m0"),
+}
+SCALE_DTYPES = {kind: dtype for _, dtype, kind in DTYPES.values()}
 TOPS = {rule: top * scale for rule, (top, scale) in algorithm.LIMITS.items()}
 KNOWN = {
     *("quant_method", "activation_dtype", "activation_scale_rule", "dtype", "gradient_dtype", "gradient_scale_rule"),
@@ -42,12 +50,23 @@ KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Scale rules of weights and of activations, by module where they are overridden, and the dtype of results."""
+class Module:
+    """Settings of one module: (dtype, scale rule) of its weight and of its inputs, dtype of results."""
 
-    rule: tuple[str, str]
-    overrides: Mapping[str, tuple[str, str]]
+    weight: tuple[str, str]
+    inputs: tuple[str, str]
     dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Dtypes and scale rules of weights and of activations and the dtype of results; by module where overridden."""
+
+    default: Module
+    overrides: Mapping[str, Module]
+
+    def of(self, prefix: str) -> Module:
+        return self.overrides.get(prefix, self.default)
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -60,37 +79,36 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     label = f"{context.label}: quantization_config"
     for key in config.keys() - KNOWN:
         warn_once(context.label, f"quantization_config.{key} is not known to fouroversix; ignored")
+    overrides = config.get("module_config_overrides") or {}
+    if not isinstance(overrides, Mapping) or not all(isinstance(v, Mapping) for v in overrides.values()):
+        raise FormatError(f"{label}.module_config_overrides must map modules to settings")
+    # A module with settings of its own has the defaults for the others, not the model's.
+    own = {name: _module(f"{label}.module_config_overrides[{name!r}]", v) for name, v in overrides.items()}
+    return Options(_module(label, config), own)
+
+
+def _module(label: str, config: Mapping[str, Any]) -> Module:
     if config.get("keep_master_weights"):
         raise UnsupportedError(
             f"{label}.keep_master_weights keeps plain weights that are quantized at run time; remove "
             "quantization_config from config.json to load them as they are"
         )
-    overrides = config.get("module_config_overrides") or {}
-    if not isinstance(overrides, Mapping) or not all(isinstance(v, Mapping) for v in overrides.values()):
-        raise FormatError(f"{label}.module_config_overrides must map modules to settings")
-    rules = {"": _rules(label, config)}
-    rules |= {
-        name: _rules(f"{label}.module_config_overrides[{name!r}]", {**config, **v}) for name, v in overrides.items()
-    }
-    return Options(rules.pop(""), rules, str(config.get("output_dtype") or "bfloat16"))
-
-
-def _rules(label: str, config: Mapping[str, Any]) -> tuple[str, str]:
-    """Scale rules of the weight and of the activations."""
-    found = []
+    sides = []
     for side in ("weight", "activation"):
         dtype = config.get(f"{side}_dtype") or config.get("dtype") or "nvfp4"
         rule = config.get(f"{side}_scale_rule") or config.get("scale_rule") or "mse"
-        if dtype != "nvfp4":
-            raise UnsupportedError(f"{label}: {side} dtype {dtype!r} is not read, nvfp4 is")
+        if dtype not in DTYPES:
+            raise UnsupportedError(f"{label}: {side} dtype {dtype!r} is not read, nvfp4 and mxfp4 are")
         if rule not in TOPS:
             raise FormatError(f"{label}: scale_rule {rule!r}, expected one of {', '.join(TOPS)}")
-        found.append(str(rule))
-    return found[0], found[1]
+        if dtype == "mxfp4" and not str(rule).startswith("static"):
+            raise FormatError(f"{label}: {side} scale_rule {rule!r}; mxfp4 has static_6 and static_4 alone")
+        sides.append((str(dtype), str(rule)))
+    return Module(sides[0], sides[1], str(config.get("output_dtype") or "bfloat16"))
 
 
 def to_blocked(scales: np.ndarray) -> np.ndarray:
-    """[N', K'/16] -> one axis, 128 x 4 blocks as Blackwell's tensor cores read them: row r of a block at (r % 32, r // 32)."""
+    """[N', K'/block] -> one axis, 128 x 4 blocks as Blackwell's tensor cores read them: row r of a block at (r % 32, r // 32)."""
     rows, columns = scales.shape
     blocks = scales.reshape(rows // 128, 4, 32, columns // 4, 4)
     return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1, 4)).reshape(-1)
@@ -111,34 +129,38 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
     values, stored = take(parts, VALUES, prefix), take(parts, SCALES, prefix)
     amax, metadata = take(parts, AMAX, prefix), take(parts, METADATA, prefix)
     expect_dtype(values, (np.uint8,), f"{prefix}.{VALUES}")
-    expect_dtype(stored, (E4M3,), f"{prefix}.{SCALES}")
+    module = options.of(prefix)
+    block, scale_dtype, scale_kind = DTYPES[module.weight[0]]
+    expect_dtype(stored, (scale_dtype,), f"{prefix}.{SCALES}")
     expect_dtype(amax, (np.float32,), f"{prefix}.{AMAX}")
     expect_dtype(metadata, (np.int32, np.int64), f"{prefix}.{METADATA}")
     expect_shape(metadata, (6,), f"{prefix}.{METADATA}", "sizes, padded sizes and flags")
     if amax.size != 1:
         raise FormatError(f"{prefix}.{AMAX}: found shape {tuple(amax.shape)}, expected one value")
     n, k, rows, columns, _, blocked = (int(v) for v in metadata)
-    if not (0 < n <= rows < 1 << 31 and 0 < k <= columns < 1 << 31) or rows % 128 or columns % 64 or k % 16:
-        raise FormatError(f"{prefix}.{METADATA}: sizes ({n}, {k}) padded to ({rows}, {columns}) make no NVFP4 weight")
+    if not (0 < n <= rows < 1 << 31 and 0 < k <= columns < 1 << 31) or rows % 128 or columns % (4 * block) or k % block:
+        raise FormatError(
+            f"{prefix}.{METADATA}: sizes ({n}, {k}) padded to ({rows}, {columns}) make no {module.weight[0].upper()} weight"
+        )
     expect_shape(values, (rows, columns // 2), f"{prefix}.{VALUES}", "padded sizes of the metadata")
-    flat = (rows * columns // 16,)
+    flat = (rows * columns // block,)
     if tuple(stored.shape) != flat:
-        expect_shape(stored, (rows, columns // 16), f"{prefix}.{SCALES}", f"padded sizes of the metadata, or {flat}")
+        expect_shape(stored, (rows, columns // block), f"{prefix}.{SCALES}", f"padded sizes of the metadata, or {flat}")
     whole = np.ascontiguousarray(stored).view(np.uint8)
-    grid = from_blocked(whole.reshape(-1), rows, columns // 16) if blocked == 1 else whole.reshape(rows, columns // 16)
+    grid = whole.reshape(rows, -1) if blocked != 1 else from_blocked(whole.reshape(-1), rows, columns // block)
     codes = np.ascontiguousarray(values[:n, : k // 2])
-    rule, inputs = options.overrides.get(prefix, options.rule)
+    nv = scale_kind == "e4m3"
     made = NarrowFloat(
         codes.view(np.uint32) if k % 8 == 0 else codes,
-        np.ascontiguousarray(grid[:n, : k // 16]),
-        amax,
-        {METADATA: metadata},
+        np.ascontiguousarray(grid[:n, : k // block]),
+        amax if nv else None,
+        {METADATA: metadata} if nv else {METADATA: metadata, AMAX: amax},
         kind="e2m1",
-        scale_kind="e4m3",
-        grouping=Grouping("block", 1, 16),
-        formula=f"amax_{TOPS[rule]}",
-        dtype=options.dtype,
-        activation=Activation("fouroversix", (), (("rule", inputs),)),
+        scale_kind=scale_kind,
+        grouping=Grouping("block", 1, block),
+        formula=f"amax_{TOPS[module.weight[1]]}" if nv else "half",
+        dtype=module.dtype,
+        activation=Activation("fouroversix", (), (("dtype", module.inputs[0]), ("rule", module.inputs[1]))),
         source=Source("fouroversix", (("flat", stored.ndim == 1),)),
     )
     made.check(prefix)
@@ -153,13 +175,15 @@ def dump(q: NarrowFloat) -> Parts:
     metadata = np.asarray(q.extras[METADATA])
     n, k, rows, columns, _, blocked = (int(v) for v in metadata)
     codes = np.ascontiguousarray(np.asarray(q.codes)).view(np.uint8)
-    grid = np.pad(np.asarray(q.scales), [(0, rows - n), (0, (columns - k) // 16)])
+    block = q.grouping.cols
+    grid = np.pad(np.asarray(q.scales), [(0, rows - n), (0, (columns - k) // block)])
     scales = to_blocked(grid) if blocked == 1 else grid
     found = {
         VALUES: np.pad(codes, [(0, rows - n), (0, (columns - k) // 2)]),
-        SCALES: scales.reshape(-1 if q.source.get("flat") else grid.shape).view(E4M3),
-        AMAX: np.asarray(q.global_scale),
+        SCALES: scales.reshape(-1 if q.source.get("flat") else grid.shape).view(SCALE_DTYPES[q.scale_kind]),
     }
+    if q.global_scale is not None:
+        found[AMAX] = np.asarray(q.global_scale)
     return {**found, **{name: np.asarray(array) for name, array in q.extras.items()}}
 
 
@@ -170,28 +194,37 @@ class FourOverSix:
     Fields:
       scale_rule: "mse", "mae" or "abs_max" choose 6 or 4 for each block by that error; "static_6", "static_4" do not.
       weight_scale_2d: scales of 16 x 16 blocks.
+      dtype: "nvfp4", or "mxfp4" (static rules alone, blocks of 32).
     """
 
     scale_rule: str = "mse"
     weight_scale_2d: bool = False
+    dtype: str = "nvfp4"
     format = "fouroversix"
 
     def quantize(self, w: Any, name: str = "weight") -> NarrowFloat:
-        """w: float[N, K], K a multiple of 16 (with `weight_scale_2d` N too) -> codes and scales, dequantized to bfloat16.
+        """w: float[N, K], K a multiple of the block (with `weight_scale_2d` N too) -> codes and scales, dequantized to
+        bfloat16.
 
         Raises:
           FormatError: a size or rule that the library does not have.
         """
         options = parse(self.config(), Context(label=name))
         w = np.asarray(w)
-        if w.ndim != 2 or w.shape[1] % 16 or (self.weight_scale_2d and w.shape[0] % 16):
-            raise FormatError(f"{name}: found shape {w.shape}, expected blocks of 16 to divide it")
-        (n, k), rows, columns = w.shape, -(-w.shape[0] // 128) * 128, -(-w.shape[1] // 64) * 64
+        block, scale_dtype, _ = DTYPES[self.dtype]
+        if w.ndim != 2 or w.shape[1] % block or (self.weight_scale_2d and w.shape[0] % block):
+            raise FormatError(f"{name}: found shape {w.shape}, expected blocks of {block} to divide it")
+        (n, k), rows = w.shape, -(-w.shape[0] // 128) * 128
+        columns = -(-w.shape[1] // (4 * block)) * 4 * block
         padded = np.pad(w.astype(np.float32), [(0, rows - n), (0, columns - k)])
-        codes, scales, amax = algorithm.quantize(padded, self.scale_rule, square=self.weight_scale_2d)
+        if self.dtype == "nvfp4":
+            codes, scales, amax = algorithm.quantize(padded, self.scale_rule, square=self.weight_scale_2d)
+        else:
+            codes, scales = algorithm.quantize_mx(padded, self.scale_rule, square=self.weight_scale_2d)
+            amax = np.ones(1, np.float32)
         parts: Parts = {
             VALUES: _bits.pack(codes, 4).view(np.uint8),
-            SCALES: to_blocked(scales).view(E4M3),
+            SCALES: to_blocked(scales).view(scale_dtype),
             AMAX: amax,
             METADATA: np.array([n, k, rows, columns, 1, 1], np.int64),
         }
@@ -201,7 +234,7 @@ class FourOverSix:
         """The quantization_config of a checkpoint made with these options."""
         return {
             "quant_method": "fouroversix",
-            "dtype": "nvfp4",
+            "dtype": self.dtype,
             "scale_rule": self.scale_rule,
             "weight_scale_2d": self.weight_scale_2d,
             "output_dtype": "bfloat16",

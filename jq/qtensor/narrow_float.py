@@ -267,6 +267,14 @@ def _gguf(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callabl
     return (doubled * spread(scale * np.float32(0.5))).astype(dtype)
 
 
+def _half(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype(float16(code) * float16(scale)), the product rounded in float16: fouroversix' MXFP4 (scales below 2**-24 are 0)."""
+    xp, half = namespace(scale), np.dtype(np.float16)
+    with np.errstate(over="ignore"):
+        wide = xp.where(scale > 2.0**-25, scale, np.float32(0)).astype(half).astype(np.float32)
+    return exact.cast((t.values() * spread(wide)).astype(half), dtype)
+
+
 def _amax(top: int) -> Formula:
     """dtype(float32(code * scale) * amax / top): fouroversix, whose `global_scale` is the largest magnitude."""
 
@@ -288,6 +296,7 @@ FORMULAS: dict[str, Formula] = {
     "global_divide": _global_divide,
     "global_multiply": _global_multiply,
     "global_product": _global_product,
+    "half": _half,
 }
 
 __all__ = ["FORMULAS", "KINDS", "TABLES", "NarrowFloat"]

@@ -84,8 +84,12 @@ def test_inputs_are_rounded_as_weights(rule: str) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(UnsupportedError, match="dtype 'mxfp4' is not read, nvfp4 is"):
+    with pytest.raises(UnsupportedError, match="dtype 'if4' is not read, nvfp4 and mxfp4 are"):
+        fouroversix.parse({"dtype": "if4"}, CONTEXT)
+    with pytest.raises(FormatError, match="weight scale_rule 'mse'; mxfp4 has static_6 and static_4 alone"):
         fouroversix.parse({"dtype": "mxfp4"}, CONTEXT)
+    with pytest.raises(UnsupportedError, match=r"module_config_overrides\['m'\].keep_master_weights"):
+        fouroversix.parse({"module_config_overrides": {"m": {"keep_master_weights": True}}}, CONTEXT)
     with pytest.raises(FormatError, match="scale_rule 'best'"):
         fouroversix.parse({"scale_rule": "best"}, CONTEXT)
     parts, _ = module(128, 64, blocked=True, top=1536)
