@@ -17,7 +17,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,7 +84,7 @@ def bitsandbytes_layers(model: Any, device: str, kind: str) -> None:
     for path, (n, k) in linear_layers(model).items():
         new = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
         weight = torch.randn(n, k, dtype=torch.bfloat16, device=device) * 0.02
-        new.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         model.set_submodule(path, new.to(device))
 
 
@@ -179,8 +181,8 @@ def follow(process: Any, kind: str, events: queue.Queue) -> None:
     events.put((kind, f"exit {process.wait()}"))
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a kind; where a kind fails or is not ready in time, its row says so."""
+def measure(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, one a kind; where a kind fails or is not ready in time, its row says so."""
     kinds = options.kinds.split(",")
     events: queue.Queue = queue.Queue()
     processes, rows = {}, {}
@@ -204,6 +206,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         if kind not in ready:
             processes[kind].kill()
             rows.setdefault(kind, {"kind": kind, "failed": f"not ready after {options.limit} s"})
+            print(rows[kind], flush=True)
+    while options.after and not options.after.exists() and time.monotonic() < end:
+        time.sleep(0.2)
     for kind in ready:
         processes[kind].stdin.write("go\n")
         processes[kind].stdin.flush()
@@ -213,7 +218,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 rows[kind] = json.loads(text) if text.startswith("{") else {"kind": kind, "failed": text}
         processes[kind].wait()
         print(rows[kind], flush=True)
-    return [rows[kind] for kind in kinds]
+        yield [rows[kind] for kind in kinds if kind in rows]
 
 
 def main() -> None:
@@ -223,20 +228,22 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=SIZES, default="8B")
     parser.add_argument("--limit", type=float, default=600, help="seconds to build and compile")
+    parser.add_argument(
+        "--after", type=Path, help="time nothing before this file is there (other work goes on until then)"
+    )
     parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child, options)
         return
-    rows = measure(options)
-    print(json.dumps(rows))
-    if options.write:
-        import torch
-        from record import write
+    for rows in measure(options):
+        if options.write:
+            import torch
+            from record import write
 
-        device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-        write("gpu_torch", rows, device=device, size=options.size, tokens=options.tokens)
+            device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+            write("gpu_torch", rows, device=device, size=options.size, tokens=options.tokens)
 
 
 if __name__ == "__main__":

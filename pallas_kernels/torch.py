@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from pallas_kernels.form import Packed
 
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
 _TORCH |= {"uint8": torch.uint8, "int8": torch.int8}
+_SHAPES = 64  # of x whose calls a weight remembers
 
 
 def available() -> str | None:
@@ -46,8 +49,8 @@ def refusal(w: Any) -> str | None:
     """Why no kernel takes a QTensor, or None; the device is `available`'s business."""
     if reason := tensors.refusal(w):
         return reason
-    if w.ndim != 2 or w.in_features % 8:
-        return f"a weight of {tuple(w.shape)}; from torch kernels take [N, K] with K a multiple of 8"
+    if w.ndim != 2 or w.in_features % 8 or w.out_features % 8:
+        return f"a weight of {tuple(w.shape)}; from torch kernels take [N, K] in multiples of 8"
     return None
 
 
@@ -117,8 +120,10 @@ class _Launcher:
         kind = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
         self._launch = kind(compiled[1])
 
-    def __call__(self, pointers: Any, stream: int) -> None:
-        self._launch(self._context, stream, pointers)
+    @property
+    def parts(self) -> tuple[Any, int]:
+        """(C function (context, stream, pointers), context)."""
+        return self._launch, self._context
 
 
 class TorchWeight:
@@ -149,7 +154,9 @@ class TorchWeight:
         if many is not packed:  # nested scales, expanded for the kernel of many rows
             self.tensors["scales many"] = _tensor(np.asarray(many.scales)).to(device)
         self._device = self.tensors["codes"].device
+        self._index: int = self.tensors["codes"].get_device()
         self._ready: dict[tuple[int, torch.dtype], _Call] = {}
+        self._direct: dict[tuple[Any, torch.dtype], Callable[[torch.Tensor], torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] bfloat16 or float16 on the weight's device -> [..., N], summed in float32.
@@ -157,30 +164,26 @@ class TorchWeight:
         Raises:
           ValueError: another last axis, dtype or device.
         """
+        direct = self._direct.get((x.shape, x.dtype))  # the path of decoding: every line of it counts
+        if direct is not None and x.is_contiguous() and x.get_device() == self._index:
+            return direct(x)
+        self._check(x)
         n, k = self.shape
-        size = x.numel()
-        rows = size // k
-        call = self._ready.get((rows if rows <= 16 else bucket(rows), x.dtype))
-        if call is None:
-            self._check(x)
-            if rows == 0:
-                return x.new_empty((*x.shape[:-1], n))
-            call = self._prepare(bucket(rows), x.dtype)
-        if x.shape[-1] != k or x.get_device() != self._device.index:
-            self._check(x)
-        if call.rows == rows and call.perm is None and x.is_contiguous():  # nothing to lay out: the path of decoding
-            y = x.new_empty((*x.shape[:-1], n))
-            call(x.data_ptr(), y.data_ptr())
-            return y
+        rows = x.numel() // k
+        if rows == 0:
+            return x.new_empty((*x.shape[:-1], n))
+        padded = bucket(rows)
+        call = self._ready.get((padded, x.dtype)) or self._prepare(padded, x.dtype)
+        if padded == rows and call.perm is None:  # nothing to lay out
+            if len(self._direct) >= _SHAPES:
+                self._direct.clear()
+            self._direct[x.shape, x.dtype] = call.direct((*x.shape[:-1], n), x.dtype)
         flat = x.reshape(-1, k)
         if call.perm is not None:
             flat = flat.index_select(1, call.perm)
-        if call.rows != rows:
-            flat = torch.nn.functional.pad(flat, (0, 0, 0, call.rows - rows))
-        flat = flat.contiguous()
-        y = flat.new_empty((call.rows, n))
-        call(flat.data_ptr(), y.data_ptr())
-        return y[:rows].reshape(*x.shape[:-1], n)
+        if padded != rows:
+            flat = torch.nn.functional.pad(flat, (0, 0, 0, padded - rows))
+        return call.direct((padded, n), x.dtype)(flat.contiguous())[:rows].reshape(*x.shape[:-1], n)
 
     def _check(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.shape[1]:
@@ -198,7 +201,7 @@ class TorchWeight:
         """
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"a kernel for {rows} rows is not compiled yet: call the layer once before capturing")
-        (n, k), index = self.shape, self._device.index
+        (n, k), index = self.shape, self._index
         name = str(dtype).removeprefix("torch.")
         gathered = self._few.perm is not None and rows == 1  # one row is permuted by the kernel, more are before it
         choice = select.choose(rows, n, k, self._few.form, *_device(index), gathered)
@@ -210,7 +213,7 @@ class TorchWeight:
         found = [self.tensors["scales many" if n == "scales" and expanded else n] for n in arrays_of(skeleton)]
         with torch.cuda.device(index):
             launcher = _launcher(_Key(skeleton), rows, name, choice, index)
-        call = _Call(launcher, found, rows, self.tensors["perm"] if permute else None)
+        call = _Call(launcher, found, self.tensors["perm"] if permute else None)
         self._ready[rows, dtype] = call
         return call
 
@@ -219,24 +222,57 @@ class _Call:
     """A compiled kernel with the pointers of one weight.
 
     Attributes:
-      rows: of x, as compiled.
       perm: order of the columns of x that the kernel takes, None for the given one.
     """
 
-    def __init__(self, launcher: _Launcher, weight: list[torch.Tensor], rows: int, perm: torch.Tensor | None) -> None:
-        self.rows, self.perm = rows, perm
-        self._launcher, self._index = launcher, weight[0].device.index
+    def __init__(self, launcher: _Launcher, weight: list[torch.Tensor], perm: torch.Tensor | None) -> None:
+        self.perm = perm
+        self._launcher, self._index = launcher, weight[0].get_device()
         self._weight = [t.data_ptr() for t in weight]
-        self._pointers = ctypes.c_void_p * (len(weight) + 2)
-        self._guard = torch.cuda.device_count() > 1
 
-    def __call__(self, x: int, y: int) -> None:
-        pointers = self._pointers(x, *self._weight, y)
-        if self._guard:
-            with torch.cuda.device(self._index):
-                self._launcher(pointers, torch._C._cuda_getCurrentRawStream(self._index))
-        else:
-            self._launcher(pointers, torch._C._cuda_getCurrentRawStream(self._index))
+    def direct(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The call for contiguous tensors of one shape -> a new tensor of `shape`; everything else is made beforehand.
+
+        Arrays of pointers are used again, one for each call that is under way (threads).
+        """
+        (start, context), index, weight = self._launcher.parts, self._index, self._weight
+        kind, last = ctypes.c_void_p * (len(weight) + 2), len(weight) + 1
+        free: list[Any] = []
+        empty, strides, stream = _empty(index), _strides(shape), torch._C._cuda_getCurrentRawStream
+
+        def launch(x: torch.Tensor) -> torch.Tensor:
+            y = empty(shape, strides, dtype)
+            try:
+                pointers = free.pop()
+            except IndexError:
+                pointers = kind(0, *weight)
+            pointers[0], pointers[last] = x.data_ptr(), y.data_ptr()
+            start(context, stream(index), pointers)
+            free.append(pointers)
+            return y
+
+        if torch.cuda.device_count() == 1:
+            return launch
+
+        def guarded(x: torch.Tensor) -> torch.Tensor:
+            if torch._C._cuda_getDevice() == index:
+                return launch(x)
+            with torch.cuda.device(index):
+                return launch(x)
+
+        return guarded
+
+
+def _empty(index: int) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+    """`torch.empty_strided` on this device, which is the current one; what torch.compile's code calls takes a third."""
+    found = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if found is not None:
+        return found
+    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=index)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _workplace() -> Any:
