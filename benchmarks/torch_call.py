@@ -5,7 +5,7 @@
 Microseconds a call, the minimum over rounds (other work on the machine only ever adds). `layer`, `dense_torch` and
 `jax` are whole calls, waited for. On a CPU `bridge` is what the operator takes beside its two parts, the dequantizing
 program and the dense product. On a GPU `host` is the time until a call returns, the GPU being busy with something else,
-and `device` the time of a call in a CUDA graph of many.
+and `device` the time of a call in a CUDA graph of many; `host_kernel` is without the module around the kernel.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def measure(n: int, k: int, tokens: int, method: Any, device: str) -> dict[str, 
             torch.cuda.synchronize()
 
     row: dict[str, Any] = {"layer": microseconds(lambda: layer(x), wait)}
-    row["operator"] = microseconds(lambda: ops.linear(x, packed, spec, n), wait)
+    row["operator"] = microseconds(lambda: ops.linear(x, packed, spec, n, None), wait)
     row["dense_torch"] = microseconds(lambda: dense(x), wait)
     xj, jitted = jax.numpy.zeros((tokens, k), bridge.numpy_dtype(dtype)), jax.jit(jq.matmul)
     qj = q.to_jax()
@@ -101,8 +101,10 @@ def measure(n: int, k: int, tokens: int, method: Any, device: str) -> dict[str, 
         import pallas_kernels
 
         qj = pallas_kernels.prepare(qj)
+        kernel = ops.cuda_weight(packed, spec, dtype)
+        row["host_kernel"] = host_microseconds(lambda: kernel(x))
         row["host"] = host_microseconds(lambda: layer(x))
-        row["host_operator"] = host_microseconds(lambda: ops.linear(x, packed, spec, n))
+        row["host_operator"] = host_microseconds(lambda: ops.linear(x, packed, spec, n, None))
         row["host_dense_torch"] = host_microseconds(lambda: dense(x))
         row["device"] = graph_microseconds(lambda: layer(x))
         row["device_dense_torch"] = graph_microseconds(lambda: dense(x))

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from jq import activations
 from jq_torch import bridge, ops
 
 
@@ -56,9 +57,9 @@ class Packed(nn.Module):
         self._name_operands(role)
 
     def _name_operands(self, role: str) -> None:
-        slim = arithmetic_part(self._skeletons[role])
+        slim = arithmetic_part(self._skeletons[role], self.quantize_activations)
         self._operands[role] = tuple(self._packed[role][leaf.index] for leaf in jax.tree.leaves(slim))
-        active = self.quantize_activations and getattr(slim, "activation", None) is not None
+        active = getattr(slim, "activation", None) is not None
         self._spec[role] = ops.spec_of(slim, activation=active, kernels=self.kernels)
 
     def reserve(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -113,8 +114,13 @@ class Packed(nn.Module):
             self._name_operands(role)
 
 
-def arithmetic_part(tensor: Any) -> Any:
-    """The QTensor without what is carried only for saving, so that the layers of a model share one spec."""
+def arithmetic_part(tensor: Any, quantize_activations: bool = True) -> Any:
+    """The QTensor without what is carried only for saving, so that the layers of a model share one spec.
+
+    Without quantization of activations, a change of the input that belongs to the layer itself stays.
+    """
+    if not quantize_activations and getattr(tensor, "activation", None) is not None:
+        tensor = activations.without_quantization(tensor)
     return tensor.without_extras().replace(source=None)
 
 
@@ -207,9 +213,10 @@ class JqLinear(Packed, nn.Linear):
         if self.is_packed:
             return super().operands(role)
         # on disk: hooks bring the stored tensors for the length of one call
-        skeleton, tensors = ops.skeleton_of(arithmetic_part(self.origin.load(self._stored_parts())))
+        slim = arithmetic_part(self.origin.load(self._stored_parts()), self.quantize_activations)
+        skeleton, tensors = ops.skeleton_of(slim)
         tensors = [t.to(self._stored_device()) for t in tensors]
-        active = self.quantize_activations and getattr(skeleton, "activation", None) is not None
+        active = getattr(skeleton, "activation", None) is not None
         return tensors, ops.spec_of(skeleton, activation=active)  # no kernel: its order would be made at each call
 
     def to_float(self, weight: torch.Tensor) -> nn.Module:
@@ -248,12 +255,11 @@ class JqLinear(Packed, nn.Linear):
             return y if self.bias is None else y + self.bias.to(y.dtype)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         if self._keep_dense and not ops.quantizes_activations(self._spec["q"]):
-            y = nn.functional.linear(x, self._dense_weight(x.dtype))
-        else:
-            packed, spec = self.operands()
-            y = ops.linear(x, packed, spec, self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
+        packed, spec = self.operands()
+        return ops.linear(x, packed, spec, self.out_features, bias)
 
     def _kernel(self, x: torch.Tensor) -> Any:
         """The GPU kernel, where neither a graph nor a gradient is recorded: torch's dispatcher costs more than it does."""

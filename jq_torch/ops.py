@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from jq import activations
 from jq.matmul import matmul
 from jq_torch import bridge
 
@@ -90,7 +92,11 @@ def _dense_program(spec: str, dtype: str) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _matmul_program(spec: str) -> Any:
     tree = _statics[spec].tree
-    return jax.jit(lambda x, leaves: matmul(x, jax.tree.unflatten(tree, leaves)).astype(x.dtype))
+
+    def run(x: Any, leaves: Any, bias: Any) -> Any:
+        return activations.matmul(x, jax.tree.unflatten(tree, leaves), bias).astype(x.dtype)
+
+    return jax.jit(run)
 
 
 def _leaves(packed: list[torch.Tensor], spec: str) -> list[Any]:
@@ -123,23 +129,29 @@ def _cuda_weight(packed: list[torch.Tensor], spec: str) -> Any:
     tensor = jax.tree.unflatten(static.tree, leaves)
     reason = kernels.available() or kernels.refusal(tensor)
     if reason is None:
-        return kernels.TorchWeight(tensor, packed[0].device)
+        # The first use may be the warm-up of a CUDA graph, whose pool takes what this thread allocates and must end empty
+        with ThreadPoolExecutor(1) as outside:
+            return outside.submit(kernels.TorchWeight, tensor, packed[0].device).result()
     _log.info("%r: no kernel: %s; dequantized at each call", tensor, reason)
     return None
 
 
-def _linear(x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The bias belongs in here: libraries add it before they round the product, or before they quantize the output."""
     if not _statics[spec].activation:
         kernel = cuda_weight(packed, spec, x.dtype) if x.is_cuda and _statics[spec].kernels else None
         if kernel is not None:
-            return kernel(x)
-        return torch.nn.functional.linear(x, dense(packed, spec, x.dtype))
+            return kernel(x) if bias is None else kernel(x) + bias
+        return torch.nn.functional.linear(x, dense(packed, spec, x.dtype), bias)
     rows = x.reshape(-1, x.shape[-1])
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     padded = torch.nn.functional.pad(rows, (0, 0, 0, bucket(tokens) - tokens))
-    y = bridge.from_jax(_matmul_program(spec)(bridge.to_jax(padded), _leaves(packed, spec)))
+    added = None if bias is None else bridge.to_jax(bias)
+    y = bridge.from_jax(_matmul_program(spec)(bridge.to_jax(padded), _leaves(packed, spec), added))
     return y[:tokens].reshape(*x.shape[:-1], out_features)
 
 
@@ -191,7 +203,7 @@ def _experts_dx(
 
 
 _library = torch.library.Library("jq", "DEF")  # define + impl costs 2 us a call, torch.library.custom_op 10
-_library.define("linear(Tensor x, Tensor[] packed, str spec, int out_features) -> Tensor")
+_library.define("linear(Tensor x, Tensor[] packed, str spec, int out_features, Tensor? bias) -> Tensor")
 _library.define("linear_dx(Tensor dy, Tensor[] packed, str spec, int in_features) -> Tensor")
 _library.define("experts(Tensor x, Tensor expert, Tensor[] packed, str spec, int out_features) -> Tensor")
 _library.define("experts_dx(Tensor dy, Tensor expert, Tensor[] packed, str spec, int in_features) -> Tensor")
@@ -203,7 +215,9 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("jq::linear", lib=_library)
-def _(x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int) -> torch.Tensor:
+def _(
+    x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int, bias: torch.Tensor | None
+) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -223,16 +237,17 @@ def _(dy: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: 
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, packed, spec, _ = inputs
+    x, packed, spec, _, _ = inputs
     ctx.save_for_backward(*packed)
     ctx.spec, ctx.in_features = spec, x.shape[-1]
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-    """Gradient for x alone, through the dequantized weight: rounding of activations counts as the identity."""
+    """Gradients for x, through the dequantized weight, and the bias: rounding of activations counts as the identity."""
     packed = list(ctx.saved_tensors)
     dx = torch.ops.jq.linear_dx(dy.contiguous(), packed, ctx.spec, ctx.in_features)
-    return dx, [None] * len(packed), None, None
+    db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
+    return dx, [None] * len(packed), None, None, db
 
 
 torch.library.register_autograd("jq::linear", _backward, setup_context=_setup, lib=_library)

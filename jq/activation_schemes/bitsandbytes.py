@@ -18,14 +18,18 @@ _EXACT_TERMS = 1024
 
 
 @register("bnb_int8")
-def matmul(x: jax.Array, w: Any) -> jax.Array:
+def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N] in x's dtype. Option "threshold": magnitude of an outlier, 0 for none."""
     threshold = w.activation.get("threshold", 0.0)
     codes, absmax, columns = quantize(x, threshold)
     weight = w.unpack().astype(jnp.int8)
     total = int8_dot(codes, weight).astype(jnp.float32)
     scb = w.scales.reshape(1, -1).astype(jnp.float32)
-    y = exact.cast((total * (absmax[:, None] * scb)) * _OUTPUT_SCALE, x.dtype)
+    scaled = total * (absmax[:, None] * scb)
+    wide = scaled * _OUTPUT_SCALE
+    if bias is not None:  # before the product is rounded
+        wide = exact.mul_add(scaled, _OUTPUT_SCALE, bias.astype(x.dtype).astype(jnp.float32))
+    y = exact.cast(wide, x.dtype)
     if threshold <= 0:
         return y
 
@@ -37,6 +41,9 @@ def matmul(x: jax.Array, w: Any) -> jax.Array:
         return (y.astype(jnp.float32) + added).astype(x.dtype)
 
     return jax.lax.cond(columns.any(), with_outliers, lambda y: y, y)
+
+
+matmul.adds_bias = True  # type: ignore[attr-defined]
 
 
 def quantize(x: jax.Array, threshold: float) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 
 from jq import exact
+from jq.activation_schemes.products import float_sums
 from jq.activations import register
 from jq.errors import UnsupportedError
 from jq.formats.compressed_tensors_config import Args
-from jq.matmul import dense_matmul
 
 # `torch.finfo(dtype).eps`: what a scale of zero becomes.
 _EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
@@ -51,9 +51,10 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     inputs, outputs = w.activation.get("input"), w.activation.get("output")
     if inputs is not None:
         x = quantize(x, inputs, _static(w.extras, "input")).dequantized
-    y = dense_matmul(x, w.dequantize())
-    if bias is not None:
-        y = y + bias.astype(y.dtype)
+    sums = float_sums(x, w.dequantize())
+    if bias is not None:  # added to the float32 sums, as torch's linear does
+        sums = sums + bias.astype(x.dtype).astype(jnp.float32)
+    y = sums.astype(x.dtype)
     if outputs is not None:
         y = quantize(exact.rounded(y), outputs, _static(w.extras, "output")).dequantized
     return y

@@ -177,8 +177,9 @@ def test_opcheck(model):
     layer = model.model.layers[0].mlp.up_proj
     packed, spec = layer.operands()
     x = torch.randn(3, 5, layer.in_features, requires_grad=True)
-    found = torch.library.opcheck(torch.ops.jq.linear.default, (x, packed, spec, layer.out_features))
-    assert set(found.values()) == {"SUCCESS"}
+    for bias in (None, torch.randn(layer.out_features, requires_grad=True)):
+        found = torch.library.opcheck(torch.ops.jq.linear.default, (x, packed, spec, layer.out_features, bias))
+        assert set(found.values()) == {"SUCCESS"}
     y = torch.randn(3, 5, layer.out_features)
     found = torch.library.opcheck(torch.ops.jq.linear_dx.default, (y, packed, spec, layer.in_features))
     assert set(found.values()) == {"SUCCESS"}
@@ -190,6 +191,14 @@ def test_gradient(model):
     weight = torch.randn(2, 3, layer.out_features)
     (layer(x) * weight).sum().backward()
     torch.testing.assert_close(x.grad, weight @ layer.dequantize(torch.float32), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_bias(model):
+    layer = copy.deepcopy(model.model.layers[0].mlp.up_proj)
+    layer.bias = torch.nn.Parameter(torch.randn(layer.out_features))
+    x, weight = torch.randn(2, 3, layer.in_features), torch.randn(2, 3, layer.out_features)
+    (layer(x) * weight).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, weight.sum((0, 1)))
 
 
 def test_odd_inputs(model):
