@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("jax", "flax", "numpy", "torch", "transformers", "bitsandbytes", "xllamacpp", "gguf")
+PACKAGES = ("jax", "flax", "numpy", "torch", "transformers", "bitsandbytes", "gemlite", "xllamacpp", "gguf")
 
 
 def circumstances() -> dict[str, Any]:

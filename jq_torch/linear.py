@@ -129,6 +129,28 @@ def _name(path: tuple[Any, ...]) -> str:
     return "_".join(parts).replace(".", "_")
 
 
+class _Held:
+    """The kernel's form of a layer's weight, or None where no kernel takes it, with what it was made for."""
+
+    __slots__ = ("_dtype", "_first", "_name", "_pointer", "_version", "kernel")
+
+    def __init__(self, name: str, first: torch.Tensor | None, kernel: Any, dtype: torch.dtype) -> None:
+        self._name, self._first, self.kernel, self._dtype = name, first, kernel, dtype
+        self._pointer, self._version = (0, -1) if first is None else bridge.state_of(first)
+
+    def holds(self, dtype: torch.dtype, parameters: dict[str, Any]) -> bool:
+        """Whether the layer still has the numbers that this was made of; see `bridge.state_of`."""
+        first = self._first
+        return (
+            dtype is self._dtype
+            and parameters.get(self._name) is first
+            and (
+                first is None
+                or (first.data_ptr() == self._pointer and (self._version < 0 or first._version == self._version))
+            )
+        )
+
+
 class JqLinear(Packed, nn.Linear):
     """A linear layer whose weight is a QTensor.
 
@@ -149,7 +171,7 @@ class JqLinear(Packed, nn.Linear):
         self.origin: Any = None
         self._keep_dense = False
         self._dense_cache: torch.Tensor | None = None
-        self._held: Any = None  # the kernel's form of the weight, with what it was made for
+        self._held: _Held | None = None
 
     @classmethod
     def in_place_of(cls, old: nn.Module) -> JqLinear:
@@ -171,6 +193,10 @@ class JqLinear(Packed, nn.Linear):
         """Name of the parameter that the kernel's form of the weight goes by, "" while nothing is packed."""
         names = self._operands.get("q")
         return names[0] if names else ""
+
+    def _name_operands(self, role: str) -> None:
+        super()._name_operands(role)
+        self._held = None
 
     def _stored_device(self) -> torch.device:
         """Where the loader, or an offload hook, has put the stored tensors."""
@@ -207,7 +233,7 @@ class JqLinear(Packed, nn.Linear):
 
     def keep_dense(self) -> None:
         """Keeps the dequantized weight from the first use on (`enable(packed=False)`)."""
-        self._keep_dense = True
+        self._keep_dense, self._held = True, None
 
     def operands(self, role: str = "q") -> tuple[list[torch.Tensor], str]:
         if self.is_packed:
@@ -251,8 +277,8 @@ class JqLinear(Packed, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input
         if x.is_cuda and self.kernels and (kernel := self._kernel(x)) is not None:
-            y = kernel(x)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+            y, bias = kernel(x), self._parameters["bias"]  # nn.Module's __getattr__ takes a microsecond
+            return y if bias is None else y + bias.to(y.dtype)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -264,18 +290,22 @@ class JqLinear(Packed, nn.Linear):
     def _kernel(self, x: torch.Tensor) -> Any:
         """The GPU kernel, where neither a graph nor a gradient is recorded: torch's dispatcher costs more than it does."""
         if (
-            torch.compiler.is_compiling()
+            type(x) is not torch.Tensor  # fake and distributed tensors have no memory to point at
+            or torch.compiler.is_compiling()
             or torch.is_autocast_enabled()
-            or (torch.is_grad_enabled() and x.requires_grad)
+            or (x.requires_grad and torch.is_grad_enabled())
         ):
             return None
-        first, held = self._parameters.get(self._first), self._held
+        held = self._held
+        if held is None or not held.holds(x.dtype, self._parameters):
+            held = self._held = self._hold(x.dtype)
+        return held.kernel
+
+    def _hold(self, dtype: torch.dtype) -> _Held:
+        first = self._parameters.get(self._first)
         if first is None or self._keep_dense or ops.quantizes_activations(self._spec["q"]):
-            return None
-        if held is None or held[0] != x.dtype or held[1] is not first or held[2] != bridge.state_of(first):
-            found = ops.cuda_weight(*self.operands(), x.dtype)
-            self._held = held = (x.dtype, first, bridge.state_of(first), found)
-        return held[3]
+            return _Held("", None, None, dtype)
+        return _Held(self._first, first, ops.cuda_weight(*self.operands(), dtype), dtype)
 
     def _dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         held = self._dense_cache

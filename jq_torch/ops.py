@@ -129,6 +129,8 @@ def _cuda_weight(packed: list[torch.Tensor], spec: str) -> Any:
     tensor = jax.tree.unflatten(static.tree, leaves)
     reason = kernels.available() or kernels.refusal(tensor)
     if reason is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{tensor!r}: no kernel's form of it is made yet: call the layer once before capturing")
         # The first use may be the warm-up of a CUDA graph, whose pool takes what this thread allocates and must end empty
         with ThreadPoolExecutor(1) as outside:
             return outside.submit(kernels.TorchWeight, tensor, packed[0].device).result()
