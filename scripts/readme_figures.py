@@ -154,6 +154,29 @@ def gpu_decode() -> str:
     return table(header, rows, right=2) + gpu_line(found)
 
 
+TORCH_KINDS = {
+    "nf4": "jq, NF4",
+    "bitsandbytes": "bitsandbytes, NF4",
+    "rtn": "jq, int4 in groups of 128",
+    "gemlite": "gemlite, int4 in groups of 128",
+    "bf16": "torch, bfloat16",
+}
+
+
+def gpu_torch() -> str:
+    """A model of 8B shapes behind transformers' generate on the H100, beside the peers."""
+    found = read("gpu_torch")
+    if found is None:
+        return NOT_YET
+    speeds = {row["kind"]: row for row in found["rows"] if "tokens_per_s" in row}
+    rows = [
+        [name, f"{speeds[kind]['tokens_per_s']:.0f}", f"{speeds[kind]['peak_gib']:.1f}"]
+        for kind, name in TORCH_KINDS.items()
+        if kind in speeds
+    ]
+    return table(["weights", "tokens/s", "peak GiB"], rows) + gpu_line({"card": found["device"], **found["made"]})
+
+
 def formats() -> str:
     """The table of formats."""
     from jq.report.format_table import markdown, rows
@@ -167,6 +190,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "perplexity": perplexity,
     "gpu_matmul": gpu_matmul,
     "gpu_decode": gpu_decode,
+    "gpu_torch": gpu_torch,
     "formats": formats,
 }
 
