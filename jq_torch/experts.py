@@ -24,7 +24,7 @@ from jq.qtensor import stack
 from jq.state import module_of
 from jq_torch import bridge, ops
 from jq_torch.linear import Packed
-from jq_torch.plan import Origin, Plan
+from jq_torch.plan import BORROWED, Origin, Plan
 
 Part = tuple[str, int]  # (parameter of the model's module, which of the stored weights that it merges)
 
@@ -34,6 +34,8 @@ class JqExperts(Packed):
 
     Attributes:
       origins: {(parameter, part): {expert: Origin}}, expert None where the file holds all experts stacked.
+      shared: {parameter name here: name in the file, below the module} of tensors that experts share (scales of fused FP8
+        experts beside the weights of single ones): each expert's QTensor has its part, the whole is kept for saving.
     """
 
     def __init__(self, old: nn.Module, origins: dict[Part, dict[int | None, Origin]]) -> None:
@@ -54,6 +56,14 @@ class JqExperts(Packed):
         self.is_concatenated = getattr(old, "is_concatenated", True)
         self.has_gate = getattr(old, "has_gate", True)
         self.origins = origins
+        self.shared = {
+            stored: origin.names[suffix].rpartition(".experts.")[2]
+            for experts in origins.values()
+            for origin in experts.values()
+            for suffix, stored in origin.stored.items()
+            if suffix.startswith(BORROWED)
+        }
+        self._shared_kinds: dict[str, bridge.Kind] = {}
         if getattr(old, "has_post_expert_norm", False):
             raise UnsupportedError(f"{type(old).__name__}: packed experts with a norm behind each expert")
 
@@ -72,11 +82,15 @@ class JqExperts(Packed):
         """Stored tensors -> one QTensor a part."""
         for part, experts in self.origins.items():
             tensors = [self._load(experts[e]) for e in _in_order(experts, self.num_experts, part)]
-            names = [name for origin in experts.values() for name in origin.stored.values()]
+            names = [n for origin in experts.values() for n in origin.stored.values() if n not in self.shared]
             device = getattr(self, names[0]).device
             for name in names:
                 delattr(self, name)
             self.put(_role(part), self._stacked(tensors, experts), device)
+        for name in self.shared:  # from here on bits that nothing casts, as all packed tensors
+            stored = getattr(self, name)
+            bits, self._shared_kinds[name] = bridge.carrier_of(bridge.array_of(stored))
+            self.register_parameter(name, nn.Parameter(bits.to(stored.device), requires_grad=False))
         for parameter in self.packed_parameters:
             self._check_shape(parameter)
 
@@ -119,11 +133,15 @@ class JqExperts(Packed):
                 local = part[0] if expert is None else module_of(origin.prefix).rpartition(".experts.")[2]
                 prefix = f"{path}.{local}"
                 if whole is None:
-                    stored = {s: bridge.array_of(getattr(self, n)) for s, n in origin.stored.items()}
-                    found += [(origin.moved(s, prefix), a) for s, a in stored.items()]
+                    own = {s: n for s, n in origin.stored.items() if n not in self.shared}
+                    found += [(origin.moved(s, prefix), bridge.array_of(getattr(self, n))) for s, n in own.items()]
                 else:
                     parts = origin.format.dump(whole if expert is None else whole[expert])
                     found += [(origin.format.join(prefix, s), np.asarray(a)) for s, a in parts.items()]
+        for name, local in self.shared.items():
+            kind = self._shared_kinds.get(name)
+            held = getattr(self, name)
+            found.append((f"{path}.{local}", bridge.array_of(held) if kind is None else bridge.numpy_leaf(held, kind)))
         return found
 
     def keep_dense(self) -> None:

@@ -28,6 +28,10 @@ from jq.formats.base import Context, Format, group_by_prefix
 CARRIED = re.compile(r"\.(k_scale|v_scale|q_scale|k_zero_point|v_zero_point|k_global_scale|v_global_scale|prob_scale)$")
 
 
+# Suffixes of tensors that several modules share (`jq.formats.base`).
+BORROWED = "~"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
     """How a module's QTensor is made from the tensors of the file, and back.
@@ -216,6 +220,9 @@ class Plan:
                     raise UnsupportedError(f"{self.label}: {key}: experts that the model rearranges while loading")
         slot = f"{parameter}_{part}" + ("" if expert is None else f"_{expert}")
         stored = {suffix: f"{slot}_{name}" for suffix, name in origin.stored.items()}
+        for suffix, name in origin.names.items():  # a tensor of all experts, which each of them looks at
+            if suffix.startswith(BORROWED):
+                stored[suffix] = "shared_" + name.rpartition(".")[2]
         placed = dataclasses.replace(origin, stored=stored)
         self.experts.setdefault(path, {}).setdefault((parameter, part), {})[expert] = placed
         for suffix, name in origin.names.items():
@@ -234,7 +241,9 @@ class Plan:
             if last == "bias" and path in self.modules:
                 self.biases[path] = name
                 self.table[name] = f"{path}.bias"
-            elif (CARRIED.search(name) or self._scales_of_activation(path, last)) and path in self._paths:
+            elif path in self._paths and (
+                CARRIED.search(name) or self._scales_of_activation(path, last) or self._left_beside(path, last)
+            ):
                 self.carried.setdefault(path, {})[last] = name
                 self.table[name] = f"{path}.{last}"
             elif name.endswith(owned):
@@ -246,6 +255,10 @@ class Plan:
     def _scales_of_activation(self, path: str, last: str) -> bool:
         """AWQ's `act.scales`: the input of the layer after an activation function is divided by them."""
         return last == "scales" and path.endswith(".act") and self.format.name == "awq"
+
+    def _left_beside(self, path: str, last: str) -> bool:
+        """What a format leaves beside weights that it did not quantize: scales of layers that FP8 skipped."""
+        return last in self.format.beside and path not in self.modules and f"{path}.weight" in self._meta
 
     @functools.cached_property
     def _unexpected(self) -> re.Pattern[str] | None:

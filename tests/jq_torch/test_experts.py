@@ -13,6 +13,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+import jq_torch
 from jq.errors import CheckpointError, FormatError
 from jq_torch.experts import JqExperts
 
@@ -131,3 +132,73 @@ def test_quantized_while_loading(folder, enabled):
         assert torch.equal(again(ids()).logits, want)
     dense = AutoModelForCausalLM.from_pretrained(folder / "float")
     assert model.num_parameters() == dense.num_parameters()
+
+
+def fused_scales(model, folder):
+    """As transformers 5.23 saves experts that it quantized to FP8: weights one by one, scales [E, ., .] of fused ones.
+
+    Beside the router, which is not quantized, lies a scale that means nothing. `folder/dense` has the same numbers.
+    """
+    import json
+
+    from safetensors.torch import save_file
+
+    model.save_pretrained(folder / "float")
+    tensors, dense = tensors_of(folder / "float"), {}
+    scales: dict[str, dict[tuple[int, int], torch.Tensor]] = {}
+    halves = {"gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
+    halves |= {"w3": ("gate_up_proj", 1), "down_proj": ("down_proj", 0), "w2": ("down_proj", 0)}
+    for name, value in list(tensors.items()):
+        if ".experts." not in name:
+            continue
+        stem, expert, leaf = name.removesuffix(".weight").rsplit(".", 2)
+        fused, half = halves[leaf]
+        n, k = value.shape
+        blocks = value.reshape(n // 32, 32, k // 32, 32)
+        scale = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[name] = codes.reshape(n, k)
+        dense[name] = (codes.float() * scale[:, None, :, None]).reshape(n, k)
+        scales.setdefault(f"{stem}.{fused}_scale_inv", {})[int(expert), half] = scale
+    for name, parts in scales.items():
+        count = 1 + max(e for e, _ in parts)
+        rows = [torch.cat([s for (i, _), s in sorted(parts.items()) if i == e]) for e in range(count)]
+        tensors[name] = torch.stack(rows)
+    router = next(n for n in tensors if n.endswith(".gate.weight"))
+    tensors[f"{router}_scale_inv"] = torch.full((1, 2), float("nan"))
+    (folder / "packed").mkdir()
+    save_file(
+        {n: t.contiguous() for n, t in tensors.items()}, folder / "packed" / "model.safetensors", {"format": "pt"}
+    )
+    config = json.loads((folder / "float" / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [32, 32],
+        "modules_to_not_convert": ["self_attn", "gate", "lm_head"],
+    }
+    (folder / "packed" / "config.json").write_text(json.dumps(config))
+    del config["quantization_config"]
+    (folder / "dense").mkdir()
+    (folder / "dense" / "config.json").write_text(json.dumps(config))
+    dense = {**tensors_of(folder / "float"), **dense}
+    save_file({n: t.contiguous() for n, t in dense.items()}, folder / "dense" / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_experts_that_share_stored_scales(family, tmp_path):
+    torch.manual_seed(0)
+    fused_scales(FAMILIES[family](), tmp_path)
+    with jq_torch.enable(quantize_activations=False):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "packed", dtype=torch.float32, output_loading_info=True
+        )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()).logits, plain(ids()).logits, rtol=1e-4, atol=1e-6)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "saved")
+    want, got = tensors_of(tmp_path / "packed"), tensors_of(tmp_path / "saved")
+    assert want.keys() == got.keys()
+    packed = [n for n in want if ".experts." in n]
+    assert len(packed) == 28 and all(same(want[n], got[n]) for n in packed)
