@@ -90,6 +90,7 @@ def build(
         quantize_activations=quantize_activations,
         label=label,
         fuse=not on_cpu,
+        join=on_cpu,
     )
     cache_dtype = _cache_dtype(state, kv_cache_dtype, compute, quantize_activations)
     body = Decoder(read, "model", spec, cache_dtype)

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jq.models import attention, kernels, kv_cache, rope
+from jq.models import attention, joined, kernels, kv_cache, rope
 from jq.models.experts import ExpertMLP, StackedExpertMLP
 from jq.models.reader import Reader
 from jq.models.spec import DecoderSpec, LayerSpec
-from jq.nn import Embedding, Linear, RMSNorm
+from jq.nn import Embedding, Linear, Packed, RMSNorm
 from jq.qtensor import QTensor
 
 # Computed in float32 and rounded once: XLA rounds every step inside a 16-bit silu, PyTorch does not.
@@ -39,11 +39,13 @@ Cache = tuple[tuple[kv_cache.Buffer, kv_cache.Buffer], ...]  # keys and values o
 class Attention(nnx.Module):
     """Self-attention of one layer; `k_scale` and `v_scale` are the checkpoint's cache scales."""
 
+    joint = "qkv_proj", ("q_proj", "k_proj", "v_proj")  # name of the product of several weights, and of each
+
     def __init__(self, read: Reader, path: str, spec: DecoderSpec, layer: LayerSpec, cache_dtype: str) -> None:
         self.spec, self.layer, self.cache_dtype = spec, layer, cache_dtype
         hidden, wide = spec.hidden_size, spec.num_heads * spec.head_dim
         narrow = spec.num_kv_heads * spec.head_dim
-        parts = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow}
+        parts = dict(zip(self.joint[1], (wide, narrow, narrow), strict=True))
         fused = None if spec.fused else read.fused(path, parts, hidden, spec.attention_bias)
         self.fused = spec.fused or fused is not None
         if spec.fused:
@@ -51,9 +53,7 @@ class Attention(nnx.Module):
         elif fused is not None:
             self.qkv_proj = fused
         else:
-            self.q_proj = read.linear(f"{path}.q_proj", (wide, hidden), spec.attention_bias)
-            self.k_proj = read.linear(f"{path}.k_proj", (narrow, hidden), spec.attention_bias)
-            self.v_proj = read.linear(f"{path}.v_proj", (narrow, hidden), spec.attention_bias)
+            self.q_proj, self.k_proj, self.v_proj = read.linears(path, parts, hidden, spec.attention_bias)
         self.o_proj = read.linear(f"{path}.o_proj", (hidden, wide), spec.output_bias)
         if spec.qk_norm:
             one_head = spec.qk_norm == "head"
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
             assert cache is not None
             cache = keys, values = kv_cache.write(cache[0], new[0], slot), kv_cache.write(cache[1], new[1], slot)
             queries = slot + jnp.arange(length)
-        slots = keys.codes.shape[2]
+        slots = keys.codes.shape[-2]
         mask = attention.causal_mask(queries, jnp.arange(slots), starts, self.layer.window)
         out = attention.attend(
             q,
@@ -221,9 +221,14 @@ class MLP(nnx.Module):
         elif joined is not None:
             self.gate_up_proj = joined
         else:
-            setattr(self, gate, read.linear(f"{path}.{gate}", (width, hidden), spec.mlp_bias))
-            setattr(self, up, read.linear(f"{path}.{up}", (width, hidden), spec.mlp_bias))
+            two = read.linears(path, {gate: width, up: width}, hidden, spec.mlp_bias)
+            for name, layer in zip(names, two, strict=False):
+                setattr(self, name, layer)
         setattr(self, down, read.linear(f"{path}.{down}", (hidden, width), spec.mlp_bias))
+
+    @property
+    def joint(self) -> tuple[str, tuple[str, ...]]:
+        return "gate_up_proj", self.names[:2]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.normed(None, x, None)[0]
@@ -326,7 +331,7 @@ class Decoder(nnx.Module):
         new, delta = [], None
         for i, layer in enumerate(self.layers):
             buffers = None if cache is None else cache[i]
-            x, delta, buffers = _run_layer(*split(layer), x, delta, tables, starts, buffers, slot)
+            x, delta, buffers = _run_layer(*_split(layer), x, delta, tables, starts, buffers, slot)
             new.append(buffers)
         step, packed = slot is not None and x.shape[1] == 1, _is_packed(self.layers[0].self_attn.o_proj)
         return kernels.normed(self.norm, x, delta, step, packed)[0], None if cache is None else tuple(new)
@@ -356,22 +361,31 @@ def head(decoder: Decoder, lm_head: Linear | None, hidden: jax.Array, step: bool
     return logits
 
 
-def split(module: nnx.Module) -> tuple[Any, Any]:
-    """(graph definition, state) of a module without what is kept for saving only; `join` is the inverse."""
-    from jq.nn import Packed
+def split(model: nnx.Module) -> tuple[Any, Any]:
+    """(graph definition, state) of a model as it computes; `join` is the inverse.
 
-    graph, packed, rest = nnx.split(module, Packed, ...)
-    hollow = jax.tree.map(lambda _: None, packed)
-    return graph, (hollow, rest)
+    Without what is kept for saving only, and with one weight in place of those that lie together (`joined`).
+    """
+    graph, (hollow, rest) = _split(model)
+    rest, wholes = joined.take(model, rest)
+    return graph, (hollow, rest, wholes)
 
 
 def join(graph: Any, state: Any) -> Any:
-    return nnx.merge(graph, *state)
+    hollow, rest, wholes = state
+    model = nnx.merge(graph, hollow, rest)
+    joined.give(model, wholes)
+    return model
+
+
+def _split(module: nnx.Module) -> tuple[Any, Any]:
+    graph, packed, rest = nnx.split(module, Packed, ...)
+    return graph, (jax.tree.map(lambda _: None, packed), rest)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_layer(graph: Any, state: Any, x: jax.Array, *context: Any) -> tuple[jax.Array, jax.Array, Any]:
-    return join(graph, state)(x, *context)
+    return nnx.merge(graph, *state)(x, *context)
 
 
 def _is_packed(linear: Linear) -> bool:

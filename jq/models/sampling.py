@@ -59,10 +59,20 @@ def pick(logits: jax.Array, seen: jax.Array | None, settings: Settings, step: An
         punished = jnp.where(logits < 0, logits * settings.penalty, logits / settings.penalty)
         logits = jnp.where(seen, punished, logits)
     if not switches.sample:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _largest(logits)
     logits = filtered(logits / settings.temperature, settings.top_k, settings.top_p, settings.min_p)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(settings.seeds)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _largest(logits: jax.Array) -> jax.Array:
+    """First place of the largest value (of a NaN, where there is one) of each row: int32[B]."""
+    if jax.default_backend() != "cpu":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # XLA's CPU backend vectorises a maximum and a minimum, but not an argmax (0.24 ms for 49,152 tokens).
+    found = (logits == jnp.max(logits, axis=-1, keepdims=True)) | jnp.isnan(logits)
+    places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(found, places, logits.shape[-1]), axis=-1)
 
 
 def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jq.models import decoder, sampling
+from jq.models import decoder, kv_cache, sampling
 from jq.models.sampling import Settings, Switches
 
 
@@ -115,6 +115,6 @@ def decode(
         return i + 1, token, cache, sampling.mark(seen, token), done | ended, out.at[:, i].set(token)
 
     out = jnp.full((token.shape[0], room), settings.pad, jnp.int32)
-    start = (jnp.int32(0), token, cache, seen, done, out)
+    start = (jnp.int32(0), token, kv_cache.merged(cache), seen, done, out)
     made, _, cache, seen, done, out = jax.lax.while_loop(unfinished, body, start)
-    return out, made, (cache, seen, done)
+    return out, made, (kv_cache.apart(cache, token.shape[0]), seen, done)

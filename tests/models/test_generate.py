@@ -81,7 +81,7 @@ def test_cache_is_donated(model) -> None:
 
 
 def test_compiled_loop_copies_no_weights(model) -> None:
-    """No copy of the size of a weight matrix inside the decode program."""
+    """No copy of the size of a weight matrix or of a layer's cache inside the decode program."""
     import re
 
     from jq.models import decoder
@@ -93,9 +93,8 @@ def test_compiled_loop_copies_no_weights(model) -> None:
     args = (graph, state, 128, chosen.switches)
     token, carry = steps.prefill(*args, jnp.asarray(random_ids((1, 16))), starts, settings)
     lowered = steps.decode.lower(*args, carry, token, jnp.int32(16), jnp.int32(1), jnp.int32(3), starts, settings)
-    shapes = {"f32[64,32]", "f32[32,64]", "f32[48,32]", "f32[32,32]", "f32[16,32]"}
-    copies = re.findall(r"= (f32\[[\d,]+\])\S* copy\(", lowered.compile().as_text())
-    assert not shapes & set(copies)
+    copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", lowered.compile().as_text())
+    assert all(np.prod([int(n) for n in shape.split(",")]) < 16 * 32 for shape in copies)
 
 
 def test_end_tokens_end_rows(model) -> None:

@@ -170,3 +170,69 @@ def test_fused_layers_keep_their_names_and_bytes(name: str, tmp_path: Path, monk
         np.testing.assert_array_equal(jq.quantized(model)[path].dequantize(), q.dequantize())
     jq.save(model, tmp_path / "out")
     assert stored(tmp_path / "out") == stored(folder)
+
+
+def pointer(linear) -> int:
+    return linear.weight.get_value().unsafe_buffer_pointer()
+
+
+def test_dense_weights_of_one_input_lie_together(tmp_path: Path) -> None:
+    from jq.models import decoder
+
+    tensors, config = tiny(np.float16, attention_bias=True)
+    rng = np.random.default_rng(1)
+    tensors |= {
+        f"model.layers.{i}.self_attn.{n}_proj.bias": rng.standard_normal(size).astype(np.float16)
+        for i in range(2)
+        for n, size in {"q": 32, "k": 16, "v": 16, "o": 32}.items()
+    }
+    folder = write(tmp_path / "in", tensors, config)
+    model = jq.load(folder)
+    layer = model.model.layers[1]
+    attention, mlp = layer.self_attn, layer.mlp
+    assert pointer(attention.k_proj) == pointer(attention.q_proj) + 32 * 32 * 4
+    assert pointer(attention.v_proj) == pointer(attention.k_proj) + 16 * 32 * 4
+    assert pointer(mlp.up_proj) == pointer(mlp.gate_proj) + 64 * 32 * 4
+    state = decoder.split(model)[1]
+    held = sum(a.nbytes for a in jax.tree.leaves(state))
+    assert held == sum(t.size * 4 for t in tensors.values())  # each weight once
+    whole = state[2]["model", "layers", 1, "self_attn"]
+    assert whole.shape == (64, 32) and whole.unsafe_buffer_pointer() == pointer(attention.q_proj)
+    names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    assert names == set(tensors)
+    jq.save(model, tmp_path / "out")
+    assert stored(tmp_path / "out") == stored(folder)
+
+
+def test_a_changed_weight_is_what_computes(tmp_path: Path) -> None:
+    tensors, config = tiny()
+    folder = write(tmp_path, tensors, config)
+    model, ids = jq.load(folder), np.arange(9)[None]
+    before = model(ids)
+    name = "model.layers.0.mlp.up_proj.weight"
+    layer = model.model.layers[0].mlp.up_proj
+    value = layer.weight.get_value()
+    layer.weight.set_value(value * 2)
+    fresh = jq.load(jq.State(tensors | {name: tensors[name] * 2}, config))
+    np.testing.assert_array_equal(model(ids), fresh(ids))
+    assert np.abs(model(ids) - before).max() > 1e-3
+    layer.weight.set_value(value)
+    np.testing.assert_array_equal(model(ids), before)
+    jq.nn.replace_linears(model, jq.RTN(bits=8, group_size=32), skip=["lm_head"])
+    assert len(jq.quantized(model)) == 14 and np.abs(model(ids) - before).max() < 0.5
+
+
+def test_joined_memory_ends_with_the_model(tmp_path: Path) -> None:
+    import gc
+
+    from jq.models import joined
+
+    tensors, config = tiny()
+    gc.collect()
+    before = len(joined._wholes)
+    model = jq.load(jq.State(tensors, config))
+    model(np.arange(5)[None])
+    assert len(joined._wholes) == before + 4
+    del model
+    gc.collect()
+    assert len(joined._wholes) == before
