@@ -146,3 +146,24 @@ def test_left_padding_equals_transformers(tmp_path: Path) -> None:
     assert np.abs(got - want)[mask.astype(bool)].max() < 2e-4
     tokens = peer.greedy(theirs, ids, 10, attention_mask=peer.torch.tensor(mask))
     np.testing.assert_array_equal(ours.generate(ids, 10, attention_mask=mask), tokens)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_experts_stored_as_transformers_holds_them(name: str, tmp_path: Path) -> None:
+    """A `state_dict` has the experts of a layer fused; saving gives them back one by one, as files have them."""
+    from safetensors.torch import load_file, save_file
+
+    model_type, options = CASES[name]
+    theirs = peer.build(tmp_path, model_type, **options)
+    single = load_file(tmp_path / "model.safetensors")
+    fused = {k: v.contiguous() for k, v in theirs.state_dict().items()}
+    assert any(k.endswith("mlp.experts.gate_up_proj") for k in fused)
+    save_file(fused, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours, ids = jq.load(tmp_path), peer.random_ids((2, 24))
+    assert np.abs(np.asarray(ours(ids)) - peer.logits(theirs, ids)).max() < 2e-4
+    jq.save(ours, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {k: v.shape for k, v in saved.items() if "experts" in k} == {
+        k: v.shape for k, v in single.items() if "experts" in k
+    }
+    assert all(saved[k].equal(single[k]) for k in saved)

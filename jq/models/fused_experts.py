@@ -1,0 +1,70 @@
+"""Dense experts that are stored fused, under the names of single ones.
+
+transformers 5 holds the experts of a layer as `mlp.experts.gate_up_proj` [E, 2 * width, hidden] (rows of gate, then of up)
+and `mlp.experts.down_proj` [E, hidden, width]. Its own `save_pretrained` writes them one by one, as files always had them;
+libraries that save a `state_dict` (Quanto, AQLM, ...) write these tensors. The decoders here know single experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jq.errors import CheckpointError, UnsupportedError
+from jq.models.spec import DecoderSpec
+from jq.qtensor import QTensor
+from jq.state import State, _Deferred
+
+_FUSED = re.compile(r"^(.*\.)mlp\.experts\.(gate_up_proj|down_proj)$")
+
+
+def single(state: State, spec: DecoderSpec, label: str) -> State:
+    """The State with fused experts under the names of single ones; tensors are read at each access.
+
+    Raises:
+      UnsupportedError: fused experts that are quantized.
+    """
+    experts = spec.experts
+    layers = {match[1] for name in state if (match := _FUSED.match(name))}
+    if experts is None or experts.stacked or not layers:
+        return state
+    block, _, gate, up, down = experts.names
+    shapes = {
+        "gate_up_proj": (experts.count, 2 * experts.width, spec.hidden_size),
+        "down_proj": (experts.count, spec.hidden_size, experts.width),
+    }
+    tensors: dict[str, Any] = {}
+
+    @functools.lru_cache(maxsize=2)  # both tensors of a layer: its experts are asked for one after the other
+    def whole(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        value = state[name]
+        if isinstance(value, QTensor):
+            raise UnsupportedError(
+                f"{label}: {name}: fused experts that are quantized have no decoder here; jq.load_state reads them"
+            )
+        if tuple(value.shape) != shape:
+            raise CheckpointError(f"{label}: {name}: found shape {tuple(value.shape)}, expected {shape}")
+        return np.asarray(value)
+
+    for name in state:
+        match = _FUSED.match(name)
+        layer, _, rest = name.partition("mlp.")
+        if match is None:
+            moved = f"{layer}{block}.{rest}" if layer in layers else name
+            tensors[moved] = _Deferred(functools.partial(state.__getitem__, name))
+            continue
+        read = functools.partial(whole, name, shapes[match[2]])
+        for i in range(experts.count):
+            at = f"{match[1]}{block}.experts.{i}"
+            for part, leaf in enumerate((gate, up) if match[2] == "gate_up_proj" else (down,)):
+                rows = slice(part * experts.width, (part + 1) * experts.width) if leaf != down else slice(None)
+                tensors[f"{at}.{leaf}.weight"] = _Deferred(functools.partial(_rows, read, i, rows))
+    return state.replace(tensors)
+
+
+def _rows(read: Callable[[], np.ndarray], expert: int, rows: slice) -> np.ndarray:
+    return read()[expert, rows]
