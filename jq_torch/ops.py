@@ -108,16 +108,24 @@ def dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> torch.Te
     return bridge.from_jax(_dense_program(spec, bridge.dtype_name(dtype))(_leaves(packed, spec)))
 
 
-_kernels: Any = WeakTensorKeyDictionary()
+_kernels: Any = WeakTensorKeyDictionary()  # first packed tensor -> (state, kernel's form, how often it was made)
+_MADE_OFTEN = 3
 
 
 def cuda_weight(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> Any:
-    """The GPU kernel's form of a weight, made at its first use (a second packed copy), or None where none fits."""
+    """The GPU kernel's form of a weight, made at its first use (a second packed copy), or None where none fits.
+
+    Also None for numbers that are others at each use, as FSDP's are, which gathers them anew: dequantizing costs less.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     found, state = _kernels.get(packed[0]), bridge.state_of(packed[0])
     if found is None or found[0] != state:
-        found = _kernels[packed[0]] = (state, _cuda_weight(packed, spec))
+        made = 0 if found is None else found[2]
+        if made == _MADE_OFTEN:
+            _log.info("%s: other numbers for the fourth time: no kernel from now on", spec)
+        form = _cuda_weight(packed, spec) if made < _MADE_OFTEN else None
+        found = _kernels[packed[0]] = (state, form, made + 1)
     return found[1]
 
 

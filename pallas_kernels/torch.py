@@ -146,7 +146,7 @@ class TorchWeight:
             raise ValueError(f"TorchWeight: {q!r}: {reason}")
         self.shape = q.shape
         plain = q.replace(extras={}, activation=None, source=None)
-        with jax.default_device(_workplace()):
+        with jax.default_device(_workplace(torch.device(device))):
             packed = tensors.packed(tensors.prepare(plain.to_jax()))
             many = api.expand_scales(packed) if packed.form.scale == "u8" else packed
         self.tensors = {name: _tensor(np.asarray(a)).to(device) for name, a in arrays_of(packed).items()}
@@ -275,9 +275,12 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _workplace() -> Any:
-    """Where weights are brought into the kernels' order: JAX's GPU, tens of times faster, where it has one."""
-    return jax.local_devices()[0] if jax.default_backend() == "gpu" else jax.local_devices(backend="cpu")[0]
+def _workplace(device: torch.device) -> Any:
+    """Where weights are brought into the kernels' order: the GPU they are for, tens of times faster, where JAX has it."""
+    found = jax.local_devices()
+    if found[0].platform != "gpu":
+        return jax.local_devices(backend="cpu")[0]
+    return found[min(device.index or 0, len(found) - 1)]
 
 
 def skeleton_of(w: Packed) -> Packed:

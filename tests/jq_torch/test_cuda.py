@@ -112,6 +112,24 @@ def test_layers_on_several_devices(folder, tmp_path, first):
     assert error(logits(model), logits(load(folder / "nf4", "cpu"))) < 0.03
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("places", ["auto", {"": 1}])
+def test_several_gpus(folder, places):
+    """Layers on two GPUs, and a model on one that is not the current device."""
+    with jq_torch.enable():
+        model = AutoModelForCausalLM.from_pretrained(folder / "nf4", device_map=places, dtype=torch.bfloat16)
+    assert {p.device.index for p in model.parameters()} == ({0, 1} if places == "auto" else {1})
+    want = logits(load(folder / "nf4", "cpu"))
+    for _ in range(2):  # the second call takes what the first prepared
+        assert error(logits(model), want) < 0.03
+    assert kernels_of(model) == (14, 14)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert model.generate(ids(batch=1).to(model.device), **options).shape == (1, 16)
+    model.save_pretrained(folder / f"again-{len(places)}")
+    saved, first = (tensors_of(folder / name) for name in (f"again-{len(places)}", "nf4"))
+    assert saved.keys() == first.keys() and all(same(saved[n], first[n]) for n in saved)
+
+
 def test_quantized_on_the_gpu_while_loading(folder):
     with jq_torch.enable():
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -1,4 +1,4 @@
-"""Packed layers in two processes over gloo: FSDP2 trains as one process does, tensor parallelism computes the same."""
+"""Packed layers in two processes, over gloo or nccl: FSDP2 trains as one process does, tensor parallelism computes the same."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ def packed(folder: Path, **options: Any) -> str:
     return str(folder / "nf4")
 
 
-def two(mode: str, folder: str) -> list[dict[str, Any]]:
+def two(modes: str, device: str, folder: str) -> list[dict[str, Any]]:
     """What each of two processes printed."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "WORLD_SIZE": "2"}
+    environment = {**os.environ, "PYTHONPATH": paths, "WORLD_SIZE": "2"}
+    environment |= {"JAX_PLATFORMS": "cpu"} if device == "cpu" else {}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(HERE / "distributed_worker.py"), mode, folder]
+    command = [sys.executable, str(HERE / "distributed_worker.py"), modes, device, folder]
     processes = [
         subprocess.Popen(
             command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True
@@ -51,24 +52,34 @@ def two(mode: str, folder: str) -> list[dict[str, Any]]:
     return [json.loads(p.communicate(timeout=300)[0].splitlines()[-1]) for p in processes]
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_two_processes_train_as_one(tmp_path, double):
-    folder = packed(tmp_path, bnb_4bit_use_double_quant=double)
-    rows = two("fsdp", folder)
+GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPUS])])
+def ran(request, tmp_path_factory):
+    """(device, folder, what each process found in every mode): the processes start once."""
+    folder = packed(tmp_path_factory.mktemp("two"), bnb_4bit_use_double_quant=True)
+    return request.param, folder, two("fsdp,half,tensor,refused", request.param, folder)
+
+
+@pytest.mark.parametrize("mode, limit", [("fsdp", 1e-4), ("half", 3e-2)])
+def test_two_processes_train_as_one(ran, mode, limit):
     import distributed_worker
 
-    alone = [loss.item() for loss in distributed_worker.losses(distributed_worker.adapted(folder), 0, 1)]
+    device, folder, rows = ran
+    model = distributed_worker.adapted(folder, device, torch.float32 if mode == "fsdp" else torch.bfloat16)
+    alone = [loss.item() for loss in distributed_worker.losses(model, 0, 1)]
     for row in rows:
-        torch.testing.assert_close(row["losses"], alone, rtol=1e-4, atol=1e-5)
-        assert row["held"] < 0.55 and row["same"]
+        torch.testing.assert_close(row[mode]["losses"], alone, rtol=limit, atol=1e-5)
+        assert row[mode]["held"] < 0.55 and row[mode]["same"]
 
 
-def test_a_tensor_parallel_plan_leaves_packed_layers_whole(tmp_path):
-    for row in two("tensor", packed(tmp_path)):
-        assert row["error"] < 1e-5
-        assert sorted(row["sharded"]) == ["lm_head.weight", "model.embed_tokens.weight"]
+def test_a_tensor_parallel_plan_leaves_packed_layers_whole(ran):
+    for row in ran[2]:
+        assert row["tensor"]["error"] < 2e-5
+        assert sorted(row["tensor"]["sharded"]) == ["lm_head.weight", "model.embed_tokens.weight"]
 
 
-def test_sharding_while_loading_is_refused(tmp_path):
-    for row in two("refused", packed(tmp_path)):
-        assert "fully_shard" in row["message"] and "_proj" in row["message"]
+def test_sharding_while_loading_is_refused(ran):
+    for row in ran[2]:
+        assert "fully_shard" in row["refused"]["message"] and "_proj" in row["refused"]["message"]
