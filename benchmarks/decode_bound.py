@@ -46,21 +46,39 @@ def step(x: jax.Array, layers: list[dict[str, jax.Array]], head: jax.Array) -> j
     return jnp.argmax(head @ x)
 
 
+class Bound:
+    """The step of one model with random weights.
+
+    Args:
+      config: config.json.
+    """
+
+    def __init__(self, config: dict) -> None:
+        self.layers, self.head = weights(config, np.random.default_rng(0))
+        self.x = jnp.ones((config["hidden_size"],), jnp.float32)
+        self()
+
+    def __call__(self) -> float:
+        """Seconds of one step."""
+        start = time.perf_counter()
+        step(self.x, self.layers, self.head).block_until_ready()
+        return time.perf_counter() - start
+
+    def times(self, seconds: float) -> list[float]:
+        """Of as many steps as fit, at least 10."""
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times) < 10:
+            times.append(self())
+        return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="directory with a config.json")
     parser.add_argument("--seconds", type=float, default=3.0)
     args = parser.parse_args()
-    config = json.loads((Path(args.model) / "config.json").read_text())
-    layers, head = weights(config, np.random.default_rng(0))
-    x = jnp.ones((config["hidden_size"],), jnp.float32)
-    step(x, layers, head).block_until_ready()
-    times: list[float] = []
-    end = time.perf_counter() + args.seconds
-    while time.perf_counter() < end or len(times) < 10:
-        start = time.perf_counter()
-        step(x, layers, head).block_until_ready()
-        times.append(time.perf_counter() - start)
+    times = Bound(json.loads((Path(args.model) / "config.json").read_text())).times(args.seconds)
     row = {
         "peer": "bound",
         "method": "matrix products alone, float32",

@@ -1,6 +1,6 @@
 """jaxq's side of the CPU benchmarks, one JSON line a checkpoint.
 
-python benchmarks/ours_cpu.py speed DIR[:packed]... [--new 64]
+python benchmarks/ours_cpu.py speed DIR[:packed]... [--new 64] [--bound]
 python benchmarks/ours_cpu.py perplexity DIR... --text FILE
 python benchmarks/ours_cpu.py memory DIR[:packed]...
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from decode_bound import Bound
 
 import jq
 from jq.report.perplexity import perplexity, tokens_of
@@ -28,16 +29,20 @@ PROMPT = (
 )
 
 
-def speed(model, new: int, runs: int) -> dict:
+def speed(model, new: int, runs: int, bound: Bound | None) -> dict:
     """Greedy decode of `new` tokens after the prompt.
 
     tokens_per_s is of the whole call with the prompt, decode_tokens_per_s of the steps after it; medians of `runs`.
+    decode_to_bound, where a bound is given, compares each run's steps with a second of bound before and one behind
+    it, so that a machine that gets slower or faster meanwhile does so for both.
     """
     ids = tokens_of(model.tokenizer, PROMPT)[None]
     options = {"do_sample": False, "eos_token_id": []}
     model.generate(ids, new, **options)
-    rates, decode = [], []
+    rates, decode, bounds = [], [], []
     for _ in range(runs):
+        if bound is not None:
+            bounds.append(1 / statistics.median(bound.times(1.0)))
         start = time.perf_counter()
         model.generate(ids, 1, **options)
         first = time.perf_counter()
@@ -45,7 +50,7 @@ def speed(model, new: int, runs: int) -> dict:
         end = time.perf_counter()
         rates.append(new / (end - first))
         decode.append((new - 1) / (end - first - (first - start)))
-    return {
+    row = {
         "tokens_per_s": statistics.median(rates),
         "decode_tokens_per_s": statistics.median(decode),
         "best_decode_tokens_per_s": max(decode),
@@ -53,6 +58,11 @@ def speed(model, new: int, runs: int) -> dict:
         "prompt_tokens": ids.shape[1],
         "new_tokens": new,
     }
+    if bound is None:
+        return row
+    bounds.append(1 / statistics.median(bound.times(1.0)))
+    ratios = [2 * d / (before + behind) for d, before, behind in zip(decode, bounds, bounds[1:], strict=False)]
+    return row | {"bound_beside": bounds, "decode_to_bound": ratios}
 
 
 def peak_bytes() -> int:
@@ -93,6 +103,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--bound", action="store_true", help="speed: time the matrix products alone between the runs")
     args = parser.parse_args()
     for name in args.models:
         path, _, how = name.partition(":")
@@ -106,7 +117,8 @@ def main() -> None:
             row["load_s"] = round(time.perf_counter() - start, 2)
             start = time.perf_counter()
             if args.what == "speed":
-                row |= speed(model, args.new, args.runs)
+                bound = Bound(model.config) if args.bound and not packed else None
+                row |= speed(model, args.new, args.runs, bound)
             else:
                 ids = tokens_of(model.tokenizer, Path(args.text).read_text("utf-8"))[: args.windows * args.window]
                 row |= {"perplexity": perplexity(model, ids, window=args.window), "windows": args.windows}
