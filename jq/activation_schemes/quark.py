@@ -8,6 +8,7 @@ in the input's dtype (torch/quantization/observer/observer.py): for the whole ca
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 
 from jq import exact
+from jq.activation_schemes.compressed_tensors import round_e2m1
 from jq.activation_schemes.products import float_sums
 from jq.activation_schemes.torchao_mx import quantize_mx
 from jq.activations import register
@@ -53,6 +55,17 @@ def fake_quantized(x: jax.Array, spec: Any, extras: Any, name: str) -> jax.Array
     if spec.dtype in _MX and spec.qscheme == "per_group" and spec.dynamic and spec.scale_format == "e8m0":
         values, exponent = quantize_mx(x, _MX[spec.dtype], spec.group_size, "EVEN")
         return exact.rounded((values * exact.pow2(exponent)[..., None]).reshape(x.shape).astype(x.dtype))
+    if (
+        spec.dtype == "fp4"
+        and spec.qscheme == "per_group"
+        and spec.dynamic
+        and (spec.scales or spec.scale_format == "e5m3")
+    ):
+        return _two_stages(x, spec, extras.get(f"{name}_scale_2"))
+    if spec.dtype in _INTEGERS and spec.qscheme == "per_group" and spec.dynamic and x.shape[1] % spec.group_size == 0:
+        groups = x.reshape(-1, spec.group_size)
+        token = dataclasses.replace(spec, qscheme="per_channel", axis=1)
+        return fake_quantized(groups, token, extras, name).reshape(x.shape)
     scale, zero = _parameters(x, spec, extras, name)
     if scale is None or spec.dtype not in _FLOAT8 | _INTEGERS:
         how = "dynamic" if spec.dynamic else "static"
@@ -68,6 +81,26 @@ def fake_quantized(x: jax.Array, spec: Any, extras: Any, name: str) -> jax.Array
     low, high = _INTEGERS[spec.dtype]
     codes = jnp.round(x.astype(jnp.float32) * exact.reciprocal(scale)) + zero
     return exact.rounded(((jnp.clip(codes, low, high) - zero) * scale).astype(x.dtype))
+
+
+def _two_stages(x: jax.Array, spec: Any, whole: Any) -> jax.Array:
+    """fp4 with a scale for each group that is rounded itself: to float8 under a stored scalar, or to e5m3."""
+    groups = exact.cast(x, jnp.float32).reshape(x.shape[0], -1, spec.group_size)
+    peak = exact.cast(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), x.dtype)
+    step = exact.div(peak.astype(jnp.float32), jnp.float32(6))
+    if not spec.wide:
+        step = exact.rounded(step.astype(x.dtype)).astype(jnp.float32)
+    step = jnp.where(step == 0, jnp.float32(_EPS), step)
+    top = jnp.float32(1) if whole is None else jnp.asarray(whole).reshape(()).astype(jnp.float32)
+    ratio = exact.div(step, top)
+    if spec.scales is not None and spec.scales.dtype == "fp8_e4m3":
+        ratio = exact.float8(jnp.minimum(ratio, jnp.float32(448)), ml_dtypes.float8_e4m3fn).astype(jnp.float32)
+    else:
+        ratio = exact.to_digits(ratio, 3, -14)
+    scale = ratio * top
+    scale = jnp.where(scale == 0, jnp.float32(_EPS), scale)
+    values = round_e2m1(exact.div(groups, scale))
+    return exact.rounded((values * scale).reshape(x.shape).astype(x.dtype))
 
 
 def _parameters(x: jax.Array, spec: Any, extras: Any, name: str) -> tuple[Any, Any]:
@@ -87,7 +120,8 @@ def _parameters(x: jax.Array, spec: Any, extras: Any, name: str) -> tuple[Any, A
     high = jnp.maximum(jnp.max(x, axis=axes, keepdims=True), 0)
 
     def divided(value: jax.Array, by: float) -> jax.Array:
-        return exact.rounded(exact.div(value.astype(jnp.float32), jnp.float32(by)).astype(x.dtype)).astype(jnp.float32)
+        step = exact.div(value.astype(jnp.float32), jnp.float32(by))
+        return step if spec.wide else exact.rounded(step.astype(x.dtype)).astype(jnp.float32)
 
     if spec.dtype in _FLOAT8:
         scale = divided(jnp.maximum(-low, high), _FLOAT8[spec.dtype][0])

@@ -8,15 +8,21 @@
                        fp8_e4m3, fp8_e5m2 [N, K]; fp4 uint8 [N, K/2], low nibble first; fp6_e2m3, fp6_e3m2 uint8
                        [N, K*3/4], a little-endian bit stream
     weight_scale       scalar or [1], [N], [N, K/G] (integers: [K/G, N]), [N/bn, K/bk]; the model's dtype, or uint8
-                       exponents (`scale_format` "e8m0")
+                       exponents (`scale_format` "e8m0"), uint8 numbers of 5 exponent and 3 mantissa bits ("e5m3")
+    weight_scale_2     float32 scalar that float8 block scales are multiplied by ("nvfp4")
     weight_zero_point  integers only: the shape of the scale, packed as the weight is; int4 symmetric layers store zeros
     input_scale, input_zero_point, output_scale, output_zero_point   static activation ranges
+Two stages of values ("int4_fp8"): weight_scale is the scalar of the first (float8), weight_scale_2 [N] and
+weight_zero_point_2 belong to the integers. "mx" containers have the weight alone: uint8 [N, K/32 * 17] (fp4) or
+[N, K/32 * 25] (fp6), a signed exponent and 32 codes at a time.
 
-Dequantize: dt(float32(q - zero) * float32(scale)). Settings of a layer: the first pattern of `layer_quant_config`
-that matches its name, else `layer_type_quant_config["Linear"]`, else `global_quant_config`.
+Dequantize: dt(float32(q - zero) * float32(scale)), of two stages dt(float32(q) * scale_2 * scale). Settings of a layer:
+the first pattern of `layer_quant_config` that matches its name, else `layer_type_quant_config["Linear"]`, else
+`global_quant_config`.
 
 Source: amd-quark 0.13 (torch/export/nn/modules, torch/utils/pack.py, torch/kernel/hw_emulation), which quantizes and
-exports on a CPU. Quantize: `jq.algorithms.quark`. Not read: two-stage weights, mx containers, quantized biases, online rotations.
+exports on a CPU. Quantize: `jq.algorithms.quark`. Not read: quantized biases, online rotations; mx6, mx9, bfp16 and int16,
+which Quark itself does not store; "amdfp4_global", whose block scales it stores as integers that have wrapped around.
 """
 
 from __future__ import annotations
@@ -24,33 +30,37 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from jq import bits as _bits
 from jq.activations import Activation
 from jq.algorithms import quark as algorithm
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take
-from jq.formats.quark_config import Layer, Options, Spec, parse
-from jq.qtensor import Affine, Grouping, NarrowFloat, QTensor, Source
-from jq.qtensor.affine import pack_zeros
+from jq.formats.base import Context, Format, Parts, group_by_prefix, take
+from jq.formats.quark_config import Layer, Options, parse
+from jq.formats.quark_floats import (
+    FLOAT8,
+    SMALL,
+    dump_floats,
+    in_features,
+    load_container,
+    load_floats,
+    packed_codes,
+    shape_of,
+)
+from jq.formats.quark_integers import (
+    INTEGERS,
+    dump_integers,
+    group_of,
+    load_integers,
+    repacked,
+    scales_of,
+    stored_scale,
+)
+from jq.qtensor import NarrowFloat, QTensor
 
 FLOATS = (np.float16, "bfloat16", np.float32)
-RANGES = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-INTEGERS = {
-    "int2": (2, True),
-    "uint2": (2, False),
-    "int3": (3, True),
-    "int4": (4, True),
-    "uint4": (4, False),
-    "int8": (8, True),
-    "uint8": (8, False),
-}
-FLOAT8 = {"fp8_e4m3": ("e4m3fn", ml_dtypes.float8_e4m3fn), "fp8_e5m2": ("e5m2", ml_dtypes.float8_e5m2)}
-SMALL = {"fp4": ("e2m1", 4), "fp6_e2m3": ("e2m3", 6), "fp6_e3m2": ("e3m2", 6)}
-# Bit position of code i of a word of eight, with and without "reorder".
-SHIFTS = {True: (0, 16, 4, 20, 8, 24, 12, 28), False: (0, 4, 8, 12, 16, 20, 24, 28)}
+RANGES = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_scale_2", "output_scale_2")
+SUFFIXES = ("weight", "weight_scale", "weight_zero_point", "weight_scale_2", "weight_zero_point_2", *RANGES)
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor | None:
@@ -80,10 +90,18 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
         "activation": _activation(layer, parts),
     }
     if spec.dtype in INTEGERS:
-        return _integers(prefix, parts, spec, options.reorder, fields)
+        return load_integers(prefix, parts, spec, options.reorder, fields)
+    if spec.dtype == "mx":
+        return load_container(prefix, weight, spec, fields)
     if spec.dtype in FLOAT8 or spec.dtype in SMALL:
-        return _floats(prefix, parts, spec, fields)
-    known = ", ".join([*INTEGERS, *FLOAT8, *SMALL])
+        scale = take(parts, "weight_scale", prefix)
+        if spec.first is not None:
+            raise UnsupportedError(f"{prefix}: {spec.dtype} rounded in two stages is not read, integers are")
+        shaped = scales_of(
+            prefix, scale, spec, group_of(prefix, spec, in_features(weight, spec)), *shape_of(weight, spec)
+        )
+        return load_floats(prefix, parts, spec, *shaped, fields)
+    known = ", ".join([*INTEGERS, *FLOAT8, *SMALL, "mx"])
     raise UnsupportedError(f"{prefix}.weight: Quark dtype {spec.dtype!r} is not read; {known} are")
 
 
@@ -94,216 +112,12 @@ def _activation(layer: Layer, parts: Parts) -> Activation | None:
     return Activation("quark", tuple(s for s in RANGES if s in parts), pairs)
 
 
-def _integers(prefix: str, parts: Parts, spec: Spec, reorder: bool, fields: dict[str, Any]) -> Affine:
-    bits, signed = INTEGERS[spec.dtype]
-    scale = take(parts, "weight_scale", prefix)
-    zero = take(parts, "weight_zero_point", prefix, why="Quark stores zero points of symmetric layers too.")
-    expect_dtype(scale, FLOATS, f"{prefix}.weight_scale")
-    grouped = spec.qscheme == "per_group"
-    if grouped and scale.ndim != 2:
-        raise FormatError(f"{prefix}.weight_scale: found shape {tuple(scale.shape)}, expected (groups, out_features)")
-    stored = _unpacked(parts["weight"], f"{prefix}.weight", spec.dtype, reorder)
-    if grouped:
-        stored = stored[:, : scale.shape[1]].T
-    n, k = stored.shape
-    group = _group(prefix, spec, k)
-    scales, grouping = _scales(prefix, scale.T if grouped else scale, spec, group, n, k)
-    zeros = _zeros(prefix, zero, spec, bits, signed, reorder, scales.shape)
-    offset = 1 << (bits - 1) if signed else 0
-    symmetric = zeros.dtype.kind != "f" and bool((zeros == 0).all())
-    codes = (stored ^ offset) - offset if symmetric else stored ^ offset
-    made = Affine.make(
-        np.ascontiguousarray(codes),
-        scales,
-        code_bits=bits,
-        name=prefix,
-        zeros=None if symmetric else zeros if zeros.dtype.kind == "f" else pack_zeros(zeros + offset, bits),
-        zeros_bits=0 if symmetric or zeros.dtype.kind == "f" else bits,
-        signed=signed and symmetric,
-        grouping=grouping,
-        formula="f32",
-        source=_source(spec, scale, zero, reorder, parts["weight"]),
-        **fields,
-    )
-    again = dump(made)
-    for suffix in ("weight", "weight_zero_point"):
-        if again[suffix].tobytes() != np.ascontiguousarray(parts[suffix]).tobytes():
-            raise FormatError(f"{prefix}.{suffix}: bits after the last code of a row are set; the file is damaged")
-    return made
-
-
-def _source(spec: Spec, scale: np.ndarray, zero: np.ndarray | None, reorder: bool, weight: np.ndarray) -> Source:
-    pairs: list[tuple[str, Any]] = [("dtype", spec.dtype), ("qscheme", spec.qscheme), ("reorder", reorder)]
-    pairs += [("scalar", scale.ndim == 0), ("weight_dtype", str(weight.dtype))]
-    if zero is not None:
-        pairs += [("zero_dtype", str(zero.dtype)), ("zero_scalar", zero.ndim == 0)]
-    return Source("quark", tuple(pairs))
-
-
-def _unpacked(stored: np.ndarray, name: str, dtype: str, reorder: bool) -> np.ndarray:
-    """Stored words or bytes -> codes as unsigned integers, int32[rows, columns]."""
-    bits = INTEGERS[dtype][0]
-    stored = np.ascontiguousarray(stored)
-    if bits == 4 or dtype == "int2":
-        expect_dtype(stored, (np.int32,), name)
-        return stored & 3 if bits == 2 else _bits.unpack_words(stored, SHIFTS[reorder], 4)
-    expect_dtype(stored, (np.int8, np.uint8) if bits == 8 else (np.uint8,), name)
-    if bits == 8:
-        return stored.view(np.uint8).astype(np.int32)
-    if bits == 3:
-        return np.asarray(_bits.unpack(stored, 3, stored.shape[-1] * 8 // 3)).astype(np.int32)
-    fields = (stored[..., None] >> np.array([6, 4, 2, 0], np.uint8)) & 3
-    return fields.reshape(*stored.shape[:-1], -1).astype(np.int32)
-
-
-def _repacked(codes: np.ndarray, kind: str, reorder: bool, dtype: str) -> np.ndarray:
-    """Inverse of `_unpacked`; codes beyond the last are zero."""
-    bits = INTEGERS[kind][0]
-    if bits == 8:
-        return codes.astype(np.uint8).view(np.dtype(dtype))
-    if kind == "int2":
-        return codes.astype(np.int32)
-    pad = -codes.shape[-1] % (4 if bits == 2 else 8)
-    codes = np.pad(codes & ((1 << bits) - 1), [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
-    if bits == 4:
-        return _bits.pack_words(codes, SHIFTS[reorder], 4, np.int32)
-    if bits == 3:
-        return np.ascontiguousarray(_bits.pack(codes.astype(np.uint8), 3)).view(np.uint8)
-    fields = codes.astype(np.uint8).reshape(*codes.shape[:-1], -1, 4) << np.array([6, 4, 2, 0], np.uint8)
-    return np.bitwise_or.reduce(fields, axis=-1)
-
-
-def _group(prefix: str, spec: Spec, k: int) -> int:
-    if spec.qscheme == "per_group" and (spec.group_size < 1 or k % spec.group_size):
-        raise FormatError(f"{prefix}: in_features {k} are no multiple of group_size {spec.group_size}")
-    return spec.group_size
-
-
-def _scales(prefix: str, scale: np.ndarray, spec: Spec, group: int, n: int, k: int) -> tuple[np.ndarray, Grouping]:
-    """Stored scales (groups last) as [rows, groups], and what they cover."""
-    name, why = f"{prefix}.weight_scale", f"{spec.qscheme} scales of a weight of ({n}, {k})"
-    if spec.qscheme == "per_tensor":
-        if scale.size != 1:
-            raise FormatError(f"{name}: found shape {tuple(scale.shape)}, expected a scalar ({why})")
-        return scale.reshape(1, 1), Grouping("block", 0, 0)
-    if spec.qscheme == "per_channel":
-        expect_shape(scale, (n,), name, why)
-        return scale.reshape(n, 1), Grouping("block", 1, 0)
-    if spec.qscheme == "per_group":
-        expect_shape(scale, (n, k // group), name, why)
-        return np.ascontiguousarray(scale), Grouping("block", 1, group)
-    if spec.qscheme == "per_block" and spec.block_size:
-        rows, columns = spec.block_size
-        if n % rows or k % columns:
-            raise UnsupportedError(f"{name}: blocks of {rows}x{columns} do not tile a weight of ({n}, {k})")
-        expect_shape(scale, (n // rows, k // columns), name, why)
-        return scale, Grouping("block", rows, columns)
-    raise UnsupportedError(f"{name}: qscheme {spec.qscheme!r} is not read; per tensor, channel, group and block are")
-
-
-def _zeros(
-    prefix: str, zero: np.ndarray, spec: Spec, bits: int, signed: bool, reorder: bool, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Zero points [rows, groups]: signed numbers as int32, or floats as they are stored."""
-    name = f"{prefix}.weight_zero_point"
-    if spec.float_zeros:
-        expect_dtype(zero, FLOATS, name)
-        return np.ascontiguousarray((zero.T if zero.ndim == 2 else zero).reshape(shape))
-    if zero.ndim == 0 or bits == 8:
-        codes = zero.astype(np.int32) & ((1 << bits) - 1)
-    else:
-        codes = _unpacked(np.atleast_2d(zero), name, spec.dtype, reorder)
-    if spec.qscheme == "per_group":
-        codes = codes[:, : shape[0]].T
-    else:
-        codes = codes.reshape(-1)[: shape[0]]
-    if codes.size != shape[0] * shape[1]:
-        raise FormatError(f"{name}: found shape {tuple(zero.shape)}, which does not give {shape[0]} x {shape[1]} zeros")
-    codes = np.ascontiguousarray(codes.reshape(shape))
-    half = 1 << (bits - 1) if signed else 0
-    return (codes ^ half) - half
-
-
-def _floats(prefix: str, parts: Parts, spec: Spec, fields: dict[str, Any]) -> NarrowFloat:
-    stored, scale = parts["weight"], take(parts, "weight_scale", prefix)
-    exponents = spec.scale_format == "e8m0"
-    if spec.scale_format not in ("e8m0", "float", "float32"):
-        raise UnsupportedError(
-            f"{prefix}.weight_scale: scale_format {spec.scale_format!r} is not read; e8m0 and floats are"
-        )
-    expect_dtype(scale, (np.uint8, ml_dtypes.float8_e8m0fnu) if exponents else FLOATS, f"{prefix}.weight_scale")
-    if spec.dtype in FLOAT8:
-        kind, dtype = FLOAT8[spec.dtype]
-        expect_dtype(stored, (dtype,), f"{prefix}.weight")
-        codes, width = np.ascontiguousarray(stored).view(np.uint8), 8
-    else:
-        kind, width = SMALL[spec.dtype]
-        expect_dtype(stored, (np.uint8,), f"{prefix}.weight")
-        codes = np.ascontiguousarray(stored)
-    k = stored.shape[1] * 8 // width
-    scales, grouping = _scales(prefix, scale, spec, _group(prefix, spec, k), stored.shape[0], k)
-    if width < 8 and k * width % 32 == 0:
-        codes = codes.view(np.uint32)
-    made = NarrowFloat(
-        codes,
-        scales.view(np.uint8) if exponents else scales,
-        kind=kind,
-        scale_kind="e8m0" if exponents else "float",
-        grouping=grouping,
-        formula="f32",
-        source=Source(
-            "quark",
-            (
-                ("dtype", spec.dtype),
-                ("scalar", scale.ndim == 0),
-                ("qscheme", spec.qscheme),
-                ("scale_dtype", str(scale.dtype)),
-            ),
-        ),
-        **fields,
-    )
-    made.check(prefix)
-    return made
-
-
 def dump(q: Any) -> Parts:
     """Stored tensors of a module."""
-    source = q.source
-    assert source is not None
-    scale, extras = np.asarray(q.scales), {k: np.asarray(v) for k, v in q.extras.items()}
-    scheme = source.get("qscheme")
-    if scheme in ("per_tensor", "per_channel"):
-        scale = scale.reshape(() if source.get("scalar") else -1)
+    extras = {k: np.asarray(v) for k, v in q.extras.items()}
     if isinstance(q, NarrowFloat):
-        if q.scale_kind == "e8m0":
-            scale = scale.view(np.dtype(source.get("scale_dtype")))
-        codes = np.ascontiguousarray(np.asarray(q.codes)).view(np.uint8)
-        dtype = FLOAT8.get(source.get("dtype"))
-        return {"weight": codes.view(dtype[1]) if dtype else codes, "weight_scale": scale, **extras}
-    bits, signed = INTEGERS[source.get("dtype")]
-    reorder, grouped = source.get("reorder"), scheme == "per_group"
-    offset = 1 << (bits - 1) if signed and not q.signed else 0
-    codes = np.asarray(q.unpack()) - offset
-    zeros = np.zeros(np.asarray(q.scales).shape, np.int32) if q.zeros is None else np.asarray(q.group_zeros())
-    floating = zeros.dtype.kind not in "iu"
-    zeros = zeros if floating else zeros - (offset if q.zeros is not None else 0)
-    if grouped:
-        codes, scale, zeros = codes.T, scale.T, zeros.T
-    else:
-        zeros = zeros.reshape(-1)
-    zero_dtype = source.get("zero_dtype")
-    if source.get("zero_scalar"):
-        stored_zeros: np.ndarray = zeros.reshape(()).astype(zero_dtype)
-    elif floating or zero_dtype not in ("int32", "int8", "uint8") or (bits == 8 and zero_dtype == "int32"):
-        stored_zeros = zeros.astype(zero_dtype)
-    else:
-        stored_zeros = _repacked(zeros, source.get("dtype"), reorder, zero_dtype)
-    return {
-        "weight": _repacked(np.ascontiguousarray(codes), source.get("dtype"), reorder, source.get("weight_dtype")),
-        "weight_scale": np.ascontiguousarray(scale).reshape(scale.shape),
-        "weight_zero_point": np.ascontiguousarray(stored_zeros).reshape(stored_zeros.shape),
-        **extras,
-    }
+        return dump_floats(q, stored_scale(q), extras)
+    return {**dump_integers(q), **extras}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,7 +167,7 @@ class Quark:
             parts = {"weight": values.reshape(n, k), "weight_scale": self._shaped(scale)}
         elif self.dtype in SMALL and self.qscheme == "per_group":
             codes, exponents = algorithm.powers(groups, self.dtype)
-            packed = np.ascontiguousarray(_bits.pack(codes.reshape(n, k), SMALL[self.dtype][1])).view(np.uint8)
+            packed = packed_codes(codes.reshape(n, k), self.dtype)
             parts = {"weight": packed, "weight_scale": exponents}
         else:
             raise FormatError(f"{name}: Quark has no dtype {self.dtype!r} with {self.qscheme}")
@@ -374,7 +188,7 @@ class Quark:
         stored = self.dtype if bits == 8 else "uint8"
 
         def packed(values: np.ndarray) -> np.ndarray:
-            return _repacked(np.ascontiguousarray(values), self.dtype, True, stored)
+            return repacked(np.ascontiguousarray(values), self.dtype, True, stored)
 
         scalar = zero.ndim == 0
         zeros = zero.astype(stored if bits == 8 else np.int32) if scalar else packed(zero)
@@ -411,13 +225,26 @@ class Quark:
         }
 
 
+def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
+    """Modules with a scale, and "mx" containers, which have none: {prefix: {suffix: stored name}}."""
+    found = group_by_prefix(names, ("weight_scale",), SUFFIXES)
+    for name in names:
+        prefix = name.removesuffix(".weight")
+        if prefix != name and prefix not in found and np.dtype(context.dtypes[name]) == np.uint8:
+            spec = options.of(prefix).weight
+            if spec is not None and spec.dtype == "mx":
+                found[prefix] = {s: f"{prefix}.{s}" for s in ("weight", *RANGES) if f"{prefix}.{s}" in context.dtypes}
+    return found
+
+
 FORMAT = Format(
     name="quark",
     methods=("quark",),
     title="AMD Quark: 2-, 3-, 4- and 8-bit integers, float8, fp4 and fp6",
     parse=parse,
     markers=("weight_scale",),
-    suffixes=("weight", "weight_scale", "weight_zero_point", *RANGES),
+    suffixes=SUFFIXES,
+    group=group,
     load=load,
     dump=dump,
     deferrable=False,

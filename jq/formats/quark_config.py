@@ -13,7 +13,11 @@ from jq.formats.base import Context
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How one tensor of a layer is quantized; names as in the config."""
+    """How one tensor of a layer is quantized; names as in the config.
+
+    wide: dynamic scales are formed in float32, not in the input's dtype. element: dtype of the numbers in an "mx" container. scales: how the scales themselves are quantized (a list of two
+    stages, the second with is_scale_quant). first: what the tensor was rounded to before (two stages of values).
+    """
 
     dtype: str
     qscheme: str = "per_tensor"
@@ -24,6 +28,10 @@ class Spec:
     scale_format: str = "float"
     float_zeros: bool = False
     axis: int | None = None
+    element: str = ""
+    wide: bool = False
+    scales: Spec | None = None
+    first: Spec | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +85,21 @@ def _layer(label: str, conf: Any) -> Layer:
     specs = {}
     for key in ("weight", "input_tensors", "output_tensors"):
         value = conf.get(key)
-        if isinstance(value, list):
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, list) and len(value) != 2:
             why, value = f"{label}.{key} has {len(value)} stages", None
-        specs[key] = None if value is None else _spec(f"{label}.{key}", value)
+        specs[key] = None if value is None else _stages(f"{label}.{key}", value)
     return Layer(specs["weight"], specs["input_tensors"], specs["output_tensors"], why)
+
+
+def _stages(label: str, conf: Any) -> Spec:
+    if not isinstance(conf, list):
+        return _spec(label, conf)
+    one, two = (_spec(f"{label}[{i}]", c) for i, c in enumerate(conf))
+    if conf[1].get("is_scale_quant"):
+        return dataclasses.replace(one, scales=two)
+    return dataclasses.replace(two, first=one)
 
 
 def _spec(label: str, conf: Any) -> Spec:
@@ -101,4 +120,6 @@ def _spec(label: str, conf: Any) -> Spec:
         scale_format=str(conf.get("scale_format") or "float"),
         float_zeros=str(conf.get("zero_point_type") or "int32") == "float32",
         axis=conf["ch_axis"] if type(conf.get("ch_axis")) is int else None,
+        element=str(conf.get("mx_element_dtype") or ""),
+        wide=conf.get("scale_type") == "float32",
     )

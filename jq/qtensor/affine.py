@@ -241,6 +241,12 @@ def _f32(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     return (diff * scale.astype(np.float32)).astype(dtype)
 
 
+def _f32_twice(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
+    """dtype((float32(code) * scale) * a second scale, which `zero` holds), in float32: Quark's int4 of float8."""
+    first = _f32(code, scale, np.int32(0), np.dtype(np.float32))
+    return (first * zero.astype(np.float32)).astype(dtype)
+
+
 def _f32_e4m3(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     """`_f32` without a zero point, then rounded to e4m3 under a second scale, which `zero` holds (ModelOpt's W4A8).
 
@@ -300,6 +306,7 @@ FORMULAS: dict[str, Formula] = {
     "div": _div,
     "f32": _f32,
     "f32_e4m3": _f32_e4m3,
+    "f32_twice": _f32_twice,
     "f32_mul_add": _f32_mul_add,
     "mul_sub": _mul_sub,
     "mul_add": _mul_add,

@@ -69,6 +69,8 @@ def _ue4m3_table() -> np.ndarray:
 
 
 UE4M3 = _ue4m3_table()
+# Quark's unsigned floats of 5 exponent bits (bias 15) and 3 mantissa bits; the last is NaN.
+E5M3 = np.append(_small_float_table(5, 3)[:255], np.float32(np.nan))
 GGUF_E2M1 = np.where(TABLES["e2m1"] == 0, np.float32(0), 2 * TABLES["e2m1"])
 
 
@@ -166,9 +168,9 @@ class NarrowFloat(QTensor):
             return exact.pow2(scales.astype(np.int32) - 127)
         if self.scale_kind == "e4m3":
             return from_bits(scales, "float8_e4m3fn").astype(np.float32)
-        if self.scale_kind == "ue4m3":
+        if self.scale_kind in ("ue4m3", "e5m3"):
             xp = namespace(scales)
-            return xp.take(xp.asarray(UE4M3), scales.astype(np.int32), axis=0)
+            return xp.take(xp.asarray(UE4M3 if self.scale_kind == "ue4m3" else E5M3), scales.astype(np.int32), axis=0)
         return scales
 
     def _dense(self) -> Array:

@@ -117,13 +117,28 @@ def test_float8_with_static_inputs() -> None:
 
 def test_settings_by_layer_and_errors() -> None:
     parts, conf = float8_module()
-    conf["layer_quant_config"] = {"*.down_proj": {"weight": [{"dtype": "fp4"}, {"dtype": "fp8_e4m3"}]}}
+    conf["layer_quant_config"] = {"*.down_proj": {"weight": [{"dtype": d} for d in ("fp4", "fp8_e4m3", "fp4")]}}
     options = quark.parse(conf, CONTEXT)
     assert options.of("a.up_proj").weight is not None
-    with pytest.raises(UnsupportedError, match="has 2 stages"):
+    with pytest.raises(UnsupportedError, match="has 3 stages"):
         quark.load("a.down_proj", parts, options, CONTEXT)
     with pytest.raises(FormatError, match="global_quant_config: missing"):
         quark.parse({"quant_method": "quark"}, CONTEXT)
+    stages = [{"dtype": "fp4", "qscheme": "per_group", "group_size": G}, {"dtype": "fp8_e5m3", "is_scale_quant": True}]
+    conf["layer_quant_config"] = {"*.down_proj": {"weight": stages}}
+    fp4 = {"weight": np.zeros((N, K // 2), np.uint8), "weight_scale": np.ones((N, K // G), np.uint8)}
+    with pytest.raises(UnsupportedError, match="scales of fp8_e5m3 per_tensor are not read"):
+        quark.load("a.down_proj", fp4, quark.parse(conf, CONTEXT), CONTEXT)
+    container = {"weight": np.zeros((N, 34), np.uint8)}
+    mx = quark.parse(config(dtype="mx", mx_element_dtype="int8"), CONTEXT)
+    with pytest.raises(UnsupportedError, match="mx_element_dtype 'int8' is not read"):
+        quark.load("m", container, mx, CONTEXT)
+    mx = quark.parse(config(dtype="mx", mx_element_dtype="fp6_e2m3"), CONTEXT)
+    with pytest.raises(FormatError, match="containers of fp6_e2m3 have 25 bytes for 32 inputs"):
+        quark.load("m", container, mx, CONTEXT)
+    for dtype in ("mx6", "mx9", "bfp16"):
+        with pytest.raises(UnsupportedError, match=f"Quark dtype '{dtype}' is not read"):
+            quark.load("m", container, quark.parse(config(dtype=dtype), CONTEXT), CONTEXT)
     with pytest.raises(UnsupportedError, match="'int16' is not read"):
         quark.load("m", parts, quark.parse(config(dtype="int16"), CONTEXT), CONTEXT)
     with pytest.raises(FormatError, match=r"m\.weight: found dtype float8_e4m3fn, expected int32"):
