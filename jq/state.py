@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,9 @@ from jq.formats.base import Context, Format, group_by_prefix
 from jq.qtensor import QTensor
 
 Array = Any
+
+# dtypes of stored codes: a weight matrix of one of these is nothing without scales.
+CODES = ("int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 
 class State(Mapping[str, Any]):
@@ -240,6 +243,20 @@ def _check_leftovers(ckpt: Checkpoint, fmt: Format, taken: set[str]) -> None:
             f"{ckpt.label}: {left[0]}: belongs to a {fmt.name} module, but the tensors that go with it "
             f"({', '.join(fmt.markers)}) are missing ({len(left)} such tensors); the file is incomplete"
         )
+    check_dense(ckpt, [name for name in ckpt.entries if name not in taken])
+
+
+def check_dense(ckpt: Checkpoint, names: Iterable[str]) -> None:
+    """Raises `FormatError` for a matrix of codes among the tensors of a quantized checkpoint that stay as they are.
+
+    Without its scales it would count as a dense weight, with numbers that mean nothing.
+    """
+    for name in names:
+        if name.endswith(".weight") and len((entry := ckpt.entry(name)).shape) == 2 and entry.dtype.name in CODES:
+            raise FormatError(
+                f"{ckpt.label}: {name}: holds {entry.dtype} codes, but no scales that go with them are beside it; "
+                "the file is incomplete"
+            )
 
 
 def quantized(model_or_state: Any) -> dict[str, QTensor]:

@@ -157,6 +157,7 @@ class Plan:
         self.groups = groups
         grouped = {name for stored in groups.values() for name in stored.values()}
         self.loose = [name for name in names if name not in grouped]  # everything that is an ordinary tensor
+        state.check_dense(ckpt, self.loose)
         for prefix, stored in groups.items():
             self._place(prefix, stored)
         self._place_loose()

@@ -105,3 +105,17 @@ def test_damage_is_an_error_or_harmless(name: str, tmp_path: Path) -> None:
             value = state[key]
             if hasattr(value, "dequantize"):
                 assert np.asarray(value.unpack() if hasattr(value, "unpack") else 0) is not None
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *MADE])
+def test_codes_without_the_rest_are_no_dense_weight(name: str, tmp_path: Path) -> None:
+    """A file that lost everything of a module but its `weight` codes is an error: they are not the numbers of a layer."""
+    tensors, config, sides, metadata = MADE[name]() if name in MADE else mutations.seed_of(FOLDERS[name])
+    codes = [n for n, a in tensors.items() if n.endswith(".weight") and a.ndim == 2 and a.dtype.itemsize == 1]
+    if not codes:
+        pytest.skip("holds no codes under the name of a dense weight")
+    module = codes[0].removesuffix("weight")
+    left = {n: a for n, a in tensors.items() if n == codes[0] or not n.startswith(module)}
+    mutations.write(tmp_path, left, config, sides, metadata)
+    with pytest.raises(JqError, match=module.replace(".", r"\.")):
+        jq.load_state(tmp_path)

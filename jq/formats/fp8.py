@@ -230,9 +230,10 @@ def _grid(
     if scale.shape[:-2] == stack:
         if block and grid == (math.ceil(n / block[0]), math.ceil(k / block[1])):
             return scale, Grouping("block", *block)
-        if grid == (1, 1):
+        if grid == (1, 1) and not block:
             return scale, Grouping("block", 0, 0)
-        if min(grid) > 0 and n % grid[0] == 0 and k % grid[1] == 0:
+        # MX experts lie beside blocks of the config's size; other scales that do not fit are a damaged file
+        if (not block or scale.dtype == np.uint8) and min(grid) > 0 and n % grid[0] == 0 and k % grid[1] == 0:
             return scale, Grouping("block", n // grid[0], k // grid[1])
     wanted = "one scale" if not block else f"({math.ceil(n / block[0])}, {math.ceil(k / block[1])}) blocks of {block}"
     raise FormatError(

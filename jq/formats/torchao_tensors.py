@@ -135,6 +135,7 @@ def load_intx(stored: Stored) -> Affine:
         )
     grouping = stored.grouping(n, k)
     scale = stored.blocks("scale", grouping, n, k)
+    expect_dtype(scale, FLOATS, f"{stored.name}: scale")
     zeros = stored.blocks("zero_point", grouping, n, k)
     return _integers(stored, qdata, bits, scale, zeros, grouping)
 

@@ -64,6 +64,7 @@ class Reader:
         name = f"{path}.bias"
         offset = self.array(name, shape[:1]) if bias or name in self.state else None
         if isinstance(weight, QTensor):
+            self._check_activation(path, weight)
             return linear_of(
                 weight,
                 offset,
@@ -195,6 +196,18 @@ class Reader:
                 f"{self.label}: {name}: found shape {tuple(value.shape)}, expected {tuple(shape)} from config.json"
             )
 
+    def _check_activation(self, path: str, weight: QTensor) -> None:
+        """Static scales of the inputs, where they will be used: they must be numbers."""
+        activation = getattr(weight, "activation", None)
+        for key in activation.parameters if activation is not None and self.quantize_activations else ():
+            value = np.asarray(weight.extras[key])
+            if key.endswith("scale") and (not jnp.issubdtype(value.dtype, jnp.floating) or np.isnan(value).any()):
+                what = "NaN" if jnp.issubdtype(value.dtype, jnp.floating) else f"of dtype {value.dtype}"
+                raise CheckpointError(
+                    f"{self.label}: {path}.{key}: is {what}, inputs cannot be quantized with it; the file is damaged. "
+                    "quantize_activations=False computes with float inputs"
+                )
+
     def leftovers(self, ignored: tuple[str, ...] = ()) -> list[str]:
         """Tensors that no module took and that cannot be ignored."""
         return [n for n in self.state if n not in self.used and n not in ignored and not n.endswith(IGNORED)]
@@ -202,6 +215,8 @@ class Reader:
     def _compute(self, name: str, value: Any) -> jax.Array:
         """The array in the compute dtype; the stored one is kept where the way back would lose bits."""
         stored = np.dtype(value.dtype)
+        if stored.kind in "iub":
+            raise CheckpointError(f"{self.label}: {name}: found dtype {stored}, expected a float tensor")
         self.stored[name] = stored
         array = _cast(jnp.asarray(value), self.dtype)
         if not lossless(stored, self.dtype) or (stored != self.dtype and bool(_has_nan(array))):

@@ -174,6 +174,8 @@ def test_damaged_modules():
         read(FORMAT, tensors(), config())
     with pytest.raises(FormatError, match=r"weight_scale_inv: found shape \(3, 2\), expected \(2, 2\) blocks"):
         read(FORMAT, tensors(weight_scale_inv=np.ones((3, 2), np.float32)), config((4, 8)))
+    with pytest.raises(FormatError, match=r"weight_scale_inv: found shape \(1, 2\), expected \(2, 2\) blocks"):
+        read(FORMAT, tensors(weight_scale_inv=np.ones((1, 2), np.float32)), config((4, 8)))
     with pytest.raises(FormatError, match="weight_scale_inv: found dtype int32"):
         read(FORMAT, tensors(weight_scale_inv=np.ones((2, 2), np.int32)), config((4, 8)))
     with pytest.raises(FormatError, match="4 of 4 values are not finite"):

@@ -82,6 +82,28 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
         jq.load(write(tmp_path, tensors, config))
 
 
+def test_integers_are_no_dense_weights(tmp_path: Path) -> None:
+    tensors, config = tiny()
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].view(np.int32)
+    with pytest.raises(jq.errors.CheckpointError, match=r"up_proj.weight: found dtype int32, expected a float"):
+        jq.load(write(tmp_path, tensors, config))
+
+
+@pytest.mark.parametrize("damage", ["nan", "dtype"])
+def test_damaged_scales_of_inputs_are_named(damage: str) -> None:
+    """They count where inputs are quantized; the weights can be read, and run with float inputs."""
+    state = jq.load_state(REFERENCE["ct-fp8-static"])
+    name = "model.layers.1.mlp.down_proj"
+    q = state[name + ".weight"]
+    bad = jnp.full_like(q.extras["input_scale"], jnp.nan) if damage == "nan" else jnp.ones((1,), jnp.int32)
+    damaged = q.replace(extras={**q.extras, "input_scale": bad})
+    state = state.replace({k: damaged if k == name + ".weight" else state[k] for k in state})
+    with pytest.raises(jq.errors.CheckpointError, match=r"down_proj.input_scale: is .*quantize_activations=False"):
+        jq.load(state)
+    assert np.isfinite(np.asarray(jq.load(state, quantize_activations=False)(np.ones((1, 4), np.int32)))).all()
+
+
 def test_unknown_families_are_refused_with_what_works(tmp_path: Path) -> None:
     tensors, config = tiny()
     with pytest.raises(jq.errors.UnsupportedError, match=r"'mamba'.*llama, .*jq\.load_state"):
