@@ -1,8 +1,10 @@
-"""AutoRound exports (auto-round 0.16.1): tensors in the storage of GPTQ or AWQ, told apart by `packing_format`.
+"""AutoRound exports (auto-round 0.16.1): integers in the storage of GPTQ or AWQ, told apart by `packing_format`.
 
     contains "gptq"   GPTQ v1 (qzeros hold zero - 1), mostly without g_idx
     contains "awq"    AWQ gemm
+    contains "fake"   plain weights
     otherwise         AutoRound's own: the arrangement of GPTQ, qzeros as they are
+    other data_type   floats and shared exponents, whatever the packing is called: `auto_round_floats`
 
 `extra_config` names modules (or patterns) with other bits, group_size or sym. Loaded tensors are GPTQ or AWQ tensors.
 """
@@ -16,10 +18,14 @@ from typing import Any
 
 from jq.errors import FormatError, UnsupportedError
 from jq.formats import awq, gptq
-from jq.formats.base import Context, Format, Parts
+from jq.formats.auto_round_floats import FloatOptions, dump_floats, load_floats, parse_floats
+from jq.formats.auto_round_floats import group as float_group
+from jq.formats.base import Context, Format, Parts, group_by_prefix
 from jq.formats.gptq_config import Options as GptqOptions
 from jq.formats.gptq_config import checked_group, first, whole_number
-from jq.qtensor import Affine
+from jq.qtensor import NarrowFloat, QTensor
+
+INTEGERS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Options:
     group_size: int
     sym: bool
     storage: str
+    floats: FloatOptions | None = None
     extra: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
 
     def of(self, module: str) -> Options:
@@ -44,16 +51,21 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
 
     Raises:
       FormatError: no or impossible bits or group_size.
-      UnsupportedError: float data types, quantized activations, packings of other libraries.
+      UnsupportedError: quantized activations of integers, packings of other libraries.
     """
     label = context.label
     packing = str(first(config, "packing_format", "backend", default="auto_round:gptq")).lower()
     kind = str(first(config, "data_type", default="int"))
-    if not kind.startswith("int") or any(word in packing for word in ("fp8", "nvfp", "mxfp", "llm_compressor")):
+    if "mlx" in packing or (kind.startswith("int") and "llm_compressor" in packing):
         raise UnsupportedError(
-            f"{label}: AutoRound with data_type {kind!r}, packing_format {packing!r}; integer data types in the packings of "
-            "GPTQ, AWQ and AutoRound are read here. Export it in auto-round as llm_compressor (compressed-tensors)"
+            f"{label}: AutoRound with data_type {kind!r}, packing_format {packing!r}, which is the storage of another "
+            "library under AutoRound's name. Export it in auto-round as auto_round or llm_compressor"
         )
+    if not kind.startswith("int"):
+        floats = parse_floats(config, kind, label)
+        return Options(int(config.get("bits") or 8), -1, True, "floats", floats)
+    if "fake" in packing:
+        return Options(int(config.get("bits") or 8), -1, True, "fake")
     if config.get("act_bits") and whole_number(config["act_bits"], "act_bits", label) < 16:
         raise UnsupportedError(f"{label}: AutoRound with {config['act_bits']}-bit activations is not done here")
     if config.get("bits") is None:
@@ -84,8 +96,17 @@ def _overrides(found: Mapping[str, Any], label: str) -> tuple[tuple[str, Any], .
     return tuple(changed.items())
 
 
-def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affine:
+def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
+    """Modules with words of integers, or with floats and their scales; none where weights are plain."""
+    if options.floats is not None:
+        return float_group(names, options, context)
+    return group_by_prefix(names, ("qweight",), INTEGERS)
+
+
+def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor:
     """One module's tensors, through the format whose storage they have."""
+    if options.floats is not None:
+        return load_floats(prefix, parts, options.floats, context)
     o = options.of(prefix)
     if o.storage == "awq":
         return awq.load(prefix, parts, awq.Options(o.bits, o.group_size, "gemm", o.sym), context)
@@ -93,9 +114,11 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affin
     return gptq.load(prefix, parts, GptqOptions(o.bits, o.group_size, o.sym, zeros=zeros), context)
 
 
-def dump(q: Affine) -> Parts:
+def dump(q: Any) -> Parts:
     """The stored tensors of a module, from the arrays of `q`."""
     assert q.source is not None
+    if isinstance(q, NarrowFloat):
+        return dump_floats(q)
     return awq.dump(q) if q.source.format == "awq" else gptq.dump(q)
 
 
@@ -109,10 +132,12 @@ def detect(checkpoint: Any) -> dict | None:
 FORMAT = Format(
     name="auto-round",
     methods=("auto-round", "intel/auto-round"),
-    title="AutoRound exports in the storage of GPTQ, AWQ or its own",
+    title="AutoRound exports: the storage of GPTQ, AWQ or its own, NVFP4, MX, FP8",
     parse=parse,
     markers=("qweight",),
-    suffixes=("qweight", "qzeros", "scales", "g_idx"),
+    suffixes=INTEGERS,
+    group=group,
+    beside=("input_scale", "input_global_scale"),
     load=load,
     dump=dump,
     detect=detect,

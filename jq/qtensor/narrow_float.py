@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[int, str | None]] = {
     "e2m1": (4, None),
     "e2m3": (6, None),
     "e3m2": (6, None),
+    "e0m3": (4, None),  # a sign and quarters: AutoRound's MXINT4
 }
 
 
@@ -58,6 +59,7 @@ TABLES: dict[str, np.ndarray] = {
     "e2m1": _small_float_table(2, 1),
     "e2m3": _small_float_table(2, 3),
     "e3m2": _small_float_table(3, 2),
+    "e0m3": np.concatenate([np.arange(8), -np.arange(8.0)]).astype(np.float32) / 4,
 }
 
 
@@ -269,6 +271,15 @@ def _gguf(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callabl
     return (doubled * spread(scale * np.float32(0.5))).astype(dtype)
 
 
+def _global_reciprocal(t: NarrowFloat, scale: Array, global_scale: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype((float32(code) * (1 / global)) * float32(scale)): AutoRound's NVFP4."""
+    factor = exact.reciprocal(global_scale.astype(np.float32).reshape(1, 1))
+    raised = t.values() * factor
+    xp = namespace(raised)
+    kept = raised if xp is np else jnp.where(raised == raised, raised, jnp.nan)  # XLA would join the two factors
+    return (kept * spread(scale.astype(np.float32))).astype(dtype)
+
+
 def _half(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
     """dtype(float16(code) * float16(scale)), the product rounded in float16: fouroversix' MXFP4 (scales below 2**-24 are 0)."""
     xp, half = namespace(scale), np.dtype(np.float16)
@@ -298,6 +309,7 @@ FORMULAS: dict[str, Formula] = {
     "global_divide": _global_divide,
     "global_multiply": _global_multiply,
     "global_product": _global_product,
+    "global_reciprocal": _global_reciprocal,
     "half": _half,
 }
 

@@ -40,9 +40,10 @@ def test_packing(packing, storage):
 @pytest.mark.parametrize(
     ("config", "error", "text"),
     [
-        ({"data_type": "mx_fp"}, UnsupportedError, "here: AutoRound with data_type 'mx_fp'"),
+        ({"data_type": "gguf"}, UnsupportedError, "AutoRound's data_type 'gguf' is not read"),
         ({"packing_format": "auto_round:llm_compressor"}, UnsupportedError, "packing_format 'auto_round:llm_compressor'"),
         ({"act_bits": 8}, UnsupportedError, "8-bit activations"),
+        ({"packing_format": "mlx"}, UnsupportedError, "packing_format 'mlx'"),
         ({"bits": None}, FormatError, "quantization_config.bits is missing"),
         ({"bits": 5}, UnsupportedError, "AutoRound with 5 bits"),
         ({"extra_config": [1]}, FormatError, "extra_config is list"),
