@@ -98,6 +98,11 @@ def sync_threads(barrier: Any, threads: int) -> None:
     asm([], f"barrier.sync $0, {threads};", barrier)
 
 
+def arrive_threads(barrier: Any, threads: int) -> None:
+    """Counts on a named barrier for `threads` threads without waiting for it."""
+    asm([], f"barrier.arrive $0, {threads};", barrier)
+
+
 def wgmma_fence() -> None:
     asm([], "wgmma.fence.sync.aligned;")
 
@@ -137,5 +142,6 @@ def wgmma(sums: Sequence[ir.Value], a: Sequence[ir.Value], b: ir.Value, dtype: s
 
 
 def store_matrices_transposed(address: Int, values: Sequence[ir.Value]) -> None:
-    """Four 8x8 matrices of 16-bit values, each transposed: lane l gives the address of row l % 8 of matrix l // 8."""
-    asm([], "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};", address, *values)
+    """2 or 4 8x8 matrices of 16-bit values, each transposed: lane l gives the address of row l % 8 of matrix l // 8."""
+    names = ", ".join(f"${i + 1}" for i in range(len(values)))
+    asm([], f"stmatrix.sync.aligned.m8n8.x{len(values)}.trans.shared.b16 [$0], {{{names}}};", address, *values)

@@ -167,6 +167,16 @@ def fix_name(name: str) -> None:
     op.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
 
 
+def skip_preamble() -> None:
+    """Takes back the barriers (of the cluster, and of the block) that Mosaic put in front of the kernel that is being
+    traced, for its own barriers' sake. A kernel without such need not wait until all blocks of a cluster run.
+    """
+    for op in list(ir.InsertionPoint.current.block.operations):
+        text = str(op.attributes["asm_string"]) if op.name == "llvm.inline_asm" else ""
+        if op.name == "gpu.barrier" or "barrier.cluster." in text or "fence.mbarrier_init" in text:
+            op.erase()
+
+
 def constant(value: float) -> ir.Value:
     return arith.constant(f32(), ir.FloatAttr.get(f32(), float(value)))
 

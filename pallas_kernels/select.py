@@ -81,6 +81,8 @@ def choose(
 
 def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = False) -> bool:
     if choice.kernel == "gemm" and form.scale == "u8":
+        if m <= stream.MAX_ROWS:  # plain scales would be made for each call
+            return False
         form = dataclasses.replace(form, scale="bf16")
     plan = KERNELS[choice.kernel].Plan(m, n, k, form, choice.config, "bf16")
     if gathered and choice.kernel == "stream":
@@ -114,7 +116,7 @@ def streams(m: int, n: int, k: int, multiprocessors: int, gathered: bool = False
         large = stream.Config(8, 1, chunks, ring(8, chunks), multiprocessors)
         yield from (small, large) if even[2 * multiprocessors] >= even[multiprocessors] else (large, small)
     narrow = tiles <= 4 * multiprocessors
-    chunks = 4 if narrow else 8
+    chunks = 4 if narrow and k <= 128 * CHUNK else 8
     share = 1 << 15 if narrow else 1 << 16  # bytes of x that a block should load
     first = 1 if m * k * 2 <= 1 << 15 else next((c for c in (2, 4) if m * k * 2 <= c * share), 4)
     if gathered:
@@ -157,9 +159,20 @@ def tilings(m: int, form: Form, multiprocessors: int) -> Iterator[gemm.Config]:
                 continue
             blocks = whole_clusters(multiprocessors, share * split)
             yield gemm.Config(tile_m, wn, 1 if one else 2, 0, share, split, blocks, 0, even, ahead)
+        if m <= tile_m <= 128:
+            yield from shared_tilings(m, tile_m, wn, multiprocessors)
     if m > 1024:
         for m_group in (2, 4, 8):
             yield gemm.Config(256, 2, 1, 0, 2, 1, whole_clusters(multiprocessors, 2), m_group)
+
+
+def shared_tilings(m: int, tile_m: int, wn: int, multiprocessors: int) -> Iterator[gemm.Config]:
+    """One tile of x, and warpgroups that share units of the weight or have several."""
+    for units, split, chunks in itertools.product(UNITS[wn], (1, 2), (2, 3, 4, 8)):
+        held = -(-units // wn) * tile_m  # accumulators
+        if held <= WIDEST[wn] and tile_m * chunks <= 256 and (chunks == 3) == (wn == 3):
+            blocks = multiprocessors // split * split
+            yield gemm.Config(tile_m, wn, chunks, 0, 1, split, blocks, ahead=False, units=units)
 
 
 @functools.lru_cache(4096)
@@ -172,13 +185,16 @@ def estimate(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, gat
     choices = candidates(m, n, k, form, multiprocessors, gathered)
     if not choices:
         raise ValueError(f"no kernel for {m} rows and a weight of {n}x{k}")
-    if m <= stream.MAX_ROWS and choices[0].kernel == "stream":
+    narrow = -(-n // ROWS) <= 4 * multiprocessors
+    if m <= stream.MAX_ROWS and choices[0].kernel == "stream" and not (m > 8 and narrow):
         return choices[0]
     return min(choices, key=lambda c: microseconds(c, m, n, k, form))
 
 
 # Largest tile of x for 1 to 4 warpgroups: the accumulators stay in registers.
 WIDEST = {1: 256, 2: 256, 3: 192, 4: 128}
+# Units of a block by its warpgroups, also less than one for each, and more.
+UNITS: dict[int, tuple[int, ...]] = {1: (), 2: (1,), 3: (1,), 4: (1, 2, 4, 6, 7)}
 # share, split, even
 CLUSTERS = ((1, 1, False), (2, 1, False), (1, 2, False), (2, 2, False), (1, 4, False), (1, 1, True))
 # Measured on an H100: cycles of one k16 step of one warpgroup, decode included, with 1 to 4 warpgroups at work.
@@ -190,6 +206,7 @@ CYCLES = {
 }
 CLOCK = 1750  # cycles of a microsecond, under load
 DRAM, L2 = 2.7e6, 10e6  # bytes of a microsecond
+PIECES = {1: 0.75, 2: 1.0}  # share of that in copies of 1 or 2 chunks; longer ones are faster
 START = 3.5  # microseconds until the first wgmma, and after the last store
 
 
@@ -213,14 +230,14 @@ def microseconds(choice: Choice, m: int, n: int, k: int, form: Form) -> float:
         passes += rest > 0
     else:
         passes = -(-plan.tiles // plan.clusters)
-        cycles = passes * busy(c.wn) / c.split
+        cycles = passes * plan.block_units * _cycles(c.wn, c.tile_m) / c.split
     tensor = cycles * k / 16 / CLOCK
     weight = n * k * form.bits / 8 * 1.06
     blocks = plan.clusters * plan.cluster
-    l2 = passes * k / c.split * (c.tile_m * 2 / c.share + 34 * c.wn) * blocks / L2
-    dram = weight / DRAM
-    exchange = (1500 + 4 * c.tile_m * c.wn) if c.split > 1 else 800 if c.even else 0
-    ends = (passes * (900 + 6 * c.tile_m) + exchange) / CLOCK
+    l2 = passes * k / c.split * (c.tile_m * 2 / c.share + 34 * plan.block_units) * blocks / L2
+    dram = weight / DRAM / PIECES.get(c.chunks, 1.15)
+    exchange = (900 + 5 * c.tile_m * plan.block_units) if c.split > 1 else 800 if c.even else 0
+    ends = (passes * (900 + 6 * c.tile_m) + exchange + 400 * (plan.depth > 1)) / CLOCK
     return max(tensor, l2, dram) + 0.15 * min(tensor, max(l2, dram)) + ends + START
 
 

@@ -1,9 +1,10 @@
-"""Many rows of x (M > 16): persistent, warp-specialised, wgmma with the weight as A operand from registers.
+"""Many rows of x, or some and a narrow weight: persistent, warp-specialised, wgmma with the weight as A operand from
+registers.
 
-One warp fetches (TMA), `wn` warpgroups compute. Each owns 64 rows of the weight: it reads packed codes from shared
-memory, turns them into scaled 16-bit floats in registers, and multiplies with the tile of x in shared memory. Decode of
-one k16 step runs while the wgmma of the one before it does. The accumulator is y^T; the epilogue transposes it on the
-way through shared memory.
+One warp fetches (TMA), `wn` warpgroups compute. Each owns a unit of 64 rows of the weight (or several units, or shares
+one with others, taking turns along K): it reads packed codes from shared memory, turns them into scaled 16-bit floats in
+registers, and multiplies with the tile of x in shared memory. Decode of one k16 step runs while the wgmma of the one
+before it does. The accumulator is y^T; the epilogue transposes it on the way through shared memory.
 
 A cluster is used in one of three ways: `share` blocks take neighbouring rows of the weight and one copy of x serves all
 of them (multicast); `split` blocks share the K of a tile, and each adds up its part of the columns from what the others
@@ -13,6 +14,7 @@ half a unit of 64 (see `gemm_work.Pairs`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -50,6 +52,7 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
         @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
         def kernel(ctx: Any, *refs: ir.Value) -> None:
             ptx.fix_name("gemm_matmul")
+            ptx.skip_preamble()
             _Kernel(plan, ctx, dict(zip([*names, "y"], refs[:-1], strict=True)), ptx.shared_pointer(refs[-1])).run()
 
         kernel(*refs)
@@ -73,32 +76,45 @@ class _Kernel(Sums, Output):
 
     def run(self) -> None:
         plan, c = self.plan, self.plan.config
-        with ptx.when(self.thread == 0):
+        early = c.share == 1  # no copy reaches into a block that does not run yet
+        consumers, everyone = 128 * c.wn, 128 * (c.wn + 1)
+        with ptx.when(self.thread == consumers):  # the thread that fetches: it need not wait for another one
             for i in range(plan.stages):
                 ptx.barrier_init(self.full + 8 * i, 1)
-                ptx.barrier_init(self.empty + 8 * i, c.wn * c.share)
+                ptx.barrier_init(self.empty + 8 * i, c.wn // plan.depth * c.share)
             ptx.barrier_init(self.arrived, 1)
-            ptx.barrier_init(self.freed, c.wn * max(1, c.split - 1))
+            ptx.barrier_init(self.freed, plan.block_units * max(1, c.split - 1))
             ptx.fence_barrier_init()
             ptx.store_shared(self.at["magic"], [Int(affine.MAGIC[plan.dtype] * 0x10001)])
-        if "table" in self.refs:
-            table = ptx.global_pointer(self.refs["table"])
-            if self.layer:
-                table = ptx.address(table, self.layer[0], 64)
-            threads = 128 * (c.wn + 1)
-            self.decode.fill(plan.form, plan.dtype, self.at["tables"], table, self.thread, threads)
-        ptx.sync_block()
+        ptx.sync_warp()
         if plan.cluster > 1:
             ptx.cluster_arrive(relaxed=True)
-            ptx.cluster_wait()
         with ptx.when(self.wg == c.wn):
+            ptx.sync_warp()
+            hopper.arrive_threads(0, everyone)
             hopper.set_registers(PRODUCER_REGISTERS, "dec")
+            if plan.cluster > 1 and not early:
+                ptx.cluster_wait()
             with ptx.when(self.t == 0):
                 self.produce()
             ptx.sync_warp()
+            if plan.cluster > 1 and early:
+                ptx.cluster_wait()
+        ptx.sync_warp()
         with ptx.when(self.wg < c.wn):
+            ptx.sync_warp()
             hopper.set_registers(CONSUMER_REGISTERS[c.wn], "inc")
+            if "table" in self.refs:
+                table = ptx.global_pointer(self.refs["table"])
+                if self.layer:
+                    table = ptx.address(table, self.layer[0], 64)
+                self.decode.fill(plan.form, plan.dtype, self.at["tables"], table, self.thread, consumers)
+                ptx.sync_warp()
+            hopper.sync_threads(0, everyone)
+            if plan.cluster > 1:
+                ptx.cluster_wait()
             self.consume()
+        ptx.sync_warp()
         if c.even:  # the one that shares its unit has waited for all others already
             with ptx.when(ptx.select(self.wg == self.work.split_wg, 1, 0) == 0):
                 ptx.cluster_arrive(relaxed=True)
@@ -140,7 +156,7 @@ class _Kernel(Sums, Output):
                         with ptx.when(on == 1):
                             weight(slot, kk, i, bar)
                 else:
-                    ptx.barrier_expect(bar, plan.x_bytes + c.wn * unit_bytes)
+                    ptx.barrier_expect(bar, plan.x_bytes + plan.block_units * unit_bytes)
                     weight(slot, kk, 0, bar)
                 x = self.at["x"] + slot * plan.x_bytes
                 for i in range(c.chunks):
@@ -170,15 +186,10 @@ class _Kernel(Sums, Output):
 
         def one_pass(t: Int, carry: list[Int]) -> list[Int]:
             im, first = work.tile(t)
-            mine = work.share(t, first, self.wg)
+            mine = work.share(t, first, self.unit)
             row, n0 = im * c.tile_m, mine.unit * UNIT
             if not c.even:
-                slot, parity = carry
-                sums, carry = self.multiply(slot, parity, mine.end - mine.begin)
-                if c.split > 1:
-                    sums = self.exchange(t, sums)
-                self.epilogue(n0, row + self.part * plan.own_rows, sums, "y")
-                ptx.sync_warp()
+                self.tile(t, n0, row + self.part * plan.own_rows, mine.end - mine.begin)
                 return carry
             at = t * plan.steps  # every pass runs over all steps
             slot, parity = at % plan.stages, at // plan.stages & 1
@@ -200,7 +211,29 @@ class _Kernel(Sums, Output):
             ptx.sync_warp()
             return carry
 
-        ptx.loop(0, work.passes, 1, [] if c.even else [Int(0), Int(0)], one_pass)
+        ptx.loop(0, work.passes, 1, [], one_pass)
         with ptx.when(self.t == 0):
             hopper.tensor_store_wait(0)
         ptx.sync_warp()
+
+    def tile(self, t: Int, n0: Int, row0: Int, steps: Int) -> None:
+        """A warpgroup's part of pass t, in which the block runs over `steps` steps.
+
+        Args:
+          n0: first row of the weight.
+          row0: first row of x that the block writes.
+        """
+        plan, c = self.plan, self.plan.config
+        begin = (self.turn + (plan.depth - t * steps % plan.depth)) % plan.depth  # the slots of this warpgroup's turn
+        at = t * steps + begin
+        slot, parity = at % plan.stages, at // plan.stages & 1
+        own = (steps - begin + (plan.depth - 1)) // plan.depth
+        low = plan.block_units % c.wn  # warpgroups with a unit more than the others
+        for i, height in enumerate(plan.heights):
+            mine = ptx.when(ptx.select(self.wg < low, 1 - i, i) == 1) if plan.heights[1:] else contextlib.nullcontext()
+            with mine:
+                ptx.sync_warp()
+                sums, _ = self.multiply(slot, parity, own, height)
+                for u in range(height):
+                    self.finish(t, n0 + u * (c.wn * UNIT), row0, sums[u * plan.sums : (u + 1) * plan.sums])
+            ptx.sync_warp()

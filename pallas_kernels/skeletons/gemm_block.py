@@ -24,6 +24,7 @@ class Block:
         self.thread = ptx.special("tid.x")
         self.lane, self.warp = self.thread & 31, hopper.uniform(self.thread >> 5)
         self.wg, self.t = self.warp >> 2, self.thread & 127
+        self.unit, self.turn = (self.wg // plan.depth, self.wg % plan.depth) if plan.depth > 1 else (self.wg, Int(0))
         clustered = plan.cluster > 1
         self.rank = ptx.special("cluster_ctarank") if clustered else Int(0)
         cluster = ptx.special("clusterid.x") if clustered else ptx.special("ctaid.x")
@@ -42,15 +43,16 @@ class Block:
         self.maps = {"x": hopper.tensor_map(ctx, refs["x"], (c.tile_m // c.share, CHUNK), 128)}
         for name, rows in {"y": plan.own_rows, **({"y half": c.tile_m // 2} if c.even else {})}.items():
             self.maps[name] = hopper.tensor_map(ctx, refs["y"], (plan.piece(rows), UNIT), 128)
-        rows = c.wn * UNIT // ROWS // plan.boxes
+        rows = plan.block_units * UNIT // ROWS // plan.boxes
         self.maps["codes"] = hopper.tensor_map(ctx, refs["codes"], (*lead, rows, c.chunks, plan.form.bits * 32))
         for name in ("scales", "zeros")[: len(plan.form.params)]:
             self.maps[name] = hopper.tensor_map(ctx, refs[name], (*lead, rows, plan.step_groups, ROWS))
 
-    def after(self, slot: Int, parity: Int) -> tuple[Int, Int]:
-        """The next slot of the ring."""
-        wrap = (slot + 1) == self.plan.stages
-        return ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0)
+    def after(self, slot: Int, parity: Int, count: int = 1) -> tuple[Int, Int]:
+        """The slot of the ring `count` behind a slot."""
+        behind = slot + count
+        wrap = Int(self.plan.stages - 1) < behind
+        return ptx.select(wrap, behind - self.plan.stages, behind), parity ^ ptx.select(wrap, 1, 0)
 
     def release(self, slot: Int) -> None:
         """The slot may be filled again, here and in the blocks that share x."""

@@ -20,11 +20,11 @@ class Output(Block):
             sums = self.add_bias(n0, sums)
         rows = 2 * len(sums)
         piece, size = plan.piece(rows), plan.epilogue_rows * 128
-        buffers = self.at["y"] + self.wg * (2 * size)
+        buffers = self.at["y"] + self.unit * (2 * size)
         for i in range(rows // piece):
             buffer = buffers + (i % 2) * size
             with ptx.when(self.t == 0):
-                hopper.tensor_store_wait(1)
+                hopper.tensor_store_wait(1 if i else 0)
             ptx.sync_warp()
             hopper.sync_threads(self.wg + 1, 128)
             self.transpose(buffer, sums[i * piece // 2 : (i + 1) * piece // 2])
@@ -39,10 +39,10 @@ class Output(Block):
         plan = self.plan
         matrix, r = self.lane >> 3, self.lane & 7
         chunk = (self.warp & 3) * 2 + (matrix & 1)  # 16-byte column of y: 8 rows of the weight
-        for j in range(0, len(sums), 8):  # 16 rows of x
+        for j in range(0, len(sums), 8):  # 16 rows of x, or the last 8
             row = (matrix >> 1) * 8 + r + (j // 8) * 16
             at = buffer + row * 128 + ((chunk ^ r) << 4)
-            pairs = [ptx.pack_pair(sums[j + 2 * q], sums[j + 2 * q + 1], plan.dtype) for q in range(4)]
+            pairs = [ptx.pack_pair(a, b, plan.dtype) for a, b in zip(sums[j : j + 8 : 2], sums[j + 1 : j + 8 : 2])]
             # registers: rows g, rows g + 8 of the first 8 columns, then of the next 8
             hopper.store_matrices_transposed(at, pairs)
 
@@ -56,13 +56,52 @@ class Output(Block):
         ]
         return [ptx.add(s, bias[i // 2 % 2]) for i, s in enumerate(sums)]
 
+    def finish(self, t: Int, n0: Int, row0: Int, sums: list[Any]) -> None:
+        """From a warpgroup's sums in pass t to y: first those of the warpgroups that share its rows, then those of the
+        other blocks, always in the same order.
+
+        Args:
+          row0: first row of x that the block writes.
+        """
+        plan, c = self.plan, self.plan.config
+        if plan.depth == 1:
+            self.epilogue(n0, row0, self.exchange(t, sums) if c.split > 1 else sums, "y")
+            return
+        threads, size = 128 * plan.depth, len(sums) * 512
+        filled, emptied = self.unit + (c.wn + 1), self.unit + (c.wn + 1 + plan.block_units)  # named barriers
+        at = self.at["local"] + self.unit * ((plan.depth - 1) * size) + self.t * 16
+        with ptx.when(Int(0) < self.turn):
+            ptx.sync_warp()
+            with ptx.when(Int(0) < t):
+                ptx.sync_warp()
+                hopper.sync_threads(emptied, threads)
+            ptx.sync_warp()
+            for v in range(0, len(sums), 4):
+                ptx.store_shared(at + (self.turn - 1) * size + v * 512, sums[v : v + 4])
+            ptx.sync_warp()
+            hopper.arrive_threads(filled, threads)
+        ptx.sync_warp()
+        with ptx.when(self.turn == 0):
+            ptx.sync_warp()
+            hopper.sync_threads(filled, threads)
+            for d in range(plan.depth - 1):
+                others = (ptx.load_shared(at + d * size + v * 512, "f32", 4) for v in range(0, len(sums), 4))
+                sums = [ptx.add(s, other) for s, other in zip(sums, ptx.chain(*others))]
+            with ptx.when(t + 1 < self.work.passes):
+                ptx.sync_warp()
+                hopper.arrive_threads(emptied, threads)
+            ptx.sync_warp()
+            self.epilogue(n0, row0, self.exchange(t, sums) if c.split > 1 else sums, "y")
+            ptx.sync_warp()
+        ptx.sync_warp()
+
     def exchange(self, t: Int, sums: list[Any]) -> list[Any]:
         """Sums of this block's columns over all blocks of the split, added in the order of their ranks."""
         plan, c = self.plan, self.plan.config
         share = len(sums) // c.split
         vectors = share // 4
         inbox_wg = vectors * 128 * 16
-        inbox = c.wn * inbox_wg
+        inbox = plan.block_units * inbox_wg
         with ptx.when(self.thread == 0):
             ptx.barrier_expect(self.arrived, plan.inbox_bytes)
 
@@ -76,7 +115,7 @@ class Output(Block):
             own = [ptx.select_float(mine, s, o) for s, o in zip(sums[r * share : (r + 1) * share], own)]
             # my place in the inbox of r: ranks below r keep their number, ranks above it move down by one
             place = ptx.select(self.part < r, self.part, self.part - 1)
-            at = self.at["inbox"] + place * inbox + self.wg * inbox_wg + self.t * 16
+            at = self.at["inbox"] + place * inbox + self.unit * inbox_wg + self.t * 16
             with ptx.when(ptx.select(mine, 0, 1) == 1):
                 rank = self.mate + r * c.share
                 target, bar = ptx.remote(at, rank), ptx.remote(self.arrived, rank)
@@ -88,7 +127,7 @@ class Output(Block):
             ptx.chain(
                 *(
                     ptx.load_shared(
-                        self.at["inbox"] + p * inbox + self.wg * inbox_wg + self.t * 16 + v * 2048, "f32", 4
+                        self.at["inbox"] + p * inbox + self.unit * inbox_wg + self.t * 16 + v * 2048, "f32", 4
                     )
                     for v in range(vectors)
                 )

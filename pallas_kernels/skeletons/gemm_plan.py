@@ -10,6 +10,7 @@ from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS
 from pallas_kernels.skeletons.plan import SMEM_BYTES, Launch, groups_of, offsets
 
 PRODUCER_REGISTERS = 40
+MOST_STAGES = 12
 # registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
 CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104}
 UNIT = 64  # rows of the weight that a warpgroup multiplies: the M of wgmma
@@ -20,8 +21,8 @@ class Config:
     """Knobs of the kernel.
 
     Fields:
-      tile_m: rows of x in a tile, up to 256, a multiple of 16 * split and of 8 * share.
-      wn: warpgroups of a block, 64 rows of the weight each.
+      tile_m: rows of x in a tile, up to 256, a multiple of 8 * split and of 8 * share.
+      wn: warpgroups of a block, up to 4.
       chunks: tiles of 64 along K in one step of the ring.
       stages: length of the ring; 0: as many as fit.
       share: blocks of a cluster that use the same x.
@@ -29,6 +30,9 @@ class Config:
       blocks: blocks to launch.
       m_group: tiles of x that neighbouring blocks take before they go on to the next rows of the weight; 0: all.
       even: pairs of blocks get even numbers of units of 64 rows of the weight, the odd one shared along K.
+      units: units of 64 rows of the weight that a block takes at once; 0: one for each warpgroup. With fewer, warpgroups
+        share a unit and take turns with the steps along K: where a block has a unit or two, decode and tensor core
+        would wait for one another. With more, a warpgroup has several, and a block needs x less often.
       ahead: decode runs ahead of the tensor core from step to step of the ring; without it each step ends with a wait,
         and the assembler is free to decode more than one k16 at once (better up to 64 rows of x, and often to 128).
     """
@@ -43,6 +47,7 @@ class Config:
     m_group: int = 0
     even: bool = False
     ahead: bool = True
+    units: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +74,30 @@ class Plan(Launch):
         return -(-self.m // self.config.tile_m)
 
     @property
+    def block_units(self) -> int:
+        """Units of 64 rows of the weight that a block takes at once."""
+        return self.config.units or self.config.wn
+
+    @property
+    def depth(self) -> int:
+        """Warpgroups that share a unit."""
+        return max(1, self.config.wn // self.block_units)
+
+    @property
+    def heights(self) -> list[int]:
+        """Units of each of the first warpgroups, and of the last ones if these have one less."""
+        most = -(-self.block_units // self.config.wn)
+        return [most, most - 1] if most > 1 and self.block_units % self.config.wn else [most]
+
+    @property
     def units(self) -> int:
         """Units of 64 rows of the weight."""
         return -(-self.n // UNIT)
 
     @property
     def n_tiles(self) -> int:
-        """Tiles of 64 * wn rows of the weight, rounded up to what a cluster takes."""
-        return -(-self.units // (self.config.wn * self.config.share))
+        """Tiles of `block_units` units, rounded up to what a cluster takes."""
+        return -(-self.units // (self.block_units * self.config.share))
 
     @property
     def tiles(self) -> int:
@@ -109,7 +130,7 @@ class Plan(Launch):
 
     @property
     def boxes(self) -> int:
-        """Copies that bring the weight of a step; each brings the rows of `wn / boxes` warpgroups."""
+        """Copies that bring the weight of a step; each brings the rows of `block_units / boxes` units."""
         return self.config.wn if self.config.even else 1
 
     @property
@@ -119,11 +140,11 @@ class Plan(Launch):
 
     @property
     def param_bytes(self) -> list[int]:
-        return [-(-self.config.wn * b // 128) * 128 for b in self.param_pitch]
+        return [-(-self.block_units * b // 128) * 128 for b in self.param_pitch]
 
     @property
     def code_bytes(self) -> int:
-        return self.config.wn * self.unit_bytes
+        return self.block_units * self.unit_bytes
 
     @property
     def stage_bytes(self) -> int:
@@ -143,6 +164,16 @@ class Plan(Launch):
         return c.ahead and (c.wn == 1 or (c.chunks == 1 and c.wn < 4)) and not (c.tile_m == 256 and c.share > 1)
 
     @property
+    def in_turn(self) -> bool:
+        """Whether chunks are read and decoded one after the other, to hold fewer registers."""
+        return not self.config.ahead and (self.config.chunks > 2 or self.heights != [1])
+
+    @property
+    def burst(self) -> int:
+        """k16 steps between two waits, where chunks are decoded in turn."""
+        return 4 if self.heights == [1] else 1
+
+    @property
     def epilogue_rows(self) -> int:
         return 64 if self.config.tile_m >= 192 and self.config.wn <= 2 else 32
 
@@ -159,27 +190,34 @@ class Plan(Launch):
     def inbox_bytes(self) -> int:
         """Partial sums that the other blocks of a split send."""
         s = self.config.split
-        return (s - 1) * self.config.wn * 128 * self.sums // s * 4
+        return (s - 1) * self.block_units * 128 * self.sums // s * 4
+
+    @property
+    def local_bytes(self) -> int:
+        """Sums of the warpgroups that share their rows, but for the first one's."""
+        return (self.depth - 1) * self.block_units * 128 * self.sums * 4
 
     @property
     def y_bytes(self) -> int:
-        return self.config.wn * 2 * self.epilogue_rows * 128
+        return self.config.wn // self.depth * 2 * self.epilogue_rows * 128
 
     @property
     def fixed_bytes(self) -> int:
-        return self.y_bytes + self.inbox_bytes + self.table_bytes + 1024
+        return self.y_bytes + self.inbox_bytes + self.local_bytes + self.table_bytes + 1024
 
     @property
     def stages(self) -> int:
         fit = (SMEM_BYTES - self.fixed_bytes - 1024) // (-(-self.stage_bytes // 1024) * 1024)
-        return min(self.config.stages or 12, fit, 12)
+        fit = min(self.config.stages or MOST_STAGES, fit, MOST_STAGES)
+        return fit // self.depth * self.depth  # each slot belongs to one of the warpgroups that share a unit
 
     @functools.cached_property
     def layout(self) -> dict[str, int]:
         s = self.stages
         sizes = {"x": s * self.x_bytes, "codes": s * self.code_bytes}
         sizes |= {name: s * nbytes for name, nbytes in zip(("scales", "zeros"), self.param_bytes)}
-        sizes |= {"y": self.y_bytes, "inbox": self.inbox_bytes, "tables": self.table_bytes, "barriers": 8 * (2 * s + 3)}
+        sizes |= {"y": self.y_bytes, "inbox": self.inbox_bytes, "local": self.local_bytes}
+        sizes |= {"tables": self.table_bytes, "barriers": 8 * (2 * s + 3)}
         out = offsets(sizes, 1024)
         out["magic"] = out["barriers"] + 8 * (2 * s + 2)
         if self.config.even:
@@ -195,12 +233,16 @@ class Plan(Launch):
         group = self.form.group
         if group and group % self.span and self.span % group:
             return f"groups of {group} with steps of {self.span}"
-        if c.tile_m % (8 * c.share) or c.tile_m % (16 * c.split):
+        if c.tile_m % (8 * c.share) or c.tile_m % (8 * c.split):
             return f"tile of {c.tile_m} rows of x with share {c.share} and split {c.split}"
-        if c.even and (c.share > 1 or c.split > 1 or c.tile_m % 32 or self.m_tiles > c.blocks // 2):
+        if c.even and (c.share > 1 or c.split > 1 or c.units or c.tile_m % 32 or self.m_tiles > c.blocks // 2):
             return f"even pairs with tiles of {c.tile_m} rows of x, share {c.share} and split {c.split}"
-        if self.steps < (2 * self.cluster if c.ahead else 2 * c.even):
+        if self.block_units < c.wn and c.wn % c.units:
+            return f"{c.wn} warpgroups for {c.units} units"
+        if self.block_units > c.wn and (c.ahead or c.split > 1):
+            return f"{c.units} units for {c.wn} warpgroups, ahead or with a split along K"
+        if self.steps < (2 * self.cluster * self.depth if c.ahead else 2 * c.even):
             return f"{self.steps} steps along K for {self.cluster} blocks"
-        if self.stages < 2 or self.layout["bytes"] > SMEM_BYTES:
+        if self.stages < max(2, self.depth * (1 + c.ahead)) or self.layout["bytes"] > SMEM_BYTES:
             return f"{self.layout['bytes']} bytes of shared memory"
         return None

@@ -20,7 +20,7 @@ class Share:
 
 
 class Tiles:
-    """Clusters take tiles of 64 * wn rows in turn; all warpgroups run over the same steps."""
+    """Clusters take tiles of `block_units` units in turn; all warpgroups run over the same steps."""
 
     def __init__(self, plan: Plan, cluster: Int, mate: Int, part: Int):
         self.plan, self.cluster, self.mate = plan, cluster, mate
@@ -40,7 +40,7 @@ class Tiles:
         im, it = first + rest % size, rest // size
         if c.share > 1:
             it = it * c.share + self.mate
-        return im, it * c.wn
+        return im, it * plan.block_units
 
     def share(self, t: Int, first: Int, w: Any) -> Share:
         return Share(first + w, self.begin, self.end)

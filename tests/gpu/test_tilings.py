@@ -27,6 +27,13 @@ NARROW, WIDE, LARGE = Config(64, 4, 2, ahead=False), Config(128, 2, 2), Config(2
         (200, 4096, 4096, dataclasses.replace(WIDE, ahead=False, split=2)),
         (200, 1000, 4096, dataclasses.replace(WIDE, share=2, split=2, blocks=120)),
         (100, 4096, 1992, dataclasses.replace(WIDE, wn=1, split=4, blocks=120)),
+        (16, 4096, 4096, Config(16, 4, 4, split=2, units=1, ahead=False)),
+        (13, 1000, 1992, Config(16, 2, 8, split=2, units=1, ahead=False)),
+        (40, 20000, 2048, Config(48, 2, 4, units=1, ahead=False)),  # more than one turn of each block
+        (100, 6144, 1600, Config(64, 4, 2, units=2, ahead=False)),
+        (128, 4096, 2048, dataclasses.replace(WIDE, split=2, units=1)),
+        (64, 57344, 1024, dataclasses.replace(NARROW, units=7)),
+        (150, 30000, 1000, dataclasses.replace(NARROW, units=7)),
         (300, 28672, 2048, dataclasses.replace(LARGE, even=True)),
         (600, 6144, 2048, dataclasses.replace(LARGE, even=True)),
         (600, 6144, 2048, dataclasses.replace(LARGE, share=2)),

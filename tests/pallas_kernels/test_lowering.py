@@ -65,6 +65,21 @@ def test_options():
         lower(FORMS["nf4_dq"], 4096, 512, m, select.Choice("stream", config))
 
 
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (16, gemm.Config(16, 4, 4, split=2, units=1, ahead=False)),
+        (100, gemm.Config(112, 2, 2, units=1)),
+        (60, gemm.Config(64, 4, 2, units=2, ahead=False)),
+        (60, gemm.Config(64, 4, 2, units=7, ahead=False)),
+    ],
+    ids=str,
+)
+def test_units_that_warpgroups_share_or_collect(m, config):
+    for name in ("g128", "nf4"):
+        lower(FORMS[name], 2000, 1024, m, select.Choice("gemm", config), bias=True)
+
+
 def tuned():
     rows = {}
     for device in ("h100", "h200"):

@@ -37,6 +37,9 @@ EVEN = Config(64, 4, 2, even=True, ahead=False)
         (300, 1000, 1024, Config(128, 2, 2, share=2, split=2, blocks=120)),
         (500, 4096, 1984, Config(128, 3, 2, split=4, blocks=120)),
         (5000, 2000, 1024, Config(256, 2, 1, share=2, m_group=4)),
+        (16, 4096, 4096, Config(16, 4, 4, split=2, units=1, ahead=False)),
+        (100, 9000, 1984, Config(64, 4, 2, units=2, ahead=False)),
+        (64, 57344, 1024, Config(64, 4, 2, units=7, ahead=False)),
     ],
 )
 def test_every_step_once(plain_integers, m, n, k, config):
@@ -52,8 +55,8 @@ def test_every_step_once(plain_integers, m, n, k, config):
             busy = 0
             for t in range(work.passes):
                 tile, first = work.tile(t)
-                for wg in range(config.wn):
-                    share = work.share(t, first, wg)
+                for i in range(plan.block_units):
+                    share = work.share(t, first, i)
                     busy += share.end - share.begin
                     seen.update((tile, share.unit, step) for step in range(share.begin, share.end))
             longest = max(longest, busy)
@@ -63,6 +66,17 @@ def test_every_step_once(plain_integers, m, n, k, config):
         assert set(seen) == wanted
         groups = plan.tiles // plan.m_tiles
         assert longest <= (-(-plan.units // groups) + 1) / 2 * plan.steps
+
+
+def test_warpgroups_and_units():
+    config = Config(64, 4, 2, ahead=False)
+    for units, depth, heights in ((0, 1, [1]), (4, 1, [1]), (1, 4, [1]), (2, 2, [1]), (7, 1, [2, 1]), (8, 1, [2])):
+        plan = Plan(64, 4096, 4096, Form(), dataclasses.replace(config, units=units), "bf16")
+        assert plan.reason() is None
+        assert (plan.depth, plan.heights) == (depth, heights)
+        assert plan.stages % depth == 0  # a slot is always the same warpgroup's
+    assert "3 units" in Plan(64, 4096, 4096, Form(), dataclasses.replace(config, units=3), "bf16").reason()
+    assert "7 units" in Plan(64, 4096, 4096, Form(), dataclasses.replace(config, units=7, split=2), "bf16").reason()
 
 
 def test_too_few_steps_are_refused():
