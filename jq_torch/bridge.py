@@ -11,8 +11,10 @@ Three facts decide the code (measured on CPU, torch 2.13, jax 0.10):
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -136,6 +138,21 @@ def _convert(tensor: torch.Tensor, kind: Kind) -> Any:
     return to_jax(tensor.reshape(()) if kind.scalar else tensor)
 
 
+@contextlib.contextmanager
+def device_kept(tensor: torch.Tensor | None = None) -> Iterator[None]:
+    """Where there are several GPUs: JAX computes inside, with the tensor's device current, and torch's is so afterwards.
+
+    XLA leaves the device current that it used last, which is torch's current one too; torch refuses to export tensors of
+    others.
+    """
+    if torch.cuda.device_count() < 2:
+        yield
+        return
+    index = tensor.get_device() if tensor is not None and tensor.is_cuda else torch.cuda.current_device()
+    with torch.cuda.device(index):
+        yield
+
+
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if XLA can use its memory as it is, else a dense, aligned copy."""
     tensor = tensor.detach()
@@ -154,7 +171,8 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
             f"a packed layer on {tensor.device}, but this JAX computes on {jax.default_backend()}: install JAX with CUDA "
             "(pip install jaxq[cuda13]), or load with device_map='cpu'"
         )
-    return jax.dlpack.from_dlpack(tensor)
+    with device_kept(tensor):
+        return jax.dlpack.from_dlpack(tensor)
 
 
 def from_jax(array: jax.Array) -> torch.Tensor:

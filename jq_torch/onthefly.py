@@ -245,6 +245,7 @@ class Quantize(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     @torch.no_grad()
+    @bridge.device_kept()
     def convert(
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def _leaves(packed: list[torch.Tensor], spec: str) -> list[Any]:
 
 def dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> torch.Tensor:
     """The dequantized weight [*stack, N, K], rounded as the original library rounds, then cast to `dtype`."""
-    return bridge.from_jax(_dense_program(spec, bridge.dtype_name(dtype))(_leaves(packed, spec)))
+    with bridge.device_kept(packed[0]):
+        return bridge.from_jax(_dense_program(spec, bridge.dtype_name(dtype))(_leaves(packed, spec)))
 
 
 _kernels: Any = WeakTensorKeyDictionary()  # first packed tensor -> (state, kernel's form, how often it was made)
@@ -160,8 +161,9 @@ def _linear(
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     padded = torch.nn.functional.pad(rows, (0, 0, 0, bucket(tokens) - tokens))
-    added = None if bias is None else bridge.to_jax(bias)
-    y = bridge.from_jax(_matmul_program(spec)(bridge.to_jax(padded), _leaves(packed, spec), added))
+    with bridge.device_kept(x):
+        added = None if bias is None else bridge.to_jax(bias)
+        y = bridge.from_jax(_matmul_program(spec)(bridge.to_jax(padded), _leaves(packed, spec), added))
     return y[:tokens].reshape(*x.shape[:-1], out_features)
 
 
@@ -181,6 +183,7 @@ def _expert_matmul_program(spec: str) -> Any:
     return jax.jit(lambda x, leaves, expert: matmul(x, jax.tree.unflatten(tree, leaves)[expert]).astype(x.dtype))
 
 
+@bridge.device_kept()
 def _experts(
     x: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int
 ) -> torch.Tensor:
@@ -200,6 +203,7 @@ def _experts(
     return y
 
 
+@bridge.device_kept()
 def _experts_dx(
     dy: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int
 ) -> torch.Tensor:

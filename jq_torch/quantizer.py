@@ -179,6 +179,7 @@ class JqQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> Any:
         return onthefly.Quantize(self)
 
+    @bridge.device_kept()
     def pack(self, model: Any) -> None:
         """Makes QTensors of the stored tensors that are in memory."""
         for path, module in list(model.named_modules()):

@@ -311,7 +311,9 @@ def _device(index: int) -> tuple[str, int]:
 
 @functools.lru_cache(maxsize=512)
 def _launcher(key: _Key, rows: int, dtype: str, choice: select.Choice, device: int) -> _Launcher:
-    return _Launcher(lower(key.skeleton, rows, dtype, choice))
+    lowered = lower(key.skeleton, rows, dtype, choice)
+    with torch.cuda.device(device):  # XLA may have left another one current
+        return _Launcher(lowered)
 
 
 def bucket(rows: int) -> int:

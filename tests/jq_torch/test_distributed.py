@@ -52,6 +52,8 @@ def two(modes: str, device: str, folder: str) -> list[dict[str, Any]]:
     return [json.loads(p.communicate(timeout=300)[0].splitlines()[-1]) for p in processes]
 
 
+# torch 2.11 makes every parameter that it shards require a gradient for a moment, which integers cannot
+SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 
 
@@ -59,9 +61,10 @@ GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDI
 def ran(request, tmp_path_factory):
     """(device, folder, what each process found in every mode): the processes start once."""
     folder = packed(tmp_path_factory.mktemp("two"), bnb_4bit_use_double_quant=True)
-    return request.param, folder, two("fsdp,half,tensor,refused", request.param, folder)
+    return request.param, folder, two(f"{'fsdp,half,' if SHARDS else ''}tensor,refused", request.param, folder)
 
 
+@pytest.mark.skipif(not SHARDS, reason="fully_shard takes integer parameters from torch 2.13 on")
 @pytest.mark.parametrize("mode, limit", [("fsdp", 1e-4), ("half", 3e-2)])
 def test_two_processes_train_as_one(ran, mode, limit):
     import distributed_worker
