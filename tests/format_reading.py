@@ -47,3 +47,22 @@ def assert_same(got: Any, want: Any, name: str = "") -> None:
 
 def held_bytes(q: Any) -> int:
     return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(q))
+
+
+def compressed_tensors_config(weights, inputs=None, *, form="pack-quantized", targets=("Linear",), **more):
+    """A quantization_config with one scheme."""
+    scheme = {"targets": list(targets), "weights": weights, "input_activations": inputs, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+        "version": "0.20.0",
+        **more,
+    }
+
+
+def named(parts, prefix="model.layers.0.self_attn.q_proj"):
+    """Parts of a module by their stored names."""
+    return {f"{prefix}.{k}": v for k, v in parts.items()}

@@ -5,38 +5,21 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from format_reading import assert_same, held_bytes, read
+from format_reading import assert_same, held_bytes, named, read
+from format_reading import compressed_tensors_config as config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jq
 from jq.errors import FormatError, UnsupportedError
-from jq.formats import compressed_tensors_sparse as sparse
 from jq.formats.base import Context
 from jq.formats.compressed_tensors import FORMAT
-from jq.formats.compressed_tensors_config import PRESETS, parse
+from jq.formats.compressed_tensors_config import parse
 
 NAME = "model.layers.0.self_attn.q_proj"
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
 E4M3 = ml_dtypes.float8_e4m3fn
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-
-
-def config(weights, inputs=None, *, form="pack-quantized", targets=("Linear",), **more):
-    scheme = {"targets": list(targets), "weights": weights, "input_activations": inputs, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
-        "ignore": ["lm_head"],
-        "version": "0.20.0",
-        **more,
-    }
-
-
-def named(parts, prefix=NAME):
-    return {f"{prefix}.{k}": v for k, v in parts.items()}
 
 
 def dense_words(codes, bits):
@@ -215,188 +198,11 @@ def test_mx_every_scale_byte(bits):
     np.testing.assert_array_equal(got.view(np.uint16)[~nan], want.view(np.uint16)[~nan])
 
 
-def masked(mask, values):
-    return {"bitmask": np.packbits(mask, axis=1, bitorder="little"), "compressed": values}
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 9),
-    st.integers(1, 40),
-    st.sampled_from([0.0, 0.2, 1.0]),
-    st.sampled_from(["", "weight."]),
-    st.integers(0, 2**32),
-)
-def test_sparse_bitmask(n, k, share, lead, seed):
-    rng = np.random.default_rng(seed)
-    mask = rng.random((n, k)) < share
-    values = rng.standard_normal(int(mask.sum())).astype(ml_dtypes.bfloat16)
-    offsets = np.concatenate([[0], np.cumsum(mask.sum(1))[:-1]]).astype(np.int64)
-    parts = {**masked(mask, values), "shape": np.array([n, k], np.int64), "row_offsets": offsets}
-    tensors = named({lead + key: v for key, v in parts.items()})
-    sparsity = {"format": "sparse-bitmask", "targets": ["Linear"], "ignore": [], "sparsity_structure": "unstructured"}
-    q = read(FORMAT, tensors, {"quant_method": "compressed-tensors", "sparsity_config": sparsity})[NAME]
-    dense = np.zeros((n, k), values.dtype)
-    dense[mask] = values
-    assert_same(q.dequantize(), dense)
-    assert held_bytes(q) <= sum(v.nbytes for v in parts.values())
-
-
-def two_of_four(rng, n, k):
-    mask = np.zeros((n * k // 4, 4), bool)
-    for row in mask:
-        row[rng.permutation(4)[:2]] = True
-    return mask.reshape(n, k)
-
-
-@pytest.mark.parametrize("kind", ["float", "int"])
-def test_sparse_24_on_codes(kind):
-    """2:4 masks over fp8 and int8 codes: the values are read as stored, a code of -128 that the writer lost stays lost."""
-    rng = np.random.default_rng(3)
-    n, k = 6, 24
-    mask = two_of_four(rng, n, k)
-    raw = rng.integers(0, 120, (n, k // 2)).astype(np.uint8)
-    values = raw.view(E4M3) if kind == "float" else raw.view(np.int8)
-    values[0, 0] = 0  # what abs(-128) = -128 made of the largest code
-    scales = rng.standard_normal((n, 1)).astype(np.float32)
-    parts = {**masked(mask, values), "shape": np.array([[n], [k]], np.int64), "weight_scale": scales}
-    args = {"num_bits": 8, "type": kind, "strategy": "channel"}
-    cfg = config(args, form=f"{kind}-quantized", sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]})
-    q = read(FORMAT, named(parts), cfg)[NAME]
-    codes = np.zeros((n, k), values.dtype)
-    codes[mask] = values.reshape(-1)
-    assert_same(q.dequantize(), codes.astype(np.float32) * scales)
-    assert held_bytes(q) <= sum(v.nbytes for v in parts.values())
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("groups", [1, 4])
-def test_marlin_24(bits, groups):
-    """Codes, metadata and scales back from their tiles. (A file of the library, 4 bits, is among the references.)"""
-    rng = np.random.default_rng(bits + groups)
-    n, k, half = 64, 512, 1 << (bits - 1)
-    mask = two_of_four(rng, n, k)
-    codes = rng.integers(-half, half, (n, k // 2))
-    places = np.nonzero(mask)[1].reshape(n, k // 2)
-    scales = rng.uniform(0.01, 1, (groups, n)).astype(np.float16)
-    order = sparse._SHORT if groups > 1 else sparse._IDENTITY
-    parts = {
-        "weight_packed": sparse._tile(np.ascontiguousarray(codes.T) + half, bits),
-        "meta": sparse._metadata(places, n, k),
-        "scale_packed": scales.reshape(-1, 64)[:, order].reshape(scales.shape),
-    }
-    assert parts["weight_packed"].shape == (k // 32, n * bits // 2) and parts["meta"].shape == (k // 32, 2 * n)
-    args = (
-        {"num_bits": bits, "strategy": "group", "group_size": 128}
-        if groups > 1
-        else {"num_bits": bits, "strategy": "channel"}
-    )
-    q = read(FORMAT, named(parts), config(args, form="marlin-24"))[NAME]
-    dense = np.zeros((n, k), np.float16)
-    dense[mask] = codes.reshape(-1)
-    assert_same(q.dequantize(), dense * np.repeat(scales.T, k // groups, 1))
-    assert held_bytes(q) == sum(v.nbytes for v in parts.values())
-
-
-def test_marlin_metadata_out_of_order():
-    n = 64
-    parts = {
-        "weight_packed": np.zeros((1, 128), np.int32),
-        "meta": np.zeros((1, 128), np.int16),
-        "scale_packed": np.ones((1, n), np.float16),
-    }
-    with pytest.raises(FormatError, match=r"q_proj.meta: metadata names the places of a quad out of order"):
-        read(FORMAT, named(parts), config({"num_bits": 4, "strategy": "channel"}, form="marlin-24"))
-    with pytest.raises(FormatError, match="holds symmetric int4 and int8 only"):
-        read(FORMAT, named(parts), config({"num_bits": 3, "strategy": "channel"}, form="marlin-24"))
-
-
-def test_mask_that_does_not_count():
-    mask = np.ones((2, 8), bool)
-    parts = {**masked(mask, np.ones(15, np.float16)), "shape": np.array([2, 8]), "row_offsets": np.array([0, 8])}
-    with pytest.raises(FormatError, match=r"q_proj.*keeps 16 values, but 15"):
-        read(FORMAT, named(parts), {"sparsity_config": {"format": "sparse-bitmask"}})
-
-
 def test_frozen_weights_stay_floats():
     """quantization_status frozen: float weights with scales beside them are no compressed module."""
     tensors = named({"weight": np.ones((4, 8), np.float16), "weight_scale": np.ones((4, 1), np.float16)})
     cfg = config({"num_bits": 4, "strategy": "channel"}, form="dense", quantization_status="frozen")
     assert read(FORMAT, tensors, cfg) == {}
-
-
-def options_with(groups, ignore=()):
-    return parse({"config_groups": groups, "ignore": list(ignore)}, Context())
-
-
-def test_targets_exact_before_regex_before_class():
-    """The library sorts names before regexes before classes, each as strings: not in the order of the config."""
-
-    def group(bits, *targets):
-        return {"targets": list(targets), "weights": {"num_bits": bits, "strategy": "channel"}}
-
-    options = options_with(
-        {"a": group(8, "Linear"), "b": group(3, "re:.*proj$"), "c": group(2, "re:.*k_proj"), "d": group(4, "m.q_proj")},
-        ["re:.*lm_head", "m.skip", "Embedding"],
-    )
-
-    def bits(name):
-        found = options.group_of(name)
-        return None if found is None else found.weights.num_bits
-
-    assert [bits(n) for n in ("m.q_proj", "m.v_proj", "m.k_proj", "m.gate")] == [4, 3, 2, 8]
-    assert [bits(n) for n in ("lm_head", "m.skip", "model.embed_tokens")] == [None, None, None]
-    assert bits("m.o_proj_extra") == 8  # "re:.*proj$" is anchored by its own $
-    assert bits("m.k_proj_extra") == 2  # a regex without one is a prefix match
-
-
-def test_ignored_module_that_is_quantized_all_the_same():
-    parts = {"weight": np.ones((2, 4), E4M3), "weight_scale": np.ones((2, 1), np.float32)}
-    cfg = config({"num_bits": 8, "type": "float", "strategy": "channel"}, form="float-quantized")
-    assert list(read(FORMAT, named(parts, "lm_head"), cfg)) == ["lm_head"]
-
-
-def test_preset_with_targets():
-    options = options_with({"FP8_dynamic": ["re:.*mlp.*"], "w4a16": ["Linear"]})
-    assert options.groups[0].weights.strategy == "channel" and options.groups[0].inputs.strategy == "token"
-    assert options.groups[1].weights.group_size == 128
-    assert len(PRESETS) == 33
-
-
-def test_config_nested_one_level_deeper():
-    inner = config({"num_bits": 4, "group_size": -1})
-    options = parse({"quant_method": "compressed-tensors", "quantization_config": inner}, Context())
-    assert options.groups[0].weights.strategy == "channel"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_bits": 9}, "num_bits 9"),
-        ({"num_bits": 5, "type": "float"}, "num_bits 5"),
-        ({"strategy": "rows"}, "strategy 'rows'"),
-        ({"strategy": "group", "group_size": None}, "needs a positive group_size"),
-        ({"strategy": "block"}, "needs a block_structure"),
-        ({"actorder": "columns"}, "actorder 'columns'"),
-        ({"nonsense": 1}, "unknown key 'nonsense'"),
-        ({"dynamic": "sometimes"}, "dynamic 'sometimes'"),
-    ],
-)
-def test_bad_arguments(change, message):
-    with pytest.raises(FormatError, match=message):
-        parse(config({"num_bits": 4, **change}), Context())
-
-
-def test_bad_config():
-    with pytest.raises(FormatError, match="preset 'W9A1' is not known"):
-        options_with({"W9A1": ["Linear"]})
-    with pytest.raises(FormatError, match="format 'zip' is not known"):
-        parse(config({"num_bits": 4}, form="zip"), Context())
-    apply = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
-    with pytest.raises(UnsupportedError, match="rotates activations at run time"):
-        parse(config({"num_bits": 4}, transform_config={"config_groups": {"u": apply}}), Context())
-    offline = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "weight_output"}]}
-    parse(config({"num_bits": 4}, transform_config={"config_groups": {"u": offline}}), Context())
 
 
 def w4(**changes):
