@@ -42,6 +42,13 @@ _MODULES = (
 )
 
 
+# Methods of transformers that have no checkpoints.
+NEVER_STORED = {
+    "nvfp4": "transformers quantizes to it while loading a 16-bit checkpoint and cannot save it, so no file holds it; NVFP4 "
+    "checkpoints say modelopt, compressed-tensors, auto-round or quark, and jq.NVFP4() makes one",
+}
+
+
 @cache
 def table() -> Mapping[str, Format]:
     """Every format, by name."""
@@ -63,6 +70,8 @@ def by_method(method: str, label: str = "config.json") -> Format:
     for fmt in table().values():
         if method in fmt.methods:
             return fmt
+    if method in NEVER_STORED:
+        raise UnsupportedError(f"{label}: quant_method {method!r}: {NEVER_STORED[method]}")
     known = ", ".join(sorted(m for f in table().values() for m in f.methods))
     raise UnsupportedError(f"{label}: quant_method {method!r} is not known here; known methods: {known}")
 

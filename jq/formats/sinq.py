@@ -54,7 +54,7 @@ SIDE_FILE = "model.safetensors.index.json.meta.json"
 QUANTIZED = tuple(f"meta.{name}.{part}" for name in ("scale", "zero") for part in "xsm")
 SUFFIXES = ("W_q", "meta.scale", "meta.zero", "meta.scale2", "meta.awq_scale", *QUANTIZED)
 PLAIN = ("nbits", "group_size", "method")
-KNOWN = ("quant_method", "nbits", "group_size", "tiling_mode", "method", "modules_to_not_convert")
+KNOWN = ("quant_method", "nbits", "group_size", "tiling_mode", "method", "modules_to_not_convert", "_extra_kwargs")
 
 
 @dataclasses.dataclass(frozen=True)
