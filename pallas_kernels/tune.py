@@ -33,8 +33,8 @@ from pallas_kernels.timing import Jobs, copies, median_us, supervise
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (6144, 4096))
 FORMS = {"affine": Form(), "codebook": Form("codebook", 4, 64, "bf16")}
 ROWS = {
-    "affine": (1, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192),
-    "codebook": (1, 8, 16, 32, 48, 64, 96, 128),
+    "affine": (1, 2, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192),
+    "codebook": (1, 2, 8, 16, 32, 48, 64, 96, 128),
 }
 MAX_ERROR = 1e-2
 TYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
@@ -89,7 +89,8 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
             for warps, chunks in ((8, 4), (8, 8), (12, 4)):
                 put(warps, cluster, chunks, blocks)
             put(8, cluster, 4, blocks, height=2)
-        out += best_estimates(m, n, k, form, sms, 6)
+        if m > 2:  # rows for which `fused` asks for a configuration of the streaming kernel
+            out += best_estimates(m, n, k, form, sms, 6)
     if m <= 16:
         return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
     return best_estimates(m, n, k, form, sms)
