@@ -6,6 +6,7 @@ Stored tensors of a linear layer [N, K] with groups of G inputs:
     gemv       qweight int32 [N, K/8]     qzeros int32 [N, Z]         scales [N, 8*Z]
     gemv_fast  qweight int16 [N/4, K]     qzeros float [8*Z, N]       scales [8*Z, N]
     llm-awq    the same with `scaled_zeros` in place of `qzeros`
+    marlin     `jq.formats.marlin`, without zeros
 
 gemm, 4 bits: nibble i of a word holds column [0, 2, 4, 6, 1, 3, 5, 7][i] of its eight; other widths (GPT-QModel) are a
 plain bit stream along n. gemv: plain order along k; Z pads the group count (zeros, carried). gemv_fast and llm-awq:
@@ -25,12 +26,14 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.errors import FormatError, UnsupportedError
+from jq.formats import marlin
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
 from jq.formats.gptq_config import Rules, apply_rules, checked_group, first, rules_of, whole_number
 from jq.qtensor import Affine, Grouping, Source
 from jq.qtensor.affine import check_finite, pack_zeros
 
 FLOATS = (np.float16, "bfloat16", np.float32)
+MARLIN = ("qweight", "scales")
 # Bit of column c of the eight that a gemm word holds.
 GEMM_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 VERSIONS = {
@@ -42,6 +45,7 @@ VERSIONS = {
     "llm_awq": "llm-awq",
     "exllama": "gemm",  # kernels of old AutoAWQ over gemm storage
     "ipex": "gemm",
+    "marlin": "marlin",
 }
 
 _HARMLESS = (
@@ -78,7 +82,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         version = "llm-awq"  # such files say "gemv" or nothing for the version
     if version not in VERSIONS:
         raise UnsupportedError(
-            f"{label}: AWQ version {version!r} is a kernel's own order; versions read here: gemm, gemv, gemv_fast, llm-awq"
+            f"{label}: AWQ version {version!r} is a kernel's own order; versions read here: {', '.join(VERSIONS)}"
         )
     for key in config:
         if key not in _HARMLESS.split():
@@ -227,7 +231,14 @@ def _load_fast(prefix: str, parts: Parts, o: Options) -> Affine:
 
 
 _FAST = ("gemv_fast", "llm-awq")
+
+
+def _load_marlin(prefix: str, parts: Parts, o: Options) -> Affine:
+    return marlin.load(prefix, parts, o.group_size, MARLIN, Source("awq", (("version", "marlin"),)))
+
+
 _LOADERS = {"gemm": _load_gemm, "gemv": _load_gemv, "gemv_fast": _load_fast, "llm-awq": _load_fast}
+_LOADERS["marlin"] = _load_marlin
 
 
 def zeros_name(version: str) -> str:
@@ -305,6 +316,8 @@ def dump(q: Affine) -> Parts:
     q = q.to_numpy()
     assert q.source is not None
     version = q.source.get("version")
+    if version == "marlin":
+        return marlin.dump(q, MARLIN)
     if version == "gemm":
         zeros = q.group_zeros()
         zeros = np.full(q.scales.shape, q.zero_point, np.int32) if zeros is None else zeros

@@ -16,7 +16,6 @@ Source: compressed-tensors 0.10.2 (compressors/sparse_compressors, sparse_quanti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -29,6 +28,7 @@ from jq.formats.compressed_tensors_config import Args, Group
 from jq.formats.compressed_tensors_float import E4M3, float8_codes
 from jq.formats.compressed_tensors_int import int8_codes
 from jq.formats.compressed_tensors_parts import NAME
+from jq.formats.marlin import tile, untile
 from jq.qtensor import Affine, Grouping, QTensor, Source
 from jq.qtensor.sparse import Sparse, pack_mask
 
@@ -116,7 +116,7 @@ def load_marlin(prefix: str, parts: Parts, args: Args) -> Affine:
     groups = k // args.group_size if args.group_size else 1
     expect_shape(meta, (k // 32, 2 * n), f"{prefix}.meta", f"2 bits for each kept weight of ({n}, {k})")
     expect_shape(scales, (groups, n), f"{prefix}.scale_packed", f"{args} on ({n}, {k})")
-    codes = _untile(words, k // 2, n, b).T - (1 << (b - 1))  # [N, K/2], signed
+    codes = untile(words, k // 2, n, b, sparse=True).T - (1 << (b - 1))  # [N, K/2], signed
     places = _places(meta, n, k)
     kept = np.zeros((n, k), bool)
     np.put_along_axis(kept, places, True, axis=1)
@@ -149,7 +149,7 @@ def dump_marlin(q: Any) -> Parts:
     order = _SHORT if q.source.get("short_groups") else _IDENTITY
     scales = np.ascontiguousarray(np.asarray(q.scales).T)
     return {
-        "weight_packed": _tile(np.ascontiguousarray(codes.T), b),
+        "weight_packed": tile(np.ascontiguousarray(codes.T), b, sparse=True),
         "meta": _metadata(places, n, k),
         "scale_packed": scales.reshape(-1, 64)[:, order].reshape(scales.shape),
         **{name: np.asarray(v) for name, v in q.extras.items()},
@@ -163,39 +163,6 @@ _IDENTITY = np.arange(64)
 def _scale_order(args: Args, k: int) -> np.ndarray:
     """Order of scales in each run of 64 columns; that of groups shorter than the compressed K is shuffled."""
     return _SHORT if args.group_size and args.group_size < k // 2 else _IDENTITY
-
-
-@cache
-def _tile_order(bits: int) -> np.ndarray:
-    """Permutation of the 1024 codes of 16 rows x 64 columns (four 16x16 tiles), interleave within a word included."""
-    order = []
-    for thread in range(32):
-        column = thread // 4
-        base = []
-        for block in (0, 1):
-            for row in (2 * (thread % 4), 2 * (thread % 4) + 1, 2 * (thread % 4 + 4), 2 * (thread % 4 + 4) + 1):
-                base.append(16 * row + (column // 2) * 256 + 8 * (column % 2) + 4 * block)
-        for j in range(4):
-            order += [p + j for p in base]
-    within = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
-    return np.array(order).reshape(-1, len(within))[:, within].reshape(-1)
-
-
-def _untile(words: np.ndarray, rows: int, n: int, bits: int) -> np.ndarray:
-    """int32 [K/32, N*bits/2] -> codes int32 [rows = K/2, N] (still offset by 2**(bits-1))."""
-    order = _tile_order(bits)
-    shuffled = _bits.unpack_words(words, tuple(range(0, 32, bits)), bits).reshape(-1, order.size)
-    flat = np.empty_like(shuffled)
-    flat[:, order] = shuffled
-    return flat.reshape(rows // 16, n // 16, 16, 16).transpose(0, 2, 1, 3).reshape(rows, n)
-
-
-def _tile(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Inverse of `_untile`."""
-    rows, n = codes.shape
-    flat = codes.reshape(rows // 16, 16, n // 16, 16).transpose(0, 2, 1, 3).reshape(-1, _tile_order(bits).size)
-    shifts = tuple(range(0, 32, bits))
-    return _bits.pack_words(flat[:, _tile_order(bits)].reshape(rows // 16, -1), shifts, bits, np.int32)
 
 
 def _meta_index(n: int, columns: int) -> np.ndarray:

@@ -7,7 +7,7 @@ Stored tensors of a linear layer [N, K] with b-bit codes and groups of G inputs 
     scales   [ceil(K/G), N]       float16, bfloat16 or float32
     g_idx    int32[K]             group of each input; may be missing (then k // G)
 
-Format "gptq_p" is planar: per 32 codes b words, low bits of all codes first (`gptq_config.PLANES`). The weight is
+Format "marlin" is `jq.formats.marlin`. Format "gptq_p" is planar: per 32 codes b words, low bits of all codes first (`gptq_config.PLANES`). The weight is
 `scales[g, n] * (code - zero)` with one rounding in the dtype of scales (GPT-QModel nn_modules/qlinear/torch.py).
 
 The "minus one" of v1: GPT-QModel adds and subtracts it on whole words, so a zero point of 0 borrows from the next
@@ -25,12 +25,14 @@ import numpy as np
 from jq import bits as _bits
 from jq.algorithms import rtn
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take
+from jq.formats import marlin
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take
 from jq.formats.gptq_config import Options, config_of, detect, parse, with_block_list
 from jq.qtensor import Affine, Grouping, Source
 from jq.qtensor.affine import check_finite, check_indices, pack_zeros
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+MARLIN = ("B", "s")  # and a workspace, in some files
 FLOATS = (np.float16, "bfloat16", np.float32)
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 
@@ -48,6 +50,8 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affin
             "embedding left in float"
         )
     o = options.of(prefix)
+    if o.marlin:
+        return marlin.load(prefix, parts, o.group_size, MARLIN, Source("gptq", (("marlin", True),)))
     qweight = take(parts, "qweight", prefix)
     qzeros = take(parts, "qzeros", prefix, why="GPTQ stores zero points of symmetric layers too.")
     scales = take(parts, "scales", prefix)
@@ -189,6 +193,8 @@ def dump(q: Affine) -> Parts:
     q = q.to_numpy()
     assert q.source is not None
     src = dict(q.source.options)
+    if src.get("marlin"):
+        return marlin.dump(q, MARLIN)
     word = np.dtype(src.get("word", "int32"))
     options = Options(q.code_bits, -1, False, planar=src["planar"], zeros=src["zeros"], word=str(word))
     parts = {
@@ -363,6 +369,13 @@ class GPTQ:
             raise ValueError(f"GPTQ: checkpoint_format is gptq, gptq_v2 or gptq_p; got {self.checkpoint_format!r}")
 
 
+def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
+    """Quantized modules: {prefix: {suffix: stored name}}."""
+    if options.marlin:
+        return group_by_prefix(names, ("B",), (*MARLIN, "workspace"))
+    return group_by_prefix(names, ("qweight",), SUFFIXES)
+
+
 FORMAT = Format(
     name="gptq",
     methods=("gptq", "marlin"),
@@ -373,5 +386,6 @@ FORMAT = Format(
     load=load,
     dump=dump,
     detect=detect,
+    group=group,
     methods_table={"RTN": RTN, "GPTQ": GPTQ},
 )

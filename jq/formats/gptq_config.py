@@ -46,6 +46,7 @@ class Options:
       planar: format gptq_p.
       zeros: "v2" (as is), "v1-word" (minus one on whole words) or "v1-field" (minus one per field).
       word: dtype of the stored words.
+      marlin: codes in the order of that kernel.
     """
 
     bits: int
@@ -55,6 +56,7 @@ class Options:
     planar: bool = False
     zeros: str = "v1-field"
     word: str = "int32"
+    marlin: bool = False
 
     @property
     def planes(self) -> tuple[tuple[int, int], ...] | None:
@@ -98,7 +100,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
 
     Raises:
       FormatError: no or impossible bits or group_size, a pattern that is no regular expression.
-      UnsupportedError: a kernel's own storage (marlin, bitblas), rotated inputs, adapters.
+      UnsupportedError: a kernel's own storage (bitblas), rotated inputs, adapters.
     """
     label = context.label
     bits = first(config, "bits", "wbits", "w_bit")
@@ -110,10 +112,10 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     storage = str(first(config, "checkpoint_format", "format", default="gptq")).lower()
     if config.get("is_marlin_format") or config.get("quant_method") == "marlin":
         storage = "marlin"
-    if storage not in ("gptq", "gptq_v2", "gptq_p"):
+    if storage not in ("gptq", "gptq_v2", "gptq_p", "marlin"):
         raise UnsupportedError(
             f"{label}: GPTQ checkpoint_format {storage!r} is a kernel's own order; formats read here: gptq, gptq_v2, "
-            "gptq_p. Export it again with GPT-QModel as gptq_v2"
+            "gptq_p, marlin. Export it again with GPT-QModel as gptq_v2"
         )
     for key, why in _REFUSED.items():
         if config.get(key):
@@ -129,7 +131,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     planar = storage == "gptq_p"
 
     def checked_bits(value: Any, where: str) -> int:
-        allowed = (2, 3, 4, 5, 6, 7, 8) if planar else (2, 3, 4, 8)
+        allowed = (2, 3, 4, 5, 6, 7, 8) if planar else (4,) if storage == "marlin" else (2, 3, 4, 8)
         number = whole_number(value, "bits", where)
         if number not in allowed:
             shown = ", ".join(map(str, allowed))
@@ -144,6 +146,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         planar=planar,
         zeros="v2" if storage != "gptq" else "v1-word" if by_gptqmodel(config) else "v1-field",
         word=word,
+        marlin=storage == "marlin",
     )
 
 
@@ -213,7 +216,7 @@ def _overrides(
 
 def detect(checkpoint: Any) -> dict | None:
     """The config of files without one in config.json: AutoGPTQ's quantize_config.json, or {} where tensors alone tell."""
-    if not any(name.endswith(".qzeros") for name in checkpoint.entries):
+    if not any(name.endswith((".qzeros", ".B")) for name in checkpoint.entries):
         return None
     for name in ("quantize_config.json", "quant_config.json"):
         found = checkpoint.side_json(name)

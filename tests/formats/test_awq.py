@@ -207,7 +207,7 @@ def test_config_spellings():
 @pytest.mark.parametrize(
     ("config", "error", "text"),
     [
-        ({"version": "marlin"}, UnsupportedError, "here: AWQ version 'marlin' is a kernel's own order"),
+        ({"version": "qqq"}, UnsupportedError, "here: AWQ version 'qqq' is a kernel's own order"),
         ({"version": "gemv", "bits": 3}, UnsupportedError, "here: AWQ gemv with 3 bits"),
         ({"bits": 9}, UnsupportedError, "AWQ gemm with 9 bits"),
         ({"group_size": 0}, FormatError, "group_size is 0"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jq.errors import FormatError
 from jq.formats import compressed_tensors_sparse as sparse
 from jq.formats.compressed_tensors import FORMAT
+from jq.formats.marlin import tile
 
 NAME = "model.layers.0.self_attn.q_proj"
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -85,7 +86,7 @@ def test_marlin_24(bits, groups):
     scales = rng.uniform(0.01, 1, (groups, n)).astype(np.float16)
     order = sparse._SHORT if groups > 1 else sparse._IDENTITY
     parts = {
-        "weight_packed": sparse._tile(np.ascontiguousarray(codes.T) + half, bits),
+        "weight_packed": tile(np.ascontiguousarray(codes.T) + half, bits, sparse=True),
         "meta": sparse._metadata(places, n, k),
         "scale_packed": scales.reshape(-1, 64)[:, order].reshape(scales.shape),
     }
