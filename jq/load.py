@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq.errors import CheckpointError
-from jq.formats import gguf, table
+from jq.formats import gguf, table, torchao
 from jq.models import family_of, fused_experts, kv_cache
 from jq.models.causal_lm import CausalLM
 from jq.models.decoder import Decoder
@@ -105,8 +105,10 @@ def _output(read: Reader, spec: DecoderSpec) -> Linear | None:
     A stored lm_head is used even where config.json says tied: quantized checkpoints of tied models store one of their
     own, and transformers does not tie either where both are in the file.
     """
-    if spec.tied and "lm_head.weight" not in read.state:
-        return None
+    if "lm_head.weight" not in read.state:
+        metadata = {k: v for part in read.state.metadata.values() for k, v in part.items()}
+        if spec.tied or torchao.head_is_embedding(read.state.config, metadata, read.state):
+            return None
     return read.linear("lm_head", (spec.vocab_size, spec.hidden_size))
 
 

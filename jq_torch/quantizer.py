@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from jq.errors import UnsupportedError
+from jq.formats import torchao
 from jq_torch import bridge, configs, onthefly
 from jq_torch.activation import ScaledActivation
 from jq_torch.linear import JqLinear, Packed
@@ -120,6 +121,8 @@ class JqQuantizer(HfQuantizer):
         quantization = _file_dict(self.quantization_config)
         self.plan = plan = Plan(model, ckpt, quantization, self.method_name)
         self.metadata, self.sides = plan.metadata, Sides(ckpt.side_files, ckpt.config)
+        if torchao.head_is_embedding(ckpt.config, plan.metadata, ckpt.entries):
+            model.all_tied_weights_keys["lm_head.weight"] = "model.embed_tokens.weight"
         self._replace_linears(model, plan)
         if plan.experts:
             from jq_torch import experts

@@ -13,7 +13,7 @@ transformers sorts the keys of FqnToConfig, whose order decides between patterns
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,19 @@ _KEYS = (
     "untie_embedding_weights", "autoquant_config",
 )  # fmt: skip
 _STATIC = ("act_quant_scale", "act_quant_zero_point")
+
+
+def head_is_embedding(config: Mapping[str, Any], metadata: Mapping[str, str], there: Container[str]) -> bool:
+    """Whether a file lacks its output matrix because it was the embedding.
+
+    With `untie_embedding_weights` transformers 5.23 sets tie_word_embeddings to false and yet keeps one tensor for both;
+    its save lists both in the metadata and stores one. (Loading such a file it makes the other up.)
+    """
+    settings = config.get("quantization_config") or {}
+    if not isinstance(settings, Mapping) or not settings.get("untie_embedding_weights") or "lm_head.weight" in there:
+        return False
+    plain = (metadata.get("lm_head.weight"), metadata.get("model.embed_tokens.weight"))
+    return plain[0] is not None and plain[0] == plain[1] and "model.embed_tokens.weight" in there
 
 
 def parse(config: Mapping[str, Any], context: Context) -> dict[str, dict[str, Any]]:

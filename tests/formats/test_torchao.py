@@ -13,10 +13,11 @@ import pytest
 from format_reading import assert_same, context_of, held_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_dirs import directories
 
 import jq
 from jq import activations
-from jq.errors import FormatError, UnsupportedError
+from jq.errors import CheckpointError, FormatError, UnsupportedError
 from jq.formats import torchao
 from jq.formats.torchao_mx import swizzle
 from jq.safetensors_file import read_header, write
@@ -425,3 +426,50 @@ def test_errors_of_the_metadata():
         read(*stored("IntxUnpackedToInt8Tensor", out_of_range, INT8 | four))
     with pytest.raises(FormatError, match=r"w: groups of 24 do not divide in_features 64; .* Name it in `skip`"):
         jq.TorchAO("int4_weight_only", group_size=24).quantize(np.ones((4, 64), BF), "w")
+
+
+def untied(folder, *, setting: bool = True):
+    """A reference directory as transformers saves it with `untie_embedding_weights`: the output matrix is listed only."""
+    source = directories()["torchao-int8da-int4w"]
+    entries, metadata = read_header(source / "model.safetensors")
+    tensors = {name: np.array(entry.read()) for name, entry in entries.items() if name != "lm_head.weight"}
+    folder.mkdir()
+    items = [(k, (v.dtype, v.shape), lambda v=v: v) for k, v in tensors.items()]
+    write(folder / "model.safetensors", items, metadata)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["untie_embedding_weights"] = setting
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return config
+
+
+def test_an_output_matrix_that_was_the_embedding_when_it_was_saved(tmp_path):
+    config = untied(tmp_path / "in")
+    ids = np.arange(3, 27, dtype=np.int32).reshape(2, 12)
+    found = jq.load(tmp_path / "in")
+    (tmp_path / "tied").mkdir()
+    (tmp_path / "tied" / "model.safetensors").write_bytes((tmp_path / "in" / "model.safetensors").read_bytes())
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    np.testing.assert_array_equal(np.asarray(found(ids)), np.asarray(jq.load(tmp_path / "tied")(ids)))
+    jq.save(found, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "in" / "model.safetensors").read_bytes()
+    untied(tmp_path / "lost", setting=False)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight: missing"):
+        jq.load(tmp_path / "lost")
+
+
+def test_so_it_is_behind_transformers(tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    from transformers import AutoModelForCausalLM
+
+    import jq_torch
+
+    untied(tmp_path / "in")
+    with jq_torch.enable():
+        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "in", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        model.save_pretrained(tmp_path / "out")
+    assert (
+        read_header(tmp_path / "out" / "model.safetensors")[0].keys()
+        == read_header(tmp_path / "in" / "model.safetensors")[0].keys()
+    )
