@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -150,14 +151,15 @@ def worker(jobs: Jobs) -> None:
             for (job_name, m), choice, kernel in zip(todo, choices, built):
                 dense = torch_bf16 if name == "w4a16_g128" else []
                 signal.alarm(90)
-                job = functools.partial(row, kernel.result(), choice, x[:m], sets, expected, nbytes, dense, dot)
+                job = functools.partial(row, name, kernel.result(), choice, x[:m], sets, expected, nbytes, dense, dot)
                 jobs.run(job_name, job, 25, kernel=name, m=m, n=n, k=k)
 
 
-def row(kernel, choice, x, sets, expected, nbytes, dense, dot) -> dict:
+def row(name, kernel, choice, x, sets, expected, nbytes, dense, dot) -> dict:
     """One row of the results.
 
     Args:
+      name: of the weight's form.
       dense: bf16 weights as torch arrays for the comparison with cuBLAS, or [].
       dot: XLA's matmul, jitted.
     """
@@ -183,6 +185,11 @@ def row(kernel, choice, x, sets, expected, nbytes, dense, dot) -> dict:
             out["peers"] = {"cublas_bf16": min(cublas.values())}
         if m in (1, 8, 16):
             out["peers"]["tinygemm_bf16_int4_g128"] = tinygemm_us(tx, dense[0].shape[0], k)
+    if name == "nf4_b64" and importlib.util.find_spec("bitsandbytes"):
+        try:
+            out["peers"]["bitsandbytes_nf4"] = bitsandbytes_us(torch.from_dlpack(x), sets[0].shape[0], k)
+        except Exception as e:  # a peer that fails leaves our figure as it is
+            print(f"bitsandbytes {sets[0].shape} M={m}: {type(e).__name__}: {e}", file=sys.stderr)
     return out
 
 
@@ -197,6 +204,19 @@ def tinygemm_us(x, n: int, k: int) -> float:
 
     sets = [weight() for _ in range(copies(n * k // 2))]
     return torch_us(lambda w, s: torch.ops.aten._weight_int4pack_mm(x, w, 128, s), sets)
+
+
+def bitsandbytes_us(x, n: int, k: int) -> float:
+    """bitsandbytes' NF4 product on random weights of the same shape."""
+    import bitsandbytes
+    import torch
+
+    def weight():
+        dense = torch.randn(n, k, dtype=torch.bfloat16, device="cuda")
+        return bitsandbytes.functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
+
+    sets = [weight() for _ in range(copies(n * k // 2))]
+    return torch_us(lambda w, state: bitsandbytes.matmul_4bit(x, w.t(), quant_state=state), sets)
 
 
 def collect(jobs: Jobs, out: Path) -> Path:
