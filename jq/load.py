@@ -12,7 +12,7 @@ import numpy as np
 
 from jq.errors import CheckpointError
 from jq.formats import gguf, table, torchao
-from jq.models import family_of, fused_experts, kv_cache
+from jq.models import expert_names, family_of, kv_cache
 from jq.models.causal_lm import CausalLM
 from jq.models.decoder import Decoder
 from jq.models.origin import Origin
@@ -80,7 +80,7 @@ def build(
     """
     label = str(state.path or "state")
     spec = spec or family_of(state.config, label).spec(state.config)
-    state = fused_experts.single(state, spec, label)
+    state, spec = expert_names.as_stored(state, spec, label)
     on_cpu = jax.default_backend() == "cpu"
     compute = np.dtype(dtype) if dtype is not None else np.dtype(np.float32) if on_cpu else _own_dtype(state.config)
     read = Reader(

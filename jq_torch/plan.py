@@ -28,6 +28,9 @@ from jq.formats.base import Context, Format, group_by_prefix
 CARRIED = re.compile(r"\.(k_scale|v_scale|q_scale|k_zero_point|v_zero_point|k_global_scale|v_global_scale|prob_scale)$")
 
 
+# One expert under the names of most models, also where the model's own files have others (GPT-QModel's Mixtral).
+_SINGLE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)$")
+_PROJECTIONS = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
 # Suffixes of tensors that several modules share (`jq.formats.base`).
 BORROWED = "~"
 
@@ -189,6 +192,11 @@ class Plan:
         if pattern is not None or self._is_experts(path):
             self._place_expert(origin, key, target, pattern)
             return
+        single = _SINGLE_EXPERT.match(path)
+        if path not in self._paths and single and self._is_experts(single[1]):
+            parameter, part = _PROJECTIONS[single[3]]
+            self._put_expert(origin, single[1], parameter, part, int(single[2]))
+            return
         if path not in self._paths:
             raise CheckpointError(
                 f"{self.label}: {next(iter(stored.values()))}: the model ({type(self.model).__name__}) has no module "
@@ -219,6 +227,9 @@ class Plan:
                 plain = {type(op).__name__ for op in converter.operations} <= {"MergeModulelist", "Concatenate"}
                 if not plain:
                     raise UnsupportedError(f"{self.label}: {key}: experts that the model rearranges while loading")
+        self._put_expert(origin, path, parameter, part, expert)
+
+    def _put_expert(self, origin: Origin, path: str, parameter: str, part: int, expert: int | None) -> None:
         slot = f"{parameter}_{part}" + ("" if expert is None else f"_{expert}")
         stored = {suffix: f"{slot}_{name}" for suffix, name in origin.stored.items()}
         for suffix, name in origin.names.items():  # a tensor of all experts, which each of them looks at

@@ -202,3 +202,26 @@ def test_fp8_experts_that_share_stored_scales(family, tmp_path):
     assert want.keys() == got.keys()
     packed = [n for n in want if ".experts." in n]
     assert len(packed) == 28 and all(same(want[n], got[n]) for n in packed)
+
+
+def test_mixtral_under_the_names_of_other_mixtures(tmp_path, enabled):
+    """GPT-QModel takes Mixtral apart into modules with the names of most families, and saves these."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_pair(mixtral(), tmp_path, lambda name: ".experts." in name)
+    names = {"block_sparse_moe": "mlp", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    renamed = {}
+    for name, value in tensors_of(tmp_path / "packed").items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    save_file(renamed, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()).logits, dense(ids()).logits, rtol=1e-4, atol=1e-6)
+    model.save_pretrained(tmp_path / "saved")
+    got = tensors_of(tmp_path / "saved")
+    assert got.keys() == renamed.keys() and all(same(renamed[n], got[n]) for n in renamed)

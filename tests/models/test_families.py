@@ -167,3 +167,22 @@ def test_experts_stored_as_transformers_holds_them(name: str, tmp_path: Path) ->
         k: v.shape for k, v in single.items() if "experts" in k
     }
     assert all(saved[k].equal(single[k]) for k in saved)
+
+
+def test_mixtral_under_the_names_of_other_mixtures(tmp_path: Path) -> None:
+    """GPT-QModel takes Mixtral apart into modules with the names of most families, and saves these."""
+    from safetensors.torch import load_file, save_file
+
+    theirs = peer.build(tmp_path, "mixtral", num_local_experts=4)
+    names = {"block_sparse_moe": "mlp", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    renamed = {}
+    for name, value in load_file(tmp_path / "model.safetensors").items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours, ids = jq.load(tmp_path), peer.random_ids((2, 24))
+    assert np.abs(np.asarray(ours(ids)) - peer.logits(theirs, ids)).max() < 2e-4
+    jq.save(ours, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == renamed.keys() and all(saved[k].equal(renamed[k]) for k in saved)

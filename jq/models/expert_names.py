@@ -1,12 +1,16 @@
-"""Dense experts that are stored fused, under the names of single ones.
+"""The names under which a file has the experts of a mixture, where these are not those of the family's own files.
 
-transformers 5 holds the experts of a layer as `mlp.experts.gate_up_proj` [E, 2 * width, hidden] (rows of gate, then of up)
+Single experts may have the names of most families where the family's own are others: GPT-QModel takes Mixtral apart into
+`mlp.experts.0.gate_proj`, its own files say `block_sparse_moe.experts.0.w1`.
+
+Dense experts may be fused: transformers 5 holds the experts of a layer as `mlp.experts.gate_up_proj` [E, 2 * width, hidden] (rows of gate, then of up)
 and `mlp.experts.down_proj` [E, hidden, width]. Its own `save_pretrained` writes them one by one, as files always had them;
 libraries that save a `state_dict` (Quanto, AQLM, ...) write these tensors. The decoders here know single experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -15,14 +19,26 @@ from typing import Any
 import numpy as np
 
 from jq.errors import CheckpointError, UnsupportedError
-from jq.models.spec import DecoderSpec
+from jq.models.spec import DecoderSpec, Experts
 from jq.qtensor import QTensor
 from jq.state import State, _Deferred
 
+_SINGLE = re.compile(r"^(.*\.)mlp\.experts\.0\.gate_proj\.")
 _FUSED = re.compile(r"^(.*\.)mlp\.experts\.(gate_up_proj|down_proj)$")
 
 
-def single(state: State, spec: DecoderSpec, label: str) -> State:
+def as_stored(state: State, spec: DecoderSpec, label: str) -> tuple[State, DecoderSpec]:
+    """The State with single experts, and the spec with the names that they have in it.
+
+    Raises:
+      UnsupportedError: fused experts that are quantized.
+    """
+    if spec.experts is not None and any(_SINGLE.match(name) for name in state):
+        spec = spec.replace(experts=dataclasses.replace(spec.experts, names=Experts.names))
+    return _single(state, spec, label), spec
+
+
+def _single(state: State, spec: DecoderSpec, label: str) -> State:
     """The State with fused experts under the names of single ones; tensors are read at each access.
 
     Raises:
