@@ -16,7 +16,11 @@ shape it could not tile.
 Quantize (transformers 5.23 `Fp8Quantize`, CPU): float32, per block m = max|w|, scale = 448 / m as torch computes it
 (reciprocal of m, times 448), stored inverse 1 / scale; ue8m0 rounds the inverse up to a power of two first.
 
-Source: transformers 5.23.0 quantizers/quantizer_finegrained_fp8.py, integrations/finegrained_fp8.py.
+GPT-QModel writes the same names with `weight_scale_semantics: inverse`: float8_e4m3fn or float8_e5m2, one scale a tensor,
+a row or a block, and there the scale divides: dtype(q) / dtype(s); inputs stay float.
+
+Source: transformers 5.23.0 quantizers/quantizer_finegrained_fp8.py, integrations/finegrained_fp8.py; GPT-QModel 7.7
+nn_modules/qlinear/fp8.py.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from jq.qtensor import Grouping, NarrowFloat, Source
 
 NAME = "fp8"
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
+FLOAT8 = {E4M3: "e4m3fn", np.dtype(ml_dtypes.float8_e5m2): "e5m2", np.dtype(ml_dtypes.float8_e4m3fnuz): "e4m3fnuz"}
 SCALES = ("weight_scale_inv", "qscale_weight", "weight_scale", "scale")
 EXTRAS = ("activation_scale", "qscale_act", "input_scale")
 FUSED = ("_scale_inv", "_activation_scale")
@@ -54,11 +59,15 @@ _FUSED_PARTS: dict[str, tuple[str, int | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A parsed config: rows and columns of a block (None: per tensor), dynamic or static activations, weight dtype."""
+    """A parsed config: rows and columns of a block (None: per tensor), dynamic or static activations, weight dtype.
+
+    `divides`: scales are what the weight was multiplied by (GPT-QModel), not what undoes it; inputs stay float.
+    """
 
     block: tuple[int, int] | None = (128, 128)
     activations: str = "dynamic"
     dtype: str = "bfloat16"
+    divides: bool = False
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -71,9 +80,21 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     known = {
         *("quant_method", "activation_scheme", "weight_block_size", "modules_to_not_convert", "ignored_layers"),
         *("modules_to_convert", "scale_fmt", "expert_dtype", "dequantize", "fmt", "kv_cache_scheme"),
+        *(
+            "weight_scale_semantics",
+            "weight_scale_method",
+            "format",
+            "checkpoint_format",
+            "method",
+            "bits",
+            "group_size",
+        ),
+        *("desc_act", "sym", "lm_head", "dynamic", "meta", "pack_dtype"),
     }
     for key in sorted(set(config) - known):
         warn_once(label, f"key {key!r} is not known and ignored")
+    semantics = config.get("weight_scale_semantics")
+    _one_of(str(semantics or "inverse"), ("inverse",), f"{label}: weight_scale_semantics")
     scheme = str(config.get("activation_scheme") or "dynamic").lower()
     _one_of(scheme, ("dynamic", "static"), f"{label}: activation_scheme")
     _one_of(str(config.get("scale_fmt") or "float"), ("float", "ue8m0"), f"{label}: scale_fmt")
@@ -90,7 +111,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
             raise FormatError(f"{label}: weight_block_size {block!r}, expected two positive numbers or null")
         block = (int(block[0]), int(block[1]))
     named = context.config.get("dtype") or context.config.get("torch_dtype")
-    return Options(block, scheme, context.model_dtype if named else "bfloat16")
+    return Options(block, scheme, context.model_dtype if named else "bfloat16", semantics is not None)
 
 
 def _one_of(value: str, allowed: tuple[str, ...], label: str) -> None:
@@ -186,9 +207,9 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
         kind=kind,
         scale_kind="e8m0" if held.dtype == np.uint8 else "float",
         grouping=grouping,
-        formula="f32",
+        formula="divide" if options.divides else "f32",
         dtype=options.dtype,
-        activation=_activation(prefix, parts, options, grouping, fused),
+        activation=None if options.divides else _activation(prefix, parts, options, grouping, fused),
         source=Source(NAME, _source(weight, scale, held, key)),
     )
     made.check(prefix)
@@ -209,8 +230,8 @@ def _source(weight: np.ndarray, scale: np.ndarray, held: np.ndarray, key: str) -
 
 def _codes(weight: np.ndarray, name: str) -> tuple[str, np.ndarray]:
     """Kind and packed codes of a stored weight."""
-    if weight.dtype == E4M3:
-        return "e4m3fn", weight.view(np.uint8)
+    if weight.dtype in FLOAT8:
+        return FLOAT8[weight.dtype], weight.view(np.uint8)
     expect_dtype(weight, (E4M3, np.int8, np.uint8), name)
     return "e2m1", np.ascontiguousarray(weight).view(np.uint32 if weight.shape[-1] % 4 == 0 else np.uint8)
 
@@ -264,7 +285,7 @@ def dump(q: Any) -> Parts:
     if rank is not None:
         scale = scale.reshape(() if rank == 0 else (-1,))
     dtype = q.source.get("weight_dtype")
-    weight = codes.view(np.dtype(dtype)) if dtype else codes.view(E4M3)
+    weight = codes.view(np.dtype(getattr(ml_dtypes, dtype, dtype)) if dtype else E4M3)
     found = {
         "" if key == "_scale_inv" else "weight": weight,
         key: scale,

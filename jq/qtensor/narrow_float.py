@@ -271,6 +271,11 @@ def _gguf(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callabl
     return (doubled * spread(scale * np.float32(0.5))).astype(dtype)
 
 
+def _divide(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callable) -> Array:
+    """dtype(code) / dtype(scale), in dtype: GPT-QModel's float8, whose scale is what the weight was multiplied by."""
+    return exact.div(t.values(dtype), spread(scale.astype(dtype)))
+
+
 def _global_reciprocal(t: NarrowFloat, scale: Array, global_scale: Any, dtype: np.dtype, spread: Callable) -> Array:
     """dtype((float32(code) * (1 / global)) * float32(scale)): AutoRound's NVFP4."""
     factor = exact.reciprocal(global_scale.astype(np.float32).reshape(1, 1))
@@ -309,6 +314,7 @@ FORMULAS: dict[str, Formula] = {
     "global_divide": _global_divide,
     "global_multiply": _global_multiply,
     "global_product": _global_product,
+    "divide": _divide,
     "global_reciprocal": _global_reciprocal,
     "half": _half,
 }
