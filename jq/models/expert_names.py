@@ -1,7 +1,7 @@
 """The names under which a file has the experts of a mixture, where these are not those of the family's own files.
 
-Single experts may have the names of most families where the family's own are others: GPT-QModel takes Mixtral apart into
-`mlp.experts.0.gate_proj`, its own files say `block_sparse_moe.experts.0.w1`.
+Mixtral's own files say `block_sparse_moe.experts.0.w1`. Libraries that take the fused experts of transformers 5 apart save
+the names that they made: GPT-QModel `mlp.experts.0.gate_proj`, AutoRound `block_sparse_moe.experts.0.gate_proj`.
 
 Dense experts may be fused: transformers 5 holds the experts of a layer as `mlp.experts.gate_up_proj` [E, 2 * width, hidden] (rows of gate, then of up)
 and `mlp.experts.down_proj` [E, hidden, width]. Its own `save_pretrained` writes them one by one, as files always had them;
@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from jq.errors import CheckpointError, UnsupportedError
-from jq.models.spec import DecoderSpec, Experts
+from jq.models.spec import DecoderSpec
 from jq.qtensor import QTensor
 from jq.state import State, _Deferred
 
-_SINGLE = re.compile(r"^(.*\.)mlp\.experts\.0\.gate_proj\.")
+_SINGLE = re.compile(r"\.(mlp|block_sparse_moe)\.experts\.0\.(gate_proj|w1)\.")
+_PARTS = {"gate_proj": ("gate_proj", "up_proj", "down_proj"), "w1": ("w1", "w3", "w2")}
 _FUSED = re.compile(r"^(.*\.)mlp\.experts\.(gate_up_proj|down_proj)$")
 
 
@@ -33,8 +34,10 @@ def as_stored(state: State, spec: DecoderSpec, label: str) -> tuple[State, Decod
     Raises:
       UnsupportedError: fused experts that are quantized.
     """
-    if spec.experts is not None and any(_SINGLE.match(name) for name in state):
-        spec = spec.replace(experts=dataclasses.replace(spec.experts, names=Experts.names))
+    found = next((match for name in state if (match := _SINGLE.search(name))), None)
+    if spec.experts is not None and found is not None:
+        names = (found[1], spec.experts.names[1], *_PARTS[found[2]])
+        spec = spec.replace(experts=dataclasses.replace(spec.experts, names=names))
     return _single(state, spec, label), spec
 
 

@@ -204,13 +204,14 @@ def test_fp8_experts_that_share_stored_scales(family, tmp_path):
     assert len(packed) == 28 and all(same(want[n], got[n]) for n in packed)
 
 
-def test_mixtral_under_the_names_of_other_mixtures(tmp_path, enabled):
-    """GPT-QModel takes Mixtral apart into modules with the names of most families, and saves these."""
+@pytest.mark.parametrize("container", ["mlp", "block_sparse_moe"])
+def test_mixtral_under_the_names_of_other_mixtures(container, tmp_path, enabled):
+    """GPT-QModel and AutoRound take Mixtral apart into modules with the names of most families, and save these."""
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     save_pair(mixtral(), tmp_path, lambda name: ".experts." in name)
-    names = {"block_sparse_moe": "mlp", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    names = {"block_sparse_moe": container, ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
     renamed = {}
     for name, value in tensors_of(tmp_path / "packed").items():
         for old, new in names.items():

@@ -169,12 +169,13 @@ def test_experts_stored_as_transformers_holds_them(name: str, tmp_path: Path) ->
     assert all(saved[k].equal(single[k]) for k in saved)
 
 
-def test_mixtral_under_the_names_of_other_mixtures(tmp_path: Path) -> None:
-    """GPT-QModel takes Mixtral apart into modules with the names of most families, and saves these."""
+@pytest.mark.parametrize("container", ["mlp", "block_sparse_moe"])
+def test_mixtral_under_the_names_of_other_mixtures(container: str, tmp_path: Path) -> None:
+    """GPT-QModel and AutoRound take Mixtral apart into modules with the names of most families, and save these."""
     from safetensors.torch import load_file, save_file
 
     theirs = peer.build(tmp_path, "mixtral", num_local_experts=4)
-    names = {"block_sparse_moe": "mlp", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    names = {"block_sparse_moe": container, ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
     renamed = {}
     for name, value in load_file(tmp_path / "model.safetensors").items():
         for old, new in names.items():
