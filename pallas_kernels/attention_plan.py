@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 CHUNK = 16  # output dimensions that one lane holds next to each other
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
+LOG2E = math.log2(math.e)
+NONE = -1e30  # maximum of no logits: finite, for the difference of two
 
 
 @dataclasses.dataclass(frozen=True)

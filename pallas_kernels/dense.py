@@ -13,12 +13,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl  # noqa: F401  (registers the lowering)
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
+from pallas_kernels.launch import launch, pointers
 from pallas_kernels.prologue import VECTOR, Copied, Gate, Gated, Made, Norm, Normed, Plain, worthwhile
 from pallas_kernels.ptx import Int
 
@@ -115,36 +113,16 @@ def matmul(
     """
     arrays = {"a": a, "w": w, "b": b, "norm": norm, "bias": bias}
     given = {name: value for name, value in arrays.items() if value is not None}
-    out = [jax.ShapeDtypeStruct((plan.m, plan.n), a.dtype)]
-    names = [*given, "y"]
+    out = {"y": jax.ShapeDtypeStruct((plan.m, plan.n), a.dtype)}
     if isinstance(prologue, Norm) and prologue.adds:
-        out.append(jax.ShapeDtypeStruct((plan.m, plan.k), a.dtype))
-        names.append("total")
+        out["total"] = jax.ShapeDtypeStruct((plan.m, plan.k), a.dtype)
     maker = {Norm: _NormedProduct, Gate: _GatedProduct, Plain: _PlainProduct}[type(prologue)]
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
-        def kernel(ctx: Any, *refs: ir.Value) -> None:
-            del ctx
-            ptx.fix_name("dense_matmul")
-            pointers = {name: ptx.global_pointer(r) for name, r in zip(names, refs[:-1], strict=True)}
-            maker(plan, pointers, ptx.shared_pointer(refs[-1]), prologue).run()
+    def emit(_: Any, refs: dict[str, ir.Value], shared: Int) -> None:
+        maker(plan, pointers(refs), shared, prologue).run()
 
-        kernel(*refs)
-
-    return tuple(
-        plgpu.kernel(
-            body,
-            out_type=tuple(out),
-            grid=(min(plan.blocks, plan.tiles),),
-            grid_names=("block",),
-            num_threads=plan.warps // 4,
-            thread_name="wg",
-            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-            scratch_types=[plgpu.SMEM((plan.bytes // 4,), jnp.int32)],
-            kernel_name="dense_matmul",
-        )(*given.values())
-    )
+    blocks = min(plan.blocks, plan.tiles)
+    return launch(emit, "dense_matmul", given, out, clusters=blocks, warps=plan.warps, shared_bytes=plan.bytes)
 
 
 class _Dense(Made):

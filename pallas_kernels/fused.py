@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl  # noqa: F401  (registers the lowering)
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
 from pallas_kernels.form import CHUNK, ROWS, Packed
+from pallas_kernels.launch import launch, pointers
 from pallas_kernels.prologue import Gate, Gated, Made, Norm, Normed, activate, worthwhile
 from pallas_kernels.ptx import Int
 from pallas_kernels.select import Choice, choose, device_key
@@ -114,35 +112,16 @@ def _launch(
     arrays = dict(inputs) | {"codes": w.codes, "scales": w.scales}
     optional = {"zeros": w.zeros, "bias": bias, **w.tables}
     arrays |= {name: a.reshape(1) if a.ndim == 0 else a for name, a in optional.items() if a is not None}
-    out = [jax.ShapeDtypeStruct((m, n if epilogue is None else n // 2), dtype)]
-    names = [*arrays, "y"]
+    out = {"y": jax.ShapeDtypeStruct((m, n if epilogue is None else n // 2), dtype)}
     if isinstance(prologue, Norm) and prologue.adds:
-        out.append(jax.ShapeDtypeStruct((m, k), dtype))
-        names.append("total")
+        out["total"] = jax.ShapeDtypeStruct((m, k), dtype)
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
-        def kernel(ctx: Any, *refs: ir.Value) -> None:
-            del ctx
-            ptx.fix_name("fused_matmul")
-            pointers = {name: ptx.global_pointer(r) for name, r in zip(names, refs[:-1], strict=True)}
-            _Kernel(plan, pointers, ptx.shared_pointer(refs[-1]), prologue, epilogue).run()
+    def emit(_: Any, refs: dict[str, ir.Value], shared: Int) -> None:
+        _Kernel(plan, pointers(refs), shared, prologue, epilogue).run()
 
-        kernel(*refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=tuple(out),
-        grid=(plan.clusters,),
-        grid_names=("cluster",),
-        cluster=(config.cluster,),
-        cluster_names=("rank",),
-        num_threads=config.warps // 4,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        scratch_types=[plgpu.SMEM(((plan.layout["bytes"] + SCRATCH) // 4,), jnp.int32)],
-        kernel_name=f"{type(prologue).__name__.lower()}_matmul",
-    )(*arrays.values())
+    name = f"{type(prologue).__name__.lower()}_matmul"
+    size = {"clusters": plan.clusters, "cluster": config.cluster, "warps": config.warps}
+    return launch(emit, name, arrays, out, shared_bytes=plan.layout["bytes"] + SCRATCH, **size)
 
 
 class _Kernel(stream._Kernel):

@@ -6,12 +6,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl  # noqa: F401  (registers the lowering)
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
+from pallas_kernels.launch import launch, pointers
 from pallas_kernels.prologue import VECTOR, Gate, Gated, Norm, Normed
 from pallas_kernels.ptx import Int
 
@@ -31,31 +29,14 @@ def add_norm(a: jax.Array, b: jax.Array, weight: jax.Array, *, prologue: Norm) -
     """(rms_norm(a + b) * weight, a + b) of a, b [M, K] and weight [K], all of one 16-bit dtype."""
     m, k = a.shape
     warps = max(4, min(32, -(-k // (VECTOR * 32 * 4)) * 4))
-    names = ["a", "b", "norm", "y", "total"]
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
-        def kernel(ctx: Any, *refs: ir.Value) -> None:
-            del ctx
-            ptx.fix_name("add_norm")
-            pointers = {name: ptx.global_pointer(r) for name, r in zip(names, refs[:-1], strict=True)}
-            row = _Row(k, DTYPES[str(a.dtype)], warps, pointers, ptx.shared_pointer(refs[-1]), prologue)
-            row.make(row.load(range(row.rounds)))
-
-        kernel(*refs)
+    def emit(_: Any, refs: dict[str, ir.Value], shared: Int) -> None:
+        row = _Row(k, DTYPES[str(a.dtype)], warps, pointers(refs), shared, prologue)
+        row.make(row.load(range(row.rounds)))
 
     out = jax.ShapeDtypeStruct((m, k), a.dtype)
-    return plgpu.kernel(
-        body,
-        out_type=(out, out),
-        grid=(m,),
-        grid_names=("row",),
-        num_threads=warps // 4,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        scratch_types=[plgpu.SMEM((32,), jnp.int32)],
-        kernel_name="add_norm",
-    )(a, b, weight)
+    arrays = {"a": a, "b": b, "norm": weight}
+    return launch(emit, "add_norm", arrays, {"y": out, "total": out}, clusters=m, warps=warps, shared_bytes=128)
 
 
 @functools.partial(jax.jit, static_argnames="prologue")
@@ -63,29 +44,13 @@ def gate(a: jax.Array, *, prologue: Gate) -> jax.Array:
     """activation(gate) * up of a [M, 2 K], gate first, of a 16-bit dtype; K a multiple of 8."""
     m, k = a.shape[0], a.shape[1] // 2
     spans = -(-k // SPAN)
-    names = ["a", "y"]
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
-        def kernel(ctx: Any, *refs: ir.Value) -> None:
-            del ctx
-            ptx.fix_name("gate")
-            pointers = {name: ptx.global_pointer(r) for name, r in zip(names, refs, strict=True)}
-            span = _Span(k, spans, DTYPES[str(a.dtype)], pointers, prologue)
-            span.make(span.load(range(span.rounds)))
+    def emit(_: Any, refs: dict[str, ir.Value], __: Int) -> None:
+        span = _Span(k, spans, DTYPES[str(a.dtype)], pointers(refs), prologue)
+        span.make(span.load(range(span.rounds)))
 
-        kernel(*refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((m, k), a.dtype),
-        grid=(m * spans,),
-        grid_names=("span",),
-        num_threads=1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="gate",
-    )(a)
+    out = {"y": jax.ShapeDtypeStruct((m, k), a.dtype)}
+    return launch(emit, "gate", {"a": a}, out, clusters=m * spans, warps=4, shared_bytes=128)[0]
 
 
 class _Span(Gated):

@@ -19,13 +19,12 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels import hopper, ptx
 from pallas_kernels.decode import affine
 from pallas_kernels.form import CHUNK, ROWS, Packed
+from pallas_kernels.launch import launch
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.gemm_output import Output
 from pallas_kernels.skeletons.gemm_plan import CONSUMER_REGISTERS, PRODUCER_REGISTERS, UNIT, Config, Plan
@@ -45,30 +44,15 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
         raise ValueError("gemm.matmul: x must be in the order of the codes already")
     optional = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "bias": bias}
     optional |= {**w.tables, "layer": layer}
-    names = [name for name, array in optional.items() if array is not None]
-    arrays = [optional[name] for name in names]
+    arrays = {name: array for name, array in optional.items() if array is not None}
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
-        def kernel(ctx: Any, *refs: ir.Value) -> None:
-            ptx.fix_name("gemm_matmul")
-            ptx.skip_preamble()
-            _Kernel(plan, ctx, dict(zip([*names, "y"], refs[:-1], strict=True)), ptx.shared_pointer(refs[-1])).run()
+    def emit(ctx: Any, refs: dict[str, ir.Value], shared: Int) -> None:
+        ptx.skip_preamble()
+        _Kernel(plan, ctx, refs, shared).run()
 
-        kernel(*refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
-        grid=(plan.clusters,),
-        grid_names=("cluster",),
-        cluster=(plan.cluster,),
-        cluster_names=("rank",),
-        num_threads=config.wn + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        scratch_types=[plgpu.SMEM((plan.layout["bytes"] // 4,), jnp.int32)],
-    )(*arrays)
+    out = {"y": jax.ShapeDtypeStruct((m, n), x.dtype)}
+    size = {"clusters": plan.clusters, "cluster": plan.cluster, "warps": 4 * (config.wn + 1)}
+    return launch(emit, "gemm_matmul", arrays, out, shared_bytes=plan.layout["bytes"], **size)[0]
 
 
 class _Kernel(Sums, Output):

@@ -20,14 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl  # noqa: F401  (registers the lowering)
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
 from pallas_kernels.decode import DECODES
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
+from pallas_kernels.launch import launch, pointers
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.stream_inputs import Inputs
 from pallas_kernels.skeletons.stream_params import Params
@@ -53,48 +51,27 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     plan = Plan(m, n, k, w.form, config, dtype, w.perm is not None)
     if reason := plan.reason():
         raise ValueError(f"stream.matmul: {reason}")
-    names, arrays = [], []
     optional = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "perm": w.perm, "bias": bias}
-    for name, array in (*optional.items(), *w.tables.items(), ("layer", layer)):
-        if array is not None:
-            names.append(name)
-            arrays.append(array.reshape(1) if array.ndim == 0 else array)
-    stacked = {name for name in names if layer is not None and name not in ("x", "bias", "layer")}
+    optional |= {**w.tables, "layer": layer}
+    arrays = {name: a.reshape(1) if a.ndim == 0 else a for name, a in optional.items() if a is not None}
     strides = {
         name: math.prod(a.shape[1:]) * a.dtype.itemsize
-        for name, a in zip(names, arrays, strict=True)
-        if name in stacked
+        for name, a in arrays.items()
+        if layer is not None and name not in ("x", "bias", "layer")
     }
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
-        def kernel(ctx: Any, *refs: ir.Value) -> None:
-            del ctx
-            ptx.fix_name("stream_matmul")
-            pointers = {name: ptx.global_pointer(r) for name, r in zip([*names, "y"], refs[:-1], strict=True)}
-            if layer is not None:
-                index = Int(ptx.load_global(pointers["layer"], "u32"))
-                for name, stride in strides.items():
-                    wide = ptx.asm([ptx.i64()], "cvt.u64.u32 $0, $1;", index, pure=True)[0]
-                    pointers[name] = ptx.asm(
-                        [ptx.i64()], f"mad.lo.u64 $0, $1, {stride}, $2;", wide, pointers[name], pure=True
-                    )[0]
-            _Kernel(plan, pointers, ptx.shared_pointer(refs[-1])).run()
+    def emit(_: Any, refs: dict[str, ir.Value], shared: Int) -> None:
+        at = pointers(refs)
+        if layer is not None:
+            index = Int(ptx.load_global(at["layer"], "u32"))
+            for name, stride in strides.items():
+                wide = ptx.asm([ptx.i64()], "cvt.u64.u32 $0, $1;", index, pure=True)[0]
+                at[name] = ptx.asm([ptx.i64()], f"mad.lo.u64 $0, $1, {stride}, $2;", wide, at[name], pure=True)[0]
+        _Kernel(plan, at, shared).run()
 
-        kernel(*refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
-        grid=(plan.clusters,),
-        grid_names=("cluster",),
-        cluster=(config.cluster,),
-        cluster_names=("rank",),
-        num_threads=config.warps // 4,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        scratch_types=[plgpu.SMEM((plan.layout["bytes"] // 4,), jnp.int32)],
-    )(*arrays)
+    out = {"y": jax.ShapeDtypeStruct((m, n), x.dtype)}
+    size = {"clusters": plan.clusters, "cluster": config.cluster, "warps": config.warps}
+    return launch(emit, "stream_matmul", arrays, out, shared_bytes=plan.layout["bytes"], **size)[0]
 
 
 class _Kernel:

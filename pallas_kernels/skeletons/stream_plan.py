@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels.decode import DECODES
-from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS, Form
+from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS
+from pallas_kernels.skeletons.plan import SMEM_BYTES, Launch, groups_of, offsets
 
-SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
 MAX_ROWS = 16
 MULTIPROCESSORS = 132
 # Exchange buffers of a warp. It sends turn i when it has turn i - 1 of every block of the cluster, and each of them sent
@@ -42,19 +41,14 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Launch):
     """Everything static about one launch: sizes, and offsets in shared memory.
 
     The work of a cluster is a sequence of strips (`height` tiles of 16 rows). Each warp takes whole strips in turns; the
     `strips % warps` that come out over are split evenly, along K, over all warps ("loose" strips), and go first.
     """
 
-    m: int
-    n: int
-    k: int
-    form: Form
     config: Config
-    dtype: str
     gathered: bool = False
 
     @property
@@ -99,7 +93,7 @@ class Plan:
     @property
     def piece_groups(self) -> int:
         """Groups that one copy touches."""
-        return max(1, self.chunks * CHUNK // self.form.group) if self.form.group else 1
+        return groups_of(self.form, self.chunks * CHUNK)
 
     @property
     def unroll(self) -> int:
@@ -114,7 +108,7 @@ class Plan:
     @property
     def part_groups(self) -> int:
         """Groups of one turn of the arithmetic."""
-        return max(1, self.unroll * CHUNK // self.form.group) if self.form.group else 1
+        return groups_of(self.form, self.unroll * CHUNK)
 
     @property
     def code_bytes(self) -> int:
@@ -153,7 +147,7 @@ class Plan:
     @property
     def fixed_bytes(self) -> int:
         """Shared memory that does not depend on the length of the rings."""
-        tables = DECODES[self.form.kind].shared_bytes(self.form) + (1024 if self.form.scale == "u8" else 0)
+        tables = self.table_bytes + (1024 if self.form.scale == "u8" else 0)
         return self.m * self.x_pitch + tables + self.unordered_bytes + self.sums_bytes + self.loose_bytes
 
     @property
@@ -228,23 +222,17 @@ class Plan:
     @functools.cached_property
     def layout(self) -> dict[str, int]:
         """Offsets in shared memory; "bytes" is the whole."""
-        at, out = 0, {}
-
-        def put(name: str, nbytes: int) -> None:
-            nonlocal at
-            out[name] = at
-            at += -(-nbytes // 128) * 128
-
-        put("ring", self.config.warps * self.stages * self.stage_bytes)
-        put("barriers", 8 * (self.config.warps * (self.stages + BUFFERS) + self.x_warps + 1))
-        put("x", self.m * self.x_pitch)
-        put("unordered", self.unordered_bytes)
-        put("tables", DECODES[self.form.kind].shared_bytes(self.form))
-        put("table2", 1024 if self.form.scale == "u8" else 0)
-        put("sums", self.sums_bytes)
-        put("loose", self.loose_bytes)
-        out["bytes"] = at
-        return out
+        sizes = {
+            "ring": self.config.warps * self.stages * self.stage_bytes,
+            "barriers": 8 * (self.config.warps * (self.stages + BUFFERS) + self.x_warps + 1),
+            "x": self.m * self.x_pitch,
+            "unordered": self.unordered_bytes,
+            "tables": self.table_bytes,
+            "table2": 1024 if self.form.scale == "u8" else 0,
+            "sums": self.sums_bytes,
+            "loose": self.loose_bytes,
+        }
+        return offsets(sizes, 128)
 
     @property
     def nested_span(self) -> int:

@@ -15,12 +15,12 @@ from jq.nn import RMSNorm
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need jax 0.11", allow_module_level=True)
 
-from pallas_kernels import attention, dense, norm, prologue
+from pallas_kernels import attention, attention_sums, dense, norm, prologue
 
 
 @pytest.fixture(autouse=True)
 def in_lockstep(monkeypatch):
-    for module in (attention, dense, norm, prologue):
+    for module in (attention, attention_sums, dense, norm, prologue):
         monkeypatch.setattr(module, "ptx", lockstep)
         monkeypatch.setattr(module, "Int", lockstep.Int)
     with np.errstate(all="ignore"):
