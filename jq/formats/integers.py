@@ -206,7 +206,6 @@ def _gptq(to: Any, weights: list[Summary], source: Mapping[str, Any], source_for
         )
     group = _common_group(weights, whole_fits=lambda w, size: size >= w.in_features)
     base = group if group is not None else next(w.group_size for w in weights if not w.whole)
-    bits = weights[0].bits
     rule = "v2" if storage != "gptq" else "v1-word" if meta is not None else "v1-field"
 
     def tensor(w: Integers) -> QTensor:
@@ -225,7 +224,7 @@ def _gptq(to: Any, weights: list[Summary], source: Mapping[str, Any], source_for
     def config(skip: list[str]) -> dict[str, Any]:
         done = [w.name for w in weights]
         made = config_of(
-            bits=bits,
+            bits=weights[0].bits,
             group_size=base,
             sym=symmetric,
             storage=storage,
@@ -235,7 +234,8 @@ def _gptq(to: Any, weights: list[Summary], source: Mapping[str, Any], source_for
             overrides={
                 w.name: {"bits": w.bits, "group_size": -1 if w.whole else w.group_size}
                 for w in weights
-                if w.bits != bits or (w.group_size != base and not (w.whole and (base == -1 or base >= w.in_features)))
+                if w.bits != weights[0].bits
+                or (w.group_size != base and not (w.whole and (base == -1 or base >= w.in_features)))
             },
         )
         if meta is not None:
@@ -286,14 +286,10 @@ def _awq(to: Any, weights: list[Summary], source: Mapping[str, Any], source_form
     )
     options = awq.Options(weights[0].bits, group, version, sym=wanted is False)
 
-    def tensor(w: Integers) -> QTensor:
-        return awq.build(w.codes, w.scales, w.zeros, options, name=w.name)
-
     def config(skip: list[str]) -> dict[str, Any]:
-        left = [name for name in skip if name != "lm_head"]
-        return awq.config_of(options, skip=left)
+        return awq.config_of(options, skip=[name for name in skip if name != "lm_head"])
 
-    return Target(tensor, config)
+    return Target(lambda w: awq.build(w.codes, w.scales, w.zeros, options, name=w.name), config)
 
 
 def _compressed_tensors(to: Any, weights: list[Summary], source: Mapping[str, Any], source_format: str) -> Target:

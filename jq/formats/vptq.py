@@ -46,13 +46,7 @@ SUFFIXES = (
     "weight_scale",
     "weight_bias",
 )
-KNOWN = (
-    "quant_method",
-    "config_for_layers",
-    "shared_layer_config",
-    "enable_proxy_error",
-    "modules_to_not_convert",
-)
+KNOWN = ("quant_method", "config_for_layers", "shared_layer_config", "enable_proxy_error", "modules_to_not_convert")
 LAYER_KEYS = (
     "in_features",
     "out_features",

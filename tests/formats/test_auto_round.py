@@ -10,7 +10,7 @@ import pytest
 import jq
 from jq import safetensors_file
 from jq.errors import FormatError, UnsupportedError
-from jq.formats import auto_round, awq, gptq
+from jq.formats import auto_round, awq, awq_words, gptq
 from jq.formats.base import Context
 
 
@@ -131,7 +131,7 @@ def test_llm_awq_needs_no_config(tmp_path):
     pad = ((0, 0), (0, 8 * awq.padded_words(4, 64) - 4))
     wide = np.ascontiguousarray(np.pad(scales, pad).T)
     tensors = {
-        "m.up_proj.qweight": awq.fast_words(codes),
+        "m.up_proj.qweight": awq_words.fast_words(codes),
         "m.up_proj.scales": wide,
         "m.up_proj.scaled_zeros": -wide * np.float16(8),
     }
