@@ -218,6 +218,8 @@ def after(weight: QTensor, x: jax.Array) -> QTensor:
     def tie(a: jax.Array) -> jax.Array:
         return a ^ flip.astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.integer) else a
 
+    if not hasattr(weight, "codes"):  # a weight made of others
+        return jax.tree.map(tie, weight)
     return weight.replace(codes=jax.tree.map(tie, weight.codes))
 
 

@@ -112,7 +112,36 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "bitnet": lambda config: jq.BitNet(config.linear_class),
     "torchao": lambda config: _torchao(config),
     "metal": lambda config: jq.Metal(bits=config.bits, group_size=config.group_size),
+    "higgs": lambda config: jq.HIGGS(config.bits, config.p, config.group_size, config.hadamard_size),
+    "sinq": lambda config: _sinq(config),
+    "fp_quant": lambda config: _fp_quant(config),
+    "fouroversix": lambda config: _four_over_six(config),
 }
+# Methods whose config must say more than its arguments do: it is made anew from what was quantized.
+_DESCRIBED = ("jq", "torchao", "higgs", "fp_quant")
+
+
+def _sinq(config: Any) -> Any:
+    if config.method != "sinq":
+        raise CalibrationError(f"SinqConfig(method={config.method!r}) needs calibration data: method='sinq' does not")
+    return jq.SINQ(config.nbits, config.group_size, config.tiling_mode)
+
+
+def _fp_quant(config: Any) -> Any:
+    """Packed also with `pseudoquantization`, under which the library keeps the same numbers dequantized."""
+    if config.store_master_weights:
+        raise UnsupportedError("FPQuantConfig(store_master_weights=True): packed layers keep no float weight")
+    return jq.FPQuant(
+        config.forward_dtype, config.forward_method, config.hadamard_group_size, transform_init=config.transform_init
+    )
+
+
+def _four_over_six(config: Any) -> Any:
+    for name in ("keep_master_weights", "module_config_overrides"):
+        if getattr(config, name, None):
+            raise UnsupportedError(f"FourOverSixConfig({name}=...) is read, not made while loading")
+    rule, dtype = config.weight_scale_rule or config.scale_rule, config.weight_dtype or config.dtype
+    return jq.FourOverSix(rule, weight_scale_2d=config.weight_scale_2d, dtype=dtype)
 
 
 def _fp8(config: Any) -> Any:
@@ -289,7 +318,7 @@ def finish(quantizer: Any, model: Any) -> None:
             quantizer.settings.apply(module)
     quantizer.sides = Sides(_side_files(quantizer.method, model))
     config = quantizer.quantization_config
-    if str(getattr(config.quant_method, "value", config.quant_method)) not in ("jq", "torchao"):
+    if str(getattr(config.quant_method, "value", config.quant_method)) not in _DESCRIBED:
         return  # a config of transformers says already what the original would write
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
 

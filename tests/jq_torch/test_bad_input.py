@@ -7,26 +7,18 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import GPTQ, ids, save_pair, tensors_of
+from tiny import GPTQ, SMALL, ids, llama, save_pair, tensors_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from jq.errors import CheckpointError, FormatError, JqError, UnsupportedError
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-}
+SIZES = SMALL | {"num_hidden_layers": 1}
 Q = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    torch.manual_seed(0)
-    save_pair(LlamaForCausalLM(LlamaConfig(**SIZES)), tmp_path, lambda name: "_proj" in name)
+    save_pair(llama(SIZES), tmp_path, lambda name: "_proj" in name)
     return tmp_path / "packed"
 
 
@@ -135,17 +127,14 @@ def test_a_new_head_may_be_missing(folder, enabled):
 
 
 def test_tied_output_layer(tmp_path, enabled):
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
-    save_pair(LlamaForCausalLM(config), tmp_path, lambda name: "_proj" in name)
+    save_pair(llama(SIZES, tie_word_embeddings=True), tmp_path, lambda name: "_proj" in name)
     model, info = load(tmp_path / "packed", output_loading_info=True)
     assert not info["missing_keys"]
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
 def test_a_packed_output_layer_that_the_config_calls_tied(tmp_path, enabled):
-    torch.manual_seed(0)
-    save_pair(LlamaForCausalLM(LlamaConfig(**SIZES)), tmp_path, lambda name: "_proj" in name or "lm_head" in name)
+    save_pair(llama(SIZES), tmp_path, lambda name: "_proj" in name or "lm_head" in name)
     file = tmp_path / "packed" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
     model, info = load(tmp_path / "packed", output_loading_info=True)

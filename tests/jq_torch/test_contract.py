@@ -7,29 +7,17 @@ import pickle
 
 import pytest
 import torch
-from tiny import GPTQ, ids, same, save_pair, tensors_of
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from tiny import GPTQ, ids, same, tensors_of
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import jq_torch
 from jq_torch import ops
 from jq_torch.linear import JqLinear
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-}
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("contract")
-    save_pair(LlamaForCausalLM(LlamaConfig(**SIZES)), path, lambda name: "_proj" in name)
-    return path
+def folder(gptq_pair):
+    return gptq_pair
 
 
 @pytest.fixture

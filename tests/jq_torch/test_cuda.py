@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny
 import torch
 from tiny import ids, same, tensors_of
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import jq
 import jq_torch
@@ -15,22 +16,13 @@ from jq_torch import ops
 from jq_torch.linear import JqLinear
 
 pytestmark = pytest.mark.gpu
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 64,
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """NF4 as bitsandbytes writes it, made on the CPU."""
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("cuda")
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(path / "float")
+    tiny.llama(tiny.SIZES, hidden_size=256, intermediate_size=512).save_pretrained(path / "float")
     with jq_torch.enable():
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         model = AutoModelForCausalLM.from_pretrained(path / "float", quantization_config=config, dtype=torch.bfloat16)

@@ -12,20 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from tiny import SMALL, llama
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import jq_torch
 
 pytest.importorskip("peft", reason="LoRA needs peft")
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": 64}
 HERE = Path(__file__).parent
 
 
 def packed(folder: Path, **options: Any) -> str:
     """The directory of a tiny NF4 model."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder / "float")
+    llama(SMALL).save_pretrained(folder / "float")
     with jq_torch.enable():
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
         model = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config)

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from tiny import ids, save_pair
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from tiny import ids
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import jq
 import jq_torch
@@ -15,23 +15,12 @@ from jq_torch.linear import JqLinear
 
 peft = pytest.importorskip("peft", reason="LoRA tests need peft")
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-}
 LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("lora")
-    save_pair(LlamaForCausalLM(LlamaConfig(**SIZES)), path, lambda name: "_proj" in name)
-    return path
+def folder(gptq_pair):
+    return gptq_pair
 
 
 def load(folder, kind="packed"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from tiny import ids
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import jq
 import jq_torch
@@ -14,22 +14,10 @@ from jq.cli import methods
 from jq.errors import CalibrationError, FormatError, UnsupportedError
 from jq_torch.linear import JqLinear
 
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 64,
-}
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("float")
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(path)
-    return path
+def folder(float_llama):
+    return float_llama
 
 
 def _config(name: str, *args, **kwargs):
@@ -67,6 +55,12 @@ CONFIGS = {
     "torchao-int8-dynamic": _config("TorchAoConfig", "Int8DynamicActivationInt8WeightConfig"),
     "torchao-float8": _config("TorchAoConfig", "Float8WeightOnlyConfig"),
     "metal": _config("MetalConfig", bits=4, group_size=64),
+    "higgs": _config("HiggsConfig", group_size=64, hadamard_size=64),
+    "sinq": _config("SinqConfig", nbits=3),
+    "fp_quant": _config("FPQuantConfig"),
+    "fp_quant-mxfp4": _config("FPQuantConfig", forward_dtype="mxfp4", pseudoquantization=True),
+    "fouroversix": _config("FourOverSixConfig"),
+    "fouroversix-mxfp4": _config("FourOverSixConfig", dtype="mxfp4", scale_rule="static_6"),
     "jq-rtn": lambda: jq_torch.JqConfig(jq.RTN(group_size=32)),
     "jq-nf4": lambda: jq_torch.JqConfig(jq.NF4()),
     "jq-int8": lambda: jq_torch.JqConfig(jq.Int8()),

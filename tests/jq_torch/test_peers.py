@@ -8,19 +8,11 @@ import pytest
 import torch
 import transformers
 from tiny import ids
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import jq_torch
 
 pytestmark = pytest.mark.peers
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 64,
-}
 
 
 def _needs(name: str):
@@ -28,11 +20,8 @@ def _needs(name: str):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("peers")
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(path)
-    return path
+def folder(float_llama):
+    return float_llama
 
 
 def made(folder, target, config, dtype=torch.bfloat16):

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from reference_dirs import directories
-from tiny import same, tensors_of
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny import SIZES, llama, same, tensors_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import jq
 import jq_torch
@@ -247,8 +247,6 @@ def test_the_library_reads_what_was_saved(method: str, folder: Path, tmp_path: P
         assert same(got.to(want.dtype) + 0.0, want + 0.0), name  # a product with zeros loses the sign of zero
 
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 4, "vocab_size": 64}
 MADE: dict[str, tuple[str, Any]] = {
     "nf4": ("bitsandbytes", jq.NF4()),
     "fp4-double": ("bitsandbytes", jq.FP4(double_quant=True)),
@@ -275,8 +273,7 @@ def test_the_library_reads_what_was_made_while_loading(name: str, tmp_path: Path
     library, read = READERS[method]
     if not installed(library):
         pytest.skip(f"needs {library}")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.float16).save_pretrained(tmp_path / "float")
+    llama(SIZES).to(torch.float16).save_pretrained(tmp_path / "float")
     with jq_torch.enable():
         config = jq_torch.JqConfig(made)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config, dtype="auto")

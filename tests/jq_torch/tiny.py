@@ -10,9 +10,20 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+# of a Llama: matrices that groups of 128 divide, and half of that where tests are many
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 4, "vocab_size": 64}
+SMALL = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
 GROUP = 32
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "format": "gptq"}
+
+
+def llama(sizes: dict[str, Any], **more: Any) -> Any:
+    """A float32 Llama, the same each time."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(sizes | more)))
 
 
 def pack_gptq(weight: np.ndarray) -> tuple[dict[str, torch.Tensor], np.ndarray]:
