@@ -114,6 +114,7 @@ def gpu_matmul() -> str:
         if one is None:
             continue
         many = [at.get(("w4a16_g128", m)) for m in (16, 64, 256, 4096)]
+        beside = None if nf4 is None else nf4["peers"].get("bitsandbytes_nf4")
         rows.append(
             [
                 f"{n}x{k}",
@@ -121,10 +122,11 @@ def gpu_matmul() -> str:
                 f"{one['bare_read_us'] / one['us']:.2f}",
                 f"{min(one['peers'].values()) / one['us']:.2f}",
                 "-" if nf4 is None else f"{nf4['us']:.1f}",
+                "-" if nf4 is None or beside is None else f"{beside / nf4['us']:.2f}",
                 *("-" if m is None else f"{m['cublas_us'] / m['us']:.2f}" for m in many),
             ]
         )
-    header = ["out x in", "int4 M=1, us", "of a bare read", "best peer / ours", "NF4 M=1, us"]
+    header = ["out x in", "int4 M=1, us", "of a bare read", "best peer / ours", "NF4 M=1, us", "bitsandbytes / ours"]
     header += [f"cuBLAS bf16 / ours, M={m}" for m in (16, 64, 256, 4096)]
     return table(header, rows) + gpu_line(found)
 
