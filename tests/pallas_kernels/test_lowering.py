@@ -89,7 +89,6 @@ def tuned():
     return rows
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "choice"), tuned(), ids=str)
 def test_tuned_configurations(kind, choice):
     n, k, m = tuned()[kind, choice]
