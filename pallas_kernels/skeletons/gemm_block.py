@@ -50,9 +50,12 @@ class Block:
 
     def after(self, slot: Int, parity: Int, count: int = 1) -> tuple[Int, Int]:
         """The slot of the ring `count` behind a slot."""
-        behind = slot + count
-        wrap = Int(self.plan.stages - 1) < behind
-        return ptx.select(wrap, behind - self.plan.stages, behind), parity ^ ptx.select(wrap, 1, 0)
+        behind, stages = slot + count, self.plan.stages
+        if count == 1:  # stands in the way of the next wait: the shortest form
+            wrap, first = behind == stages, Int(0)
+        else:
+            wrap, first = Int(stages - 1) < behind, behind - stages
+        return ptx.select(wrap, first, behind), parity ^ ptx.select(wrap, 1, 0)
 
     def release(self, slot: Int) -> None:
         """The slot may be filled again, here and in the blocks that share x."""
