@@ -1,20 +1,27 @@
 """FP-Quant: rotated weights in NVFP4 or MXFP4, scales from the largest magnitude or from the standard deviation.
 
 Source: fp_quant 0.3.2 (module/linear.py) for rotations and global scales; QuTLASS's tests (mxfp4_test.py, nvfp4_test.py,
-`_forward_quantize_ref`) for what its kernels compute. Those need a GPU; nothing of them was run.
+`_forward_quantize_ref`) for what its kernels compute. Those need a GPU; nothing of them was run. `fake_nvfp4` and
+`fake_mxfp4` are fp_quant's pseudoquantization kernels (module/triton), which Triton's interpreter runs on a CPU.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
+from jq import exact
 from jq.algorithms import narrow
+from jq.bits import namespace
 
 QUEST = (
     2.92247856 / 6.0
 )  # largest magnitude of 32 normally distributed values that gives the least square error, over 6
 TINY = 1e-8
+_BOUNDS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
+_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def rotation(name: str, size: int) -> np.ndarray:
@@ -64,3 +71,54 @@ def quantize(
         scale, stored = np.exp2(exponent), (exponent + 127).astype(np.uint8)
     scaled = rotated * whole / np.where(scale == 0, 1, scale)[..., None]
     return narrow.e2m1_codes(np.where(scale[..., None] == 0, 0, scaled)).reshape(w.shape), stored
+
+
+def fake_nvfp4(groups: Any, whole: Any) -> Any:
+    """float32[..., 16] after e4m3 scales and e2m1 values; numpy or JAX.
+
+    Args:
+      whole: the global scale, float32.
+    """
+    xp = namespace(groups)
+    peak = xp.max(xp.abs(groups), axis=-1, keepdims=True)
+    bounded = xp.clip(exact.div(whole * peak, np.float32(6)), 0, 448)
+    scale = exact.float8(bounded, ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values = _fake_e2m1(exact.div(groups * whole, xp.where(scale == 0, np.float32(1), scale)))
+    return exact.div(values * scale, whole)
+
+
+def fake_mxfp4(groups: Any, *, quest: bool) -> Any:
+    """float32[..., 32] after e2m1 values times powers of two, a third of them without `quest`; numpy or JAX."""
+    xp = namespace(groups)
+    if quest:
+        mean = exact.div(xp.sum(groups, axis=-1, keepdims=True), np.float32(32))
+        square = exact.div(xp.sum(groups * groups, axis=-1, keepdims=True), np.float32(32))
+        spread = xp.sqrt(exact.mul_add(-mean, mean, square)) * np.float32(QUEST) + np.float32(TINY)
+        scale = exact.pow2(xp.frexp(spread)[1] - 1)
+    else:
+        peak = xp.max(xp.abs(groups), axis=-1, keepdims=True)
+        power = exact.div(exact.pow2(xp.frexp(peak)[1] - 3), np.float32(0.75))
+        scale = xp.where(peak == 0, np.float32(0), power)
+    return _fake_e2m1(exact.div(groups, xp.where(scale == 0, np.float32(1), scale))) * scale
+
+
+def _fake_e2m1(scaled: Any) -> Any:
+    """The nearest e2m1 value, ties to the smaller; what is not above 0 is negative, zeros too."""
+    xp = namespace(scaled)
+    level = xp.searchsorted(xp.asarray(_BOUNDS), xp.abs(scaled), side="left")
+    return xp.take(xp.asarray(_VALUES), level) * xp.where(scaled > 0, np.float32(1), np.float32(-1))
+
+
+def fake(w: np.ndarray, matrix: np.ndarray, block: int, whole: float, *, quest: bool = False) -> np.ndarray:
+    """The rotated weight [N, K] rounded to what codes and scales can hold, in w's dtype: `dqweight`.
+
+    Args:
+      w: float[N, K].
+      matrix: rotation [g, g] of w's dtype.
+      block, whole, quest: as in `quantize`.
+    """
+    size = len(matrix)
+    rotated = w.astype(np.float32).reshape(-1, size) @ matrix.astype(np.float32)
+    groups = rotated.reshape(w.shape[0], -1, block)
+    rounded = fake_nvfp4(groups, np.float32(whole)) if block == 16 else fake_mxfp4(groups, quest=quest)
+    return rounded.reshape(w.shape).astype(w.dtype)

@@ -5,11 +5,13 @@
                          of 128 and columns of 4 where the quantizing kernel padded them
     weight_global_scale, act_global_scale    dt [1]
     forward_hadamard_matrix, backward_hadamard_matrix    dt [g, g]
-    dqweight             dt [N, K] in place of qweight and scales with pseudoquantization: the rotated weight, rounded
+    dqweight             dt [N, K] in place of qweight and scales with pseudoquantization (for GPUs without FP4): the
+                         rotated weight, rounded
 
 The stored weight is that of inputs x @ H, H = forward_hadamard_matrix in each block of g inputs; its values are
 code * scale / weight_global_scale. `dequantize()` takes the rotation back. The library always quantizes activations
-too (`jq.activation_schemes.fp_quant`). Quantize: `jq.algorithms.fp_quant`.
+too (`jq.activation_schemes.fp_quant`). Quantize: `jq.algorithms.fp_quant`. With pseudoquantization fp_quant 0.3.2 adds a
+layer's bias twice; here it is added once.
 
 Source: fp_quant 0.3.2 (module/linear.py, linear_fns.py, triton/nvfp4.py); the library needs a GPU and qutlass, no file
 of it was at hand.
@@ -28,7 +30,7 @@ from jq.activations import Activation
 from jq.algorithms import fp_quant as algorithm
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
-from jq.qtensor import Grouping, NarrowFloat, Source
+from jq.qtensor import Grouping, NarrowFloat, Plain, QTensor, Source
 from jq.qtensor.rotated import Rotated
 
 FLOATS = (np.float16, "bfloat16", np.float32)
@@ -55,6 +57,7 @@ class Options:
 
     forward_dtype: str = "nvfp4"
     forward_method: str = "abs_max"
+    pseudo: bool = False
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -62,7 +65,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
 
     Raises:
       FormatError: an unknown dtype or method.
-      UnsupportedError: checkpoints whose weights are dense: pseudoquantized ones, and those with master weights.
+      UnsupportedError: checkpoints with master weights.
     """
     for key in config.keys() - set(KNOWN):
         warn_once(context.label, f"quantization_config.{key} is not known to FP-Quant; ignored")
@@ -74,12 +77,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
             f"{context.label}: store_master_weights keeps plain weights that are quantized at run time; remove "
             "quantization_config from config.json to load them as they are"
         )
-    if config.get("pseudoquantization"):
-        raise UnsupportedError(
-            f"{context.label}: pseudoquantization stores dense rotated weights (dqweight), which are not read; a "
-            "checkpoint made without it is"
-        )
-    return Options(dtype, method)
+    return Options(dtype, method, bool(config.get("pseudoquantization")))
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotated:
@@ -88,27 +86,62 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotat
     Raises:
       FormatError: missing tensors, shapes or dtypes that disagree with the config.
     """
-    weight, stored = take(parts, "qweight", prefix), take(parts, "scales", prefix)
     matrix = take(parts, MATRICES[0], prefix)
     whole = take(parts, GLOBALS[0], prefix)
-    expect_dtype(weight, (np.uint8,), f"{prefix}.qweight")
-    expect_dtype(stored, (np.uint8,), f"{prefix}.scales")
     expect_dtype(whole, FLOATS, f"{prefix}.{GLOBALS[0]}")
     expect_shape(whole, (1,), f"{prefix}.{GLOBALS[0]}", "one scale for the weight")
+    expect_dtype(matrix, FLOATS, f"{prefix}.{MATRICES[0]}")
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise FormatError(f"{prefix}.{MATRICES[0]}: found shape {tuple(matrix.shape)}, expected a square")
+    extras = {s: parts[s] for s in (GLOBALS[1], MATRICES[1]) if s in parts}
+    base: QTensor
+    if options.pseudo:
+        weight = take(parts, "dqweight", prefix, why="pseudoquantization is set.")
+        expect_dtype(weight, FLOATS, f"{prefix}.dqweight")
+        if weight.ndim != 2 or 0 in weight.shape:
+            raise FormatError(f"{prefix}.dqweight: found shape {tuple(weight.shape)}, expected a matrix")
+        base = Plain(weight, dtype=str(weight.dtype))
+        extras[GLOBALS[0]] = whole
+    else:
+        base, padding = _packed(prefix, parts, whole, BLOCKS[options.forward_dtype])
+        extras |= padding
+    base.check(prefix)
+    made = Rotated(
+        base,
+        matrix,
+        extras,
+        block=matrix.shape[0],
+        dtype=context.model_dtype,
+        activation=Activation(
+            "fp_quant",
+            GLOBALS[1:],
+            (
+                ("dtype", options.forward_dtype),
+                ("method", options.forward_method),
+                *((("pseudo", True),) * options.pseudo),
+            ),
+        ),
+        source=Source("fp_quant"),
+    )
+    made.check(prefix)
+    return made
+
+
+def _packed(prefix: str, parts: Parts, whole: np.ndarray, block: int) -> tuple[NarrowFloat, Parts]:
+    """The codes and scales of a module, and the stored scales where the kernel padded them."""
+    weight, stored = take(parts, "qweight", prefix), take(parts, "scales", prefix)
+    expect_dtype(weight, (np.uint8,), f"{prefix}.qweight")
+    expect_dtype(stored, (np.uint8,), f"{prefix}.scales")
     if weight.ndim != 2 or 0 in weight.shape:
         raise FormatError(
             f"{prefix}.qweight: found shape {tuple(weight.shape)}, expected (out_features, in_features / 2)"
         )
     n, k = weight.shape[0], weight.shape[1] * 2
-    block = BLOCKS[options.forward_dtype]
     if k % block:
         raise FormatError(f"{prefix}.qweight: {k} inputs are no multiple of {block}")
     exact, padded = (n, k // block), (-(-n // 128) * 128, -(-(k // block) // 4) * 4)
     if tuple(stored.shape) not in (exact, padded):
         expect_shape(stored, exact, f"{prefix}.scales", f"blocks of {block}, or {padded} with the kernel's padding")
-    expect_dtype(matrix, FLOATS, f"{prefix}.{MATRICES[0]}")
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise FormatError(f"{prefix}.{MATRICES[0]}: found shape {tuple(matrix.shape)}, expected a square")
     codes = np.ascontiguousarray(weight)
     base = NarrowFloat(
         codes.view(np.uint32) if k % 8 == 0 else codes,
@@ -120,34 +153,22 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotat
         formula="global_divide",
         dtype="float32",
     )
-    base.check(prefix)
-    extras = {s: parts[s] for s in (GLOBALS[1], MATRICES[1]) if s in parts}
-    if tuple(stored.shape) != exact:
-        extras["scales"] = stored  # the padding is carried with the rest: the kernel leaves arbitrary bytes there
-    made = Rotated(
-        base,
-        matrix,
-        extras,
-        block=matrix.shape[0],
-        dtype=context.model_dtype,
-        activation=Activation(
-            "fp_quant", GLOBALS[1:], (("dtype", options.forward_dtype), ("method", options.forward_method))
-        ),
-        source=Source("fp_quant"),
-    )
-    made.check(prefix)
-    return made
+    # the padding is carried with the rest: the kernel leaves arbitrary bytes there
+    return base, {"scales": stored} if tuple(stored.shape) != exact else {}
 
 
 def dump(q: Rotated) -> Parts:
     """Stored tensors of a module."""
     base = q.base
+    extras = {k: np.asarray(v) for k, v in q.extras.items()}
+    if isinstance(base, Plain):
+        return {"dqweight": np.asarray(base.values), MATRICES[0]: np.asarray(q.rotation), **extras}
     return {
         "qweight": np.ascontiguousarray(np.asarray(base.codes)).view(np.uint8),
         "scales": np.asarray(base.scales),
         GLOBALS[0]: np.asarray(base.global_scale),
         MATRICES[0]: np.asarray(q.rotation),
-        **{k: np.asarray(v) for k, v in q.extras.items()},
+        **extras,
     }
 
 
@@ -162,12 +183,14 @@ class FPQuant:
       forward_method: "abs_max", or "quest" (mxfp4): scales from the standard deviation.
       hadamard_group_size: inputs that are rotated together; None: 16 for nvfp4, 32 for mxfp4.
       transform_init: "hadamard", "identity" or "gsr" (Hadamard columns in the order of their sign changes).
+      pseudoquantization: keep the rounded weight itself, which GPUs without FP4 can run.
     """
 
     forward_dtype: str = "nvfp4"
     forward_method: str = "abs_max"
     hadamard_group_size: int | None = None
     transform_init: str = "hadamard"
+    pseudoquantization: bool = False
     format = "fp_quant"
 
     def quantize(self, w: Any, name: str = "weight") -> Rotated:
@@ -182,16 +205,16 @@ class FPQuant:
         if w.ndim != 2 or w.shape[1] % size or size % block:
             raise FormatError(f"{name}: found shape {w.shape}; FP-Quant rotates blocks of {size} inputs")
         matrix = algorithm.rotation(self.transform_init, size).astype(w.dtype)
-        whole = 3.0 if self.forward_method == "abs_max" else 1.0
-        codes, scales = algorithm.quantize(w, matrix, block, whole, quest=self.forward_method == "quest")
-        n, columns = scales.shape
+        whole, quest = (3.0, False) if self.forward_method == "abs_max" else (1.0, True)
         one = np.full(1, whole, w.dtype)
-        parts: Parts = {
-            "qweight": _bits.pack(codes, 4).view(np.uint8),
-            "scales": np.pad(scales, [(0, -n % 128), (0, -columns % 4)]),
-            **dict.fromkeys(GLOBALS, one),
-            **dict.fromkeys(MATRICES, matrix),
-        }
+        parts: Parts = dict.fromkeys(GLOBALS, one) | dict.fromkeys(MATRICES, matrix)
+        if self.pseudoquantization:
+            parts["dqweight"] = algorithm.fake(w, matrix, block, whole, quest=quest)
+            return load(name, parts, options, Context({"dtype": str(w.dtype)}, label=name))
+        codes, scales = algorithm.quantize(w, matrix, block, whole, quest=quest)
+        n, columns = scales.shape
+        parts["qweight"] = _bits.pack(codes, 4).view(np.uint8)
+        parts["scales"] = np.pad(scales, [(0, -n % 128), (0, -columns % 4)])
         return load(name, parts, options, Context({"dtype": str(w.dtype)}, label=name))
 
     def _size(self) -> int:
@@ -206,7 +229,7 @@ class FPQuant:
             "backward_dtype": "bf16",
             "store_master_weights": False,
             "hadamard_group_size": self._size(),
-            "pseudoquantization": False,
+            "pseudoquantization": self.pseudoquantization,
             "transform_init": self.transform_init,
             "modules_to_not_convert": list(skip) if skip else None,
         }
@@ -217,7 +240,7 @@ FORMAT = Format(
     methods=("fp_quant",),
     title="FP-Quant: NVFP4 and MXFP4 weights of rotated inputs",
     parse=parse,
-    markers=("qweight",),
+    markers=("qweight", "dqweight"),
     suffixes=SUFFIXES,
     load=load,
     dump=dump,

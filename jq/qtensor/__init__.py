@@ -10,6 +10,7 @@ from jq.qtensor.codebook import Codebook as Codebook
 from jq.qtensor.low_rank import LowRank as LowRank
 from jq.qtensor.narrow_float import NarrowFloat as NarrowFloat
 from jq.qtensor.outliers import WithOutliers as WithOutliers
+from jq.qtensor.plain import Plain as Plain
 from jq.qtensor.rotated import Rotated as Rotated
 from jq.qtensor.scaled import Scaled as Scaled
 from jq.qtensor.scaled import Tiles as Tiles

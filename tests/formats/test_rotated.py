@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +15,7 @@ from jq.errors import FormatError, UnsupportedError
 from jq.formats import fp_quant, higgs
 from jq.formats.base import Context
 from jq.qtensor.rotated import hadamard
+from jq.safetensors_file import read_header
 
 CONTEXT = Context(config={"dtype": "bfloat16"}, label="test")
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -184,9 +187,24 @@ def test_fp_quant_rounds_inputs_as_weights(method: str) -> None:
     np.testing.assert_allclose(np.asarray(jq.matmul(x.astype(np.float32), w)), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["nvfp4-abs_max", "mxfp4-abs_max", "mxfp4-quest"])
+def test_fp_quant_pseudoquantizes_as_the_library(case: str, cell) -> None:
+    """Every tensor of fp_quant's own layer, whose kernels ran in Triton's interpreter."""
+    cell("fp_quant", "quantize", "write", "identical bits")
+    file = Path(__file__).parents[1] / "recorded" / "layers" / f"fp_quant-pseudo-{case}.safetensors"
+    entries, meta = read_header(file)
+    tensors = {name: np.array(entry.read()) for name, entry in entries.items()}
+    options = json.loads(meta["config"])
+    fields = ("forward_dtype", "forward_method", "hadamard_group_size", "transform_init", "pseudoquantization")
+    method = jq.FPQuant(**{name: options[name] for name in fields})
+    assert method.config(["lm_head"]) == options
+    for suffix, got in fp_quant.dump(method.quantize(tensors["weight"])).items():
+        assert got.tobytes() == tensors[f"m.{suffix}"].tobytes(), suffix
+
+
 def test_fp_quant_errors() -> None:
-    with pytest.raises(UnsupportedError, match="pseudoquantization stores dense rotated weights"):
-        fp_quant.parse({"pseudoquantization": True}, CONTEXT)
+    with pytest.raises(UnsupportedError, match="store_master_weights keeps plain weights"):
+        fp_quant.parse({"store_master_weights": True}, CONTEXT)
     parts, _ = fp_quant_module("nvfp4")
     parts["scales"] = parts["scales"][:, :3]
     with pytest.raises(FormatError, match=r"m.scales: found shape \(8, 3\), expected \(8, 4\)"):
