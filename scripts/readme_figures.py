@@ -176,7 +176,9 @@ def gpu_torch() -> str:
         for kind, name in TORCH_KINDS.items()
         if kind in speeds
     ]
-    return table(["weights", "tokens/s", "peak GiB"], rows) + gpu_line({"card": found["device"], **found["made"]})
+    return table(["weights", "tokens/s", "peak GiB"], rows) + gpu_line(
+        {**found["made"], "card": found["device"], "date": found["made"]["date"][:10]}
+    )
 
 
 def formats() -> str:

@@ -1,7 +1,7 @@
 """What the adapter saves of other libraries' files, those libraries load, with the dequantized weights that they had.
 
-Each needs its library (extra `peers` has some; AutoAWQ, GPT-QModel, AQLM and VPTQ are installed by hand). EETQ, FBGEMM, SpQR
-and HIGGS have no code that runs on a CPU; SINQ, FP-Quant, Quark and modelopt are held against their sources alone.
+Each needs its library: the extra `peers` has all but GPT-QModel, which asks for torch 2.14.1. EETQ, FBGEMM, SpQR and HIGGS
+have no code that runs on a CPU; SINQ, FP-Quant, Quark and modelopt are held elsewhere, to what the libraries computed.
 """
 
 from __future__ import annotations
