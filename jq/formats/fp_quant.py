@@ -7,6 +7,8 @@
     forward_hadamard_matrix, backward_hadamard_matrix    dt [g, g]
     dqweight             dt [N, K] in place of qweight and scales with pseudoquantization (for GPUs without FP4): the
                          rotated weight, rounded
+    weight               dt [N, K] in place of both with store_master_weights: not rotated, quantized at every call; here
+                         once, when it is loaded
 
 The stored weight is that of inputs x @ H, H = forward_hadamard_matrix in each block of g inputs; its values are
 code * scale / weight_global_scale. `dequantize()` takes the rotation back. The library always quantizes activations
@@ -28,7 +30,7 @@ import numpy as np
 from jq import bits as _bits
 from jq.activations import Activation
 from jq.algorithms import fp_quant as algorithm
-from jq.errors import FormatError, UnsupportedError
+from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
 from jq.qtensor import Grouping, NarrowFloat, Plain, QTensor, Source
 from jq.qtensor.rotated import Rotated
@@ -36,7 +38,7 @@ from jq.qtensor.rotated import Rotated
 FLOATS = (np.float16, "bfloat16", np.float32)
 MATRICES = ("forward_hadamard_matrix", "backward_hadamard_matrix")
 GLOBALS = ("weight_global_scale", "act_global_scale")
-SUFFIXES = ("qweight", "scales", "dqweight", *GLOBALS, *MATRICES)
+SUFFIXES = ("qweight", "scales", "dqweight", "weight", *GLOBALS, *MATRICES)
 KNOWN = [
     "quant_method",
     "forward_dtype",
@@ -58,6 +60,7 @@ class Options:
     forward_dtype: str = "nvfp4"
     forward_method: str = "abs_max"
     pseudo: bool = False
+    master: bool = False
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -65,19 +68,14 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
 
     Raises:
       FormatError: an unknown dtype or method.
-      UnsupportedError: checkpoints with master weights.
     """
     for key in config.keys() - set(KNOWN):
         warn_once(context.label, f"quantization_config.{key} is not known to FP-Quant; ignored")
     dtype, method = config.get("forward_dtype", "nvfp4"), config.get("forward_method", "abs_max")
     if dtype not in BLOCKS or method not in ("abs_max", *(("quest",) if dtype == "mxfp4" else ())):
         raise FormatError(f"{context.label}: forward_dtype {dtype!r} with forward_method {method!r} is not FP-Quant's")
-    if config.get("store_master_weights"):
-        raise UnsupportedError(
-            f"{context.label}: store_master_weights keeps plain weights that are quantized at run time; remove "
-            "quantization_config from config.json to load them as they are"
-        )
-    return Options(dtype, method, bool(config.get("pseudoquantization")))
+    flags = (bool(config.get(key)) for key in ("pseudoquantization", "store_master_weights"))
+    return Options(dtype, method, *flags)
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotated:
@@ -94,8 +92,20 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotat
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise FormatError(f"{prefix}.{MATRICES[0]}: found shape {tuple(matrix.shape)}, expected a square")
     extras = {s: parts[s] for s in (GLOBALS[1], MATRICES[1]) if s in parts}
+    # what transformers saves again has empty tensors in place of the other forms
+    extras |= {s: parts[s] for s in ("weight", "dqweight", "qweight", "scales") if s in parts and not parts[s].size}
     base: QTensor
-    if options.pseudo:
+    block = BLOCKS[options.forward_dtype]
+    if options.master:
+        weight = take(parts, "weight", prefix, why="store_master_weights is set.")
+        expect_dtype(weight, FLOATS, f"{prefix}.weight")
+        if weight.ndim != 2 or not weight.size or weight.shape[1] % len(matrix) or len(matrix) % block:
+            raise FormatError(
+                f"{prefix}.weight: found shape {tuple(weight.shape)}, expected blocks of {len(matrix)} inputs"
+            )
+        base = _rounded(weight, matrix, float(whole[0]), options)
+        extras |= {"weight": weight, GLOBALS[0]: whole}
+    elif options.pseudo:
         weight = take(parts, "dqweight", prefix, why="pseudoquantization is set.")
         expect_dtype(weight, FLOATS, f"{prefix}.dqweight")
         if weight.ndim != 2 or 0 in weight.shape:
@@ -103,7 +113,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotat
         base = Plain(weight, dtype=str(weight.dtype))
         extras[GLOBALS[0]] = whole
     else:
-        base, padding = _packed(prefix, parts, whole, BLOCKS[options.forward_dtype])
+        base, padding = _packed(prefix, parts, whole, block)
         extras |= padding
     base.check(prefix)
     made = Rotated(
@@ -125,6 +135,16 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotat
     )
     made.check(prefix)
     return made
+
+
+def _rounded(weight: np.ndarray, matrix: np.ndarray, whole: float, options: Options) -> Plain | NarrowFloat:
+    """A master weight as the library rounds it at every call."""
+    block, quest = BLOCKS[options.forward_dtype], options.forward_method == "quest"
+    if options.pseudo:
+        return Plain(algorithm.fake(weight, matrix, block, whole, quest=quest), dtype=str(weight.dtype))
+    codes, scales = algorithm.quantize(weight, matrix, block, whole, quest=quest)
+    parts = {"qweight": _bits.pack(codes, 4).view(np.uint8), "scales": scales}
+    return _packed("", parts, np.full(1, whole, weight.dtype), block)[0]
 
 
 def _packed(prefix: str, parts: Parts, whole: np.ndarray, block: int) -> tuple[NarrowFloat, Parts]:
@@ -161,6 +181,8 @@ def dump(q: Rotated) -> Parts:
     """Stored tensors of a module."""
     base = q.base
     extras = {k: np.asarray(v) for k, v in q.extras.items()}
+    if "weight" in extras and extras["weight"].size:
+        return {MATRICES[0]: np.asarray(q.rotation), **extras}
     if isinstance(base, Plain):
         return {"dqweight": np.asarray(base.values), MATRICES[0]: np.asarray(q.rotation), **extras}
     return {
@@ -240,7 +262,7 @@ FORMAT = Format(
     methods=("fp_quant",),
     title="FP-Quant: NVFP4 and MXFP4 weights of rotated inputs",
     parse=parse,
-    markers=("qweight", "dqweight"),
+    markers=("qweight", "dqweight", MATRICES[0]),
     suffixes=SUFFIXES,
     load=load,
     dump=dump,

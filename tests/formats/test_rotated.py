@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jq
-from jq.errors import FormatError, UnsupportedError
+from jq.errors import FormatError
 from jq.formats import fp_quant, higgs
 from jq.formats.base import Context
 from jq.qtensor.rotated import hadamard
@@ -198,13 +198,34 @@ def test_fp_quant_pseudoquantizes_as_the_library(case: str, cell) -> None:
     fields = ("forward_dtype", "forward_method", "hadamard_group_size", "transform_init", "pseudoquantization")
     method = jq.FPQuant(**{name: options[name] for name in fields})
     assert method.config(["lm_head"]) == options
-    for suffix, got in fp_quant.dump(method.quantize(tensors["weight"])).items():
+    made = fp_quant.dump(method.quantize(tensors["weight"]))
+    for suffix, got in made.items():
         assert got.tobytes() == tensors[f"m.{suffix}"].tobytes(), suffix
+    with_master = fp_quant.parse(options | {"store_master_weights": True}, CONTEXT)
+    parts = {s: a for s, a in made.items() if s != "dqweight"} | {"weight": tensors["weight"]}
+    q = fp_quant.load("m", parts, with_master, CONTEXT)
+    assert np.asarray(q.base.values).tobytes() == made["dqweight"].tobytes()
+    again = fp_quant.dump(q.to_jax())
+    assert again.keys() == parts.keys() and all(again[s].tobytes() == a.tobytes() for s, a in parts.items())
+
+
+def test_fp_quant_empty_tensors_and_packed_master_weights() -> None:
+    """transformers saves a loaded model with empty tensors for the forms that it does not use."""
+    w = np.random.default_rng(3).standard_normal((8, 64)).astype(ml_dtypes.bfloat16)
+    plain = jq.FPQuant("mxfp4").quantize(w)
+    empty = np.zeros(0, np.float32)
+    parts = fp_quant.dump(plain) | {"weight": empty, "dqweight": empty}
+    again = fp_quant.dump(fp_quant.load("m", parts, fp_quant.Options("mxfp4"), CONTEXT).to_jax())
+    assert again.keys() == parts.keys() and all(again[s].tobytes() == a.tobytes() for s, a in parts.items())
+    parts = {s: a for s, a in fp_quant.dump(plain).items() if s not in ("qweight", "scales")} | {"weight": w}
+    master = fp_quant.load(
+        "m", parts, fp_quant.parse({"forward_dtype": "mxfp4", "store_master_weights": True}, CONTEXT), CONTEXT
+    )
+    np.testing.assert_array_equal(np.asarray(master.dequantize()), np.asarray(plain.dequantize()))
+    assert fp_quant.dump(master)["weight"] is w
 
 
 def test_fp_quant_errors() -> None:
-    with pytest.raises(UnsupportedError, match="store_master_weights keeps plain weights"):
-        fp_quant.parse({"store_master_weights": True}, CONTEXT)
     parts, _ = fp_quant_module("nvfp4")
     parts["scales"] = parts["scales"][:, :3]
     with pytest.raises(FormatError, match=r"m.scales: found shape \(8, 3\), expected \(8, 4\)"):
