@@ -8,6 +8,7 @@ another array by now, there is no whole, and each part is multiplied by itself.
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,10 +37,11 @@ class Rows:
 
     def __init__(self, counts: Sequence[int], columns: int, dtype: Any) -> None:
         self.counts, self.dtype = tuple(counts), np.dtype(dtype)
-        size = sum(counts) * columns * self.dtype.itemsize
-        memory = np.empty(size + ALIGNMENT, np.uint8)  # not touched here: pages become real as parts are written
-        start = -memory.ctypes.data % ALIGNMENT
-        self.memory = memory[start : start + size].view(self.dtype).reshape(-1, columns)
+        # Pages of their own, real as parts are written: on the heap, what is freed between them would stay unused.
+        memory = mmap.mmap(-1, sum(counts) * columns * self.dtype.itemsize)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = np.frombuffer(memory, self.dtype).reshape(-1, columns)
         self.parts: list[jax.Array] = []
 
     @staticmethod
