@@ -6,6 +6,8 @@
     quantized_weight_amax           float32, one value (MXFP4: 1, not used)
     quantized_weight_metadata       int32 or int64 [6]: N, K, N', K', 1, whether scales are in Blackwell's order
 
+With `keep_master_weights` a module has only its float weight [N, K], which the library quantizes at every call.
+
 N' and K' are N and K padded with zeros to multiples of 128 and of four blocks. Dequantize: NVFP4
 dt(float32(code * scale) * amax / top), top = 6 * 256 for the adaptive rules, 6 * 448 for "static_6", 4 * 448 for
 "static_4"; MXFP4 dt(float16(code * scale)), static rules alone. The library quantizes activations
@@ -28,7 +30,7 @@ from jq import bits as _bits
 from jq.activations import Activation
 from jq.algorithms import fouroversix as algorithm
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_once
 from jq.qtensor import Grouping, NarrowFloat, Source
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -40,6 +42,7 @@ DTYPES: dict[str, tuple[int, np.dtype, str]] = {
     "nvfp4": (algorithm.BLOCK, E4M3, "e4m3"),
     "mxfp4": (algorithm.MX_BLOCK, np.dtype(ml_dtypes.float8_e8m0fnu), "e8m0"),
 }
+FLOATS = ("float16", "bfloat16", "float32")
 SCALE_DTYPES = {kind: dtype for _, dtype, kind in DTYPES.values()}
 TOPS = {rule: top * scale for rule, (top, scale) in algorithm.LIMITS.items()}
 KNOWN = {
@@ -51,11 +54,16 @@ KNOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Settings of one module: (dtype, scale rule) of its weight and of its inputs, dtype of results."""
+    """Settings of one module: (dtype, scale rule) of its weight and of its inputs, dtype of results.
+
+    `master`: the file has the float weight, which is quantized at every call, with scales of squares if `square`.
+    """
 
     weight: tuple[str, str]
     inputs: tuple[str, str]
     dtype: str
+    master: bool = False
+    square: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Options:
 
     default: Module
     overrides: Mapping[str, Module]
+    skip: tuple[str, ...] = ("lm_head",)
 
     def of(self, prefix: str) -> Module:
         return self.overrides.get(prefix, self.default)
@@ -74,7 +83,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
 
     Raises:
       FormatError: an unknown rule.
-      UnsupportedError: another dtype than nvfp4, or master weights.
+      UnsupportedError: another dtype than nvfp4 and mxfp4.
     """
     label = f"{context.label}: quantization_config"
     for key in config.keys() - KNOWN:
@@ -84,15 +93,11 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         raise FormatError(f"{label}.module_config_overrides must map modules to settings")
     # A module with settings of its own has the defaults for the others, not the model's.
     own = {name: _module(f"{label}.module_config_overrides[{name!r}]", v) for name, v in overrides.items()}
-    return Options(_module(label, config), own)
+    skip = config.get("modules_to_not_convert", ["lm_head"]) or ()
+    return Options(_module(label, config), own, tuple(map(str, skip)))
 
 
 def _module(label: str, config: Mapping[str, Any]) -> Module:
-    if config.get("keep_master_weights"):
-        raise UnsupportedError(
-            f"{label}.keep_master_weights keeps plain weights that are quantized at run time; remove "
-            "quantization_config from config.json to load them as they are"
-        )
     sides = []
     for side in ("weight", "activation"):
         dtype = config.get(f"{side}_dtype") or config.get("dtype") or "nvfp4"
@@ -104,7 +109,8 @@ def _module(label: str, config: Mapping[str, Any]) -> Module:
         if dtype == "mxfp4" and not str(rule).startswith("static"):
             raise FormatError(f"{label}: {side} scale_rule {rule!r}; mxfp4 has static_6 and static_4 alone")
         sides.append((str(dtype), str(rule)))
-    return Module(sides[0], sides[1], str(config.get("output_dtype") or "bfloat16"))
+    flags = (bool(config.get(key)) for key in ("keep_master_weights", "weight_scale_2d"))
+    return Module(sides[0], sides[1], str(config.get("output_dtype") or "bfloat16"), *flags)
 
 
 def to_blocked(scales: np.ndarray) -> np.ndarray:
@@ -120,12 +126,31 @@ def from_blocked(stored: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return np.ascontiguousarray(blocks.transpose(0, 3, 2, 1, 4)).reshape(rows, columns)
 
 
+def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
+    """Modules with quantized tensors, and every matrix that is quantized at run time: all but embeddings and skipped ones."""
+    found = group_by_prefix(names, (VALUES,), (VALUES, SCALES, AMAX, METADATA))
+    for name in names:
+        prefix = name.removesuffix(".weight")
+        last = prefix.rpartition(".")[2]
+        if prefix == name or prefix in options.skip or "emb" in last or last in ("wte", "wpe", "shared"):
+            continue
+        if options.of(prefix).master and len(context.shapes[name]) == 2 and str(context.dtypes[name]) in FLOATS:
+            found[prefix] = {"weight": name}
+    return found
+
+
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> NarrowFloat:
-    """One module's tensors as a `NarrowFloat`.
+    """One module's tensors as a `NarrowFloat`; master weights are quantized here, once.
 
     Raises:
       FormatError: missing tensors, shapes that disagree with the stored metadata.
     """
+    if "weight" in parts:
+        own = options.of(prefix)
+        maker = FourOverSix(own.weight[1], own.square, own.weight[0])
+        quiet = dataclasses.replace(own, master=False)
+        made = load(prefix, maker.stored(parts["weight"], prefix), Options(quiet, {}), context)
+        return made.replace(extras={"weight": parts["weight"]})
     values, stored = take(parts, VALUES, prefix), take(parts, SCALES, prefix)
     amax, metadata = take(parts, AMAX, prefix), take(parts, METADATA, prefix)
     expect_dtype(values, (np.uint8,), f"{prefix}.{VALUES}")
@@ -172,6 +197,8 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
 def dump(q: NarrowFloat) -> Parts:
     """Stored tensors of a module."""
     assert q.source is not None
+    if "weight" in q.extras:
+        return {"weight": np.asarray(q.extras["weight"])}
     metadata = np.asarray(q.extras[METADATA])
     n, k, rows, columns, _, blocked = (int(v) for v in metadata)
     codes = np.ascontiguousarray(np.asarray(q.codes)).view(np.uint8)
@@ -210,6 +237,10 @@ class FourOverSix:
           FormatError: a size or rule that the library does not have.
         """
         options = parse(self.config(), Context(label=name))
+        return load(name, self.stored(w, name), options, Context(label=name))
+
+    def stored(self, w: Any, name: str) -> Parts:
+        """The tensors that a file has for the weight w."""
         w = np.asarray(w)
         block, scale_dtype, _ = DTYPES[self.dtype]
         if w.ndim != 2 or w.shape[1] % block or (self.weight_scale_2d and w.shape[0] % block):
@@ -222,13 +253,12 @@ class FourOverSix:
         else:
             codes, scales = algorithm.quantize_mx(padded, self.scale_rule, square=self.weight_scale_2d)
             amax = np.ones(1, np.float32)
-        parts: Parts = {
+        return {
             VALUES: _bits.pack(codes, 4).view(np.uint8),
             SCALES: to_blocked(scales).view(scale_dtype),
             AMAX: amax,
             METADATA: np.array([n, k, rows, columns, 1, 1], np.int64),
         }
-        return load(name, parts, options, Context(label=name))
 
     def config(self, skip: list[str] | None = None) -> dict[str, Any]:
         """The quantization_config of a checkpoint made with these options."""
@@ -251,6 +281,7 @@ FORMAT = Format(
     suffixes=(VALUES, SCALES, AMAX, METADATA),
     load=load,
     dump=dump,
+    group=group,
     methods_table={"FourOverSix": FourOverSix},
     evidence="library",
 )

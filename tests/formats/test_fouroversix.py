@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from format_reading import context_of
 
 import jq
 from jq.activation_schemes import fouroversix as activation_schemes
@@ -88,8 +89,6 @@ def test_errors() -> None:
         fouroversix.parse({"dtype": "if4"}, CONTEXT)
     with pytest.raises(FormatError, match="weight scale_rule 'mse'; mxfp4 has static_6 and static_4 alone"):
         fouroversix.parse({"dtype": "mxfp4"}, CONTEXT)
-    with pytest.raises(UnsupportedError, match=r"module_config_overrides\['m'\].keep_master_weights"):
-        fouroversix.parse({"module_config_overrides": {"m": {"keep_master_weights": True}}}, CONTEXT)
     with pytest.raises(FormatError, match="scale_rule 'best'"):
         fouroversix.parse({"scale_rule": "best"}, CONTEXT)
     parts, _ = module(128, 64, blocked=True, top=1536)
@@ -99,3 +98,21 @@ def test_errors() -> None:
     parts[Q + "metadata"] = np.array([128, 64, 128, 60, 1, 1])
     with pytest.raises(FormatError, match="make no NVFP4 weight"):
         fouroversix.load("m", parts, fouroversix.parse({}, CONTEXT), CONTEXT)
+
+
+def test_master_weights_are_quantized_once() -> None:
+    """`keep_master_weights`: plain files, of which every Linear that is not skipped is quantized at run time."""
+    w = np.random.default_rng(5).standard_normal((32, 128)).astype(ml_dtypes.bfloat16)
+    stored = {"embed_tokens.weight": w, "a.weight": w, "b.weight": w, "lm_head.weight": w, "norm.weight": w[0]}
+    context = context_of(stored)
+    config = {"keep_master_weights": True, "scale_rule": "mae", "weight_scale_2d": True}
+    options = fouroversix.parse(config | {"module_config_overrides": {"b": {}}}, context)
+    found = fouroversix.group(list(stored), options, context)
+    assert found == {"a": {"weight": "a.weight"}}
+    q = fouroversix.load("a", {"weight": w}, options, context)
+    want = jq.FourOverSix("mae", weight_scale_2d=True).quantize(w)
+    np.testing.assert_array_equal(np.asarray(q.codes), np.asarray(want.codes))
+    np.testing.assert_array_equal(np.asarray(q.dequantize()), np.asarray(want.dequantize()))
+    x = np.ones((2, 128), ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(np.asarray(jq.matmul(x, q.to_jax())), np.asarray(jq.matmul(x, want.to_jax())))
+    assert fouroversix.dump(q)["weight"].tobytes() == w.tobytes()
