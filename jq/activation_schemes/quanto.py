@@ -15,10 +15,12 @@ import ml_dtypes
 import numpy as np
 
 from jq import exact
-from jq.activation_schemes.products import integer_matmul
+from jq.activation_schemes.products import float_sums, integer_matmul
 from jq.activations import register
 from jq.matmul import dense_matmul
 from jq.qtensor import Affine, NarrowFloat
+
+TINYGEMM_GROUP = 128
 
 
 @register("quanto")
@@ -34,6 +36,8 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
         weights = w.values(dtype) if isinstance(w, NarrowFloat) else w.unpack().astype(dtype)
         scaled = exact.rounded(exact.rounded(scale * w.scales) * weights)
         y = dense_matmul(codes.astype(dtype), scaled)
+    elif w.code_bits == 4 and dtype == jnp.bfloat16 and w.grouping.cols == TINYGEMM_GROUP:
+        y = float_sums(exact.rounded(codes.astype(dtype) * scale), _tinygemm(w)).astype(dtype)
     else:  # 4 and 2 bit weights: both sides are dequantized
         y = dense_matmul(exact.rounded(codes.astype(dtype) * scale), w.dequantize())
     if bias is not None:
@@ -43,6 +47,20 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
 
 
 matmul.adds_bias = True  # type: ignore[attr-defined]
+
+
+def _tinygemm(w: Affine) -> jax.Array:
+    """Weights float32[N, K] as tinygemm multiplies with them: (code - 8) * scale + (8 * scale - shift), never rounded.
+
+    quanto holds bfloat16 weights of 4 bits in groups of 128 for that kernel, on a CPU and on a GPU.
+    """
+    dtype = jnp.dtype(w.dtype)
+    scale, shift = jnp.asarray(w.scales), jnp.asarray(w.zeros)
+    if not jnp.issubdtype(shift.dtype, jnp.floating):
+        shift = exact.rounded(scale * shift.astype(dtype))
+    middle = exact.rounded(8 * scale - shift.astype(dtype))
+    spread = [jnp.repeat(exact.cast(a, jnp.float32), TINYGEMM_GROUP, axis=-1) for a in (scale, middle)]
+    return (w.unpack().astype(jnp.float32) - 8) * spread[0] + spread[1]
 
 
 def quantize(x: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
