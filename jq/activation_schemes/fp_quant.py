@@ -31,7 +31,8 @@ def fp_quant(x: jax.Array, w: Any) -> jax.Array:
         rounded = fake_mxfp4(rotated.reshape(x.shape[0], -1, 32), quest=quest)
     else:
         rounded = _mxfp4(rotated.reshape(x.shape[0], -1, 32), whole, quest=quest)
-    return dense_matmul(rounded.reshape(x.shape).astype(x.dtype), w.base.replace(dtype=str(x.dtype)).dequantize())
+    inputs = exact.rounded(rounded.reshape(x.shape).astype(x.dtype))
+    return dense_matmul(inputs, w.base.replace(dtype=str(x.dtype)).dequantize())
 
 
 def _mxfp4(groups: jax.Array, whole: jax.Array, *, quest: bool) -> jax.Array:

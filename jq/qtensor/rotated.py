@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import jax.numpy as jnp
 import numpy as np
 
+from jq import exact
 from jq.errors import FormatError
 from jq.qtensor.base import Array, QTensor, Source, register
 
@@ -66,7 +67,7 @@ class Rotated(QTensor):
 
     def rotate(self, x: Array) -> Array:
         """x [..., K] -> x @ R, float32."""
-        blocks = jnp.asarray(x).astype(jnp.float32).reshape(*x.shape[:-1], -1, self.block)
+        blocks = exact.cast(jnp.asarray(x), jnp.float32).reshape(*x.shape[:-1], -1, self.block)
         return jnp.einsum("...j,ji->...i", blocks, self._matrix()).reshape(x.shape)
 
     def _matrix(self) -> Array:
