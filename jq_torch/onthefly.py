@@ -128,11 +128,14 @@ def _sinq(config: Any) -> Any:
 
 
 def _fp_quant(config: Any) -> Any:
-    """Packed also with `pseudoquantization`, under which the library keeps the same numbers dequantized."""
     if config.store_master_weights:
         raise UnsupportedError("FPQuantConfig(store_master_weights=True): packed layers keep no float weight")
     return jq.FPQuant(
-        config.forward_dtype, config.forward_method, config.hadamard_group_size, transform_init=config.transform_init
+        config.forward_dtype,
+        config.forward_method,
+        config.hadamard_group_size,
+        transform_init=config.transform_init,
+        pseudoquantization=config.pseudoquantization,
     )
 
 

@@ -58,7 +58,8 @@ CONFIGS = {
     "higgs": _config("HiggsConfig", group_size=64, hadamard_size=64),
     "sinq": _config("SinqConfig", nbits=3),
     "fp_quant": _config("FPQuantConfig"),
-    "fp_quant-mxfp4": _config("FPQuantConfig", forward_dtype="mxfp4", pseudoquantization=True),
+    "fp_quant-mxfp4": _config("FPQuantConfig", forward_dtype="mxfp4"),
+    "fp_quant-pseudo": _config("FPQuantConfig", pseudoquantization=True),
     "fouroversix": _config("FourOverSixConfig"),
     "fouroversix-mxfp4": _config("FourOverSixConfig", dtype="mxfp4", scale_rule="static_6"),
     "jq-rtn": lambda: jq_torch.JqConfig(jq.RTN(group_size=32)),
@@ -80,7 +81,8 @@ def test_made_saved_and_loaded_again(folder, tmp_path, enabled, name):
     assert type(model.lm_head) is torch.nn.Linear
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert model.num_parameters() == dense.num_parameters()
-    assert model.get_memory_footprint() < dense.get_memory_footprint()
+    if name != "fp_quant-pseudo":  # whose weights the library keeps as floats
+        assert model.get_memory_footprint() < dense.get_memory_footprint()
     with torch.no_grad():
         want = model(ids()).logits
         assert torch.isfinite(want).all()
