@@ -64,9 +64,9 @@ def div(a: Array, b: Array) -> Array:
     """`a / b` correctly rounded, for float32, float16 and bfloat16, with broadcasting.
 
     float32 on a GPU: XLA's quotient is off by up to one unit in the last place, so it is corrected by its residual
-    `a - q*b`, which is exact as a sum of two products (Dekker). On the CPU the quotient is right where XLA cannot see
-    that the divisor is a broadcast one, and the correction would take most of a program's compile time. Half-precision quotients are formed in float32, which
-    has more than twice their digits, and rounded once.
+    `a - q*b`, which is exact as a sum of two products (Dekker). On the CPU the quotient is right as long as XLA cannot
+    see that the divisor is a broadcast one, and the correction would take most of a program's compile time.
+    Half-precision quotients are formed in float32, which has more than twice their digits, and rounded once.
     """
     if _is_numpy(a, b):
         return a / b
