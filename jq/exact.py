@@ -80,7 +80,18 @@ def div(a: Array, b: Array) -> Array:
 
 
 def _div32(a: Array, b: Array) -> Array:
-    return jax.lax.platform_dependent(a, b, cpu=jnp.divide, default=_div_by_residual)
+    return jax.lax.platform_dependent(a, b, cpu=_div_by_unknown, default=_div_by_residual)
+
+
+def _div_by_unknown(a: Array, b: Array) -> Array:
+    """`a / b` with a divisor that depends on `a` as far as XLA can tell.
+
+    It multiplies by the reciprocal of a divisor that it sees to be broadcast; under vmap that is any divisor without
+    the mapped axis, however well it was hidden before.
+    """
+    nothing = jax.lax.optimization_barrier(jnp.uint32(0))
+    bits = jax.lax.bitcast_convert_type(b, jnp.uint32) | (jax.lax.bitcast_convert_type(a, jnp.uint32) & nothing)
+    return a / jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _div_by_residual(a: Array, b: Array) -> Array:

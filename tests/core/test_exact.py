@@ -27,11 +27,13 @@ def values(dtype, seed: int, count: int = 40_000) -> np.ndarray:
 
 
 def ways(function):
-    """The function eagerly, under jit, in scan, and under vmap."""
+    """The function eagerly, under jit, in scan, and under vmap over rows and over single elements."""
     yield "eager", function
     yield "jit", jax.jit(function)
     yield "scan", jax.jit(lambda *a: jax.lax.scan(lambda c, x: (c, function(*x)), 0, tuple(v[None] for v in a))[1][0])
     yield "vmap", lambda *a: jax.vmap(function)(*(v[None] for v in a))[0]
+    yield "vmap of elements", jax.vmap(function)
+    yield "jit of vmap of elements", jax.jit(jax.vmap(function))
 
 
 def same(got, want, what: str) -> None:
