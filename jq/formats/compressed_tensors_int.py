@@ -133,7 +133,7 @@ def _is_padded(words: np.ndarray, n: int, k: int, bits: int, version: str, prefi
             + (f" or, as before version 0.13, ({n}, {padded})" if padded != dense else "")
             + f" for in_features {k} and {bits} bits; check num_bits in config_groups"
         )
-    if 32 % bits == 0 or k <= 32 // bits:
+    if 32 % bits == 0:
         return False
     if dense != padded:
         return words.shape[1] == padded

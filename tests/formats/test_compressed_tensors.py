@@ -95,6 +95,17 @@ def test_packed_integers(module):
     assert held_bytes(q) <= 1.02 * stored + 64 + rows
 
 
+def test_zero_points_of_old_files_whose_rows_are_one_word():
+    """Both packings have one word a row of codes and two for the zero points: the version decides."""
+    codes, zeros = np.arange(7)[:, None], np.array([[3], [4], [9], [20], [31], [0], [1]])
+    parts = {"weight_packed": padded_words(codes, 5), "weight_scale": np.ones((7, 1), np.float16)}
+    parts["weight_shape"] = np.array([7, 1])
+    parts["weight_zero_point"] = np.ascontiguousarray(padded_words(zeros.T, 5).T)
+    args = {"num_bits": 5, "type": "int", "symmetric": False, "strategy": "channel"}
+    q = read(FORMAT, named(parts), config(args, version="0.10.2"))[NAME]
+    assert_same(q.dequantize(), (codes - zeros).astype(np.float16))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_int8_rows(data):
