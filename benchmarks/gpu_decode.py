@@ -39,7 +39,7 @@ import numpy as np
 import record
 
 from jq.load import build
-from jq.models import decoder, llama, steps
+from jq.models import decoder, functional, llama, steps
 from jq.models.generate import plan
 from jq.qtensor import Affine, Codebook, Grouping, QTensor
 from jq.state import State
@@ -128,10 +128,10 @@ def model_of(kind: str, head: str, layers: int) -> Any:
 def weight_bytes(model: Any) -> int:
     """Bytes that one step reads: every weight but the embedding table."""
     body = model.model
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.split(model)[1]))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(functional.split(model)[1]))
     extras = sum(
         leaf.nbytes
-        for q in jax.tree.leaves(decoder.split(model)[1], is_leaf=_is_q)
+        for q in jax.tree.leaves(functional.split(model)[1], is_leaf=_is_q)
         if _is_q(q)
         for leaf in jax.tree.leaves(q.extras)
     )
@@ -145,7 +145,7 @@ def _is_q(x: Any) -> bool:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def one_step(graph: Any, state: Any, cache: Any, token: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
     """One greedy token: (cache, token int32[B], slot + 1)."""
-    return _step(decoder.join(graph, state), cache, token, slot)
+    return _step(functional.join(graph, state), cache, token, slot)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -153,7 +153,7 @@ def many_steps(
     graph: Any, state: Any, cache: Any, token: jax.Array, slot: jax.Array, count: jax.Array
 ) -> tuple[Any, jax.Array, jax.Array]:
     """`count` greedy tokens in one loop on the device."""
-    model = decoder.join(graph, state)
+    model = functional.join(graph, state)
     return jax.lax.fori_loop(0, count, lambda _, c: _step(model, *c), (cache, token, slot))
 
 
@@ -199,7 +199,7 @@ def compile_both(programs: list[Program]) -> list[tuple[Any, float, float]]:
 
 
 def decode_rows(model: Any, batches: list[int], context: int, count: int, loops: list[str]) -> list[dict]:
-    graph, state = decoder.split(model)
+    graph, state = functional.split(model)
     slots, slot, many = steps.bucket(context + 2 * count, 128), jnp.int32(context), jnp.int32(count)
     cases = [(batch, loop) for batch in batches for loop in loops]
     shapes = {b: jax.eval_shape(functools.partial(model.model.empty_cache, b, slots)) for b in batches}
@@ -235,7 +235,7 @@ def decode_rows(model: Any, batches: list[int], context: int, count: int, loops:
 
 
 def prefill_seconds(model: Any, length: int) -> float:
-    graph, state = decoder.split(model)
+    graph, state = functional.split(model)
     chosen = plan({}, max_new_tokens=2, do_sample=False, eos_token_id=[], stop=None, seed=0, options={})
     settings, starts = chosen.settings(1), jnp.zeros(1, jnp.int32)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 1000, (1, length)), jnp.int32)
@@ -258,7 +258,7 @@ def lower_all(kinds: list[str], heads: list[str], batches: list[int], layers: in
     try:
         for kind in kinds:
             for head in heads:
-                model = jax.eval_shape(lambda k=kind, h=head: decoder.split(model_of(k, h, layers))[1])
+                model = jax.eval_shape(lambda k=kind, h=head: functional.split(model_of(k, h, layers))[1])
                 graph = _graph(kind, head, layers)
                 for batch in batches:
                     _lower(graph, model, kind, head, batch)
@@ -270,7 +270,7 @@ def _graph(kind: str, head: str, layers: int) -> Any:
     found: list[Any] = []
 
     def make() -> Any:
-        graph, state = decoder.split(model_of(kind, head, layers))
+        graph, state = functional.split(model_of(kind, head, layers))
         found.append(graph)
         return state
 
@@ -279,7 +279,7 @@ def _graph(kind: str, head: str, layers: int) -> Any:
 
 
 def _lower(graph: Any, state: Any, kind: str, head: str, batch: int) -> None:
-    cache = jax.eval_shape(lambda s: decoder.join(graph, s).model.empty_cache(batch, 768), state)
+    cache = jax.eval_shape(lambda s: functional.join(graph, s).model.empty_cache(batch, 768), state)
     integer = jax.ShapeDtypeStruct((), jnp.int32)
     token = jax.ShapeDtypeStruct((batch,), jnp.int32)
     start = time.perf_counter()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jq.models import decoder, steps, tokenizer
+from jq.models import decoder, functional, steps, tokenizer
 from jq.models.generate import STOP_CHUNK, STREAM_CHUNK, Plan, Rows, plan, run
 from jq.models.origin import Origin
 from jq.models.spec import DecoderSpec
@@ -61,7 +61,7 @@ class CausalLM(nnx.Module):
         ids = jnp.asarray(input_ids, jnp.int32)
         ids = ids[None] if ids.ndim == 1 else ids
         starts = None if attention_mask is None else _starts(attention_mask)
-        graph, state = decoder.split(self)
+        graph, state = functional.split(self)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((ids, state))):
             return steps.forward(self, ids, starts)  # inside a caller's jit or grad
         return steps.logits(graph, state, ids, starts)

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jq.models import attention, joined, kernels, kv_cache, rope
+from jq.models import attention, functional, kernels, kv_cache, rope
 from jq.models.experts import ExpertMLP, StackedExpertMLP
 from jq.models.reader import Reader
 from jq.models.spec import DecoderSpec, LayerSpec
-from jq.nn import Embedding, Linear, Packed, RMSNorm
+from jq.nn import Embedding, Linear, RMSNorm
 from jq.qtensor import QTensor
 
 # Computed in float32 and rounded once: XLA rounds every step inside a 16-bit silu, PyTorch does not.
@@ -331,7 +331,7 @@ class Decoder(nnx.Module):
         new, delta = [], None
         for i, layer in enumerate(self.layers):
             buffers = None if cache is None else cache[i]
-            x, delta, buffers = _run_layer(*_split(layer), x, delta, tables, starts, buffers, slot)
+            x, delta, buffers = _run_layer(*functional.light(layer), x, delta, tables, starts, buffers, slot)
             new.append(buffers)
         step, packed = slot is not None and x.shape[1] == 1, _is_packed(self.layers[0].self_attn.o_proj)
         return kernels.normed(self.norm, x, delta, step, packed)[0], None if cache is None else tuple(new)
@@ -359,28 +359,6 @@ def head(decoder: Decoder, lm_head: Linear | None, hidden: jax.Array, step: bool
     if spec.final_softcap is not None:
         logits = spec.final_softcap * jnp.tanh(logits / spec.final_softcap)
     return logits
-
-
-def split(model: nnx.Module) -> tuple[Any, Any]:
-    """(graph definition, state) of a model as it computes; `join` is the inverse.
-
-    Without what is kept for saving only, and with one weight in place of those that lie together (`joined`).
-    """
-    graph, (hollow, rest) = _split(model)
-    rest, wholes = joined.take(model, rest)
-    return graph, (hollow, rest, wholes)
-
-
-def join(graph: Any, state: Any) -> Any:
-    hollow, rest, wholes = state
-    model = nnx.merge(graph, hollow, rest)
-    joined.give(model, wholes)
-    return model
-
-
-def _split(module: nnx.Module) -> tuple[Any, Any]:
-    graph, packed, rest = nnx.split(module, Packed, ...)
-    return graph, (jax.tree.map(lambda _: None, packed), rest)
 
 
 @functools.partial(jax.jit, static_argnums=0)

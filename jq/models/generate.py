@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jq.models import decoder, steps
+from jq.models import functional, steps
 from jq.models.sampling import Settings, Switches
 
 STREAM_CHUNK = 4  # tokens a call while streaming
@@ -129,7 +129,7 @@ def run(
     ids, starts_host = left_padded(rows, plan.pad if plan.pad < vocab else 0)
     batch, length = ids.shape
     slots = steps.bucket(length + plan.max_new_tokens, 128)
-    graph, state = decoder.split(model)
+    graph, state = functional.split(model)
     settings, starts = plan.settings(batch), jnp.asarray(starts_host)
     token, carry = steps.prefill(graph, state, slots, plan.switches, jnp.asarray(ids), starts, settings)
     stopped = yield np.asarray(token)[:, None]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jq.models import decoder, kv_cache, sampling
+from jq.models import decoder, functional, kv_cache, sampling
 from jq.models.sampling import Settings, Switches
 
 
@@ -29,7 +29,7 @@ def bucket(length: int, smallest: int = 16) -> int:
 @functools.partial(jax.jit, static_argnums=0)
 def logits(graph: Any, state: Any, ids: jax.Array, starts: jax.Array | None) -> jax.Array:
     """Logits float32[B, T, V] of ids int32[B, T]; starts int32[B] is the first slot of each row that is no padding."""
-    return forward(decoder.join(graph, state), ids, starts)
+    return forward(functional.join(graph, state), ids, starts)
 
 
 def forward(model: Any, ids: jax.Array, starts: jax.Array | None) -> jax.Array:
@@ -56,7 +56,7 @@ def prefill(
     Returns:
       (first token int32[B], carry of `decode`).
     """
-    model = decoder.join(graph, state)
+    model = functional.join(graph, state)
     cache = model.model.empty_cache(ids.shape[0], slots)
     hidden, cache = model.model(ids, _positions(ids.shape[1], starts), starts, cache)
     last = decoder.head(model.model, model.lm_head, hidden[:, -1])
@@ -97,7 +97,7 @@ def decode(
     Returns:
       (tokens int32[B, room] of which the first `made` count, made, carry).
     """
-    model = decoder.join(graph, state)
+    model = functional.join(graph, state)
     cache, seen, done = carry
 
     def unfinished(c: Any) -> jax.Array:

@@ -111,7 +111,7 @@ def settings_of_a_layer(draw: Any) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1), conf=settings_of_a_layer(), dtype=st.sampled_from([np.float16, BF16, np.float32])
 )

@@ -62,10 +62,10 @@ def test_models_of_equal_structure_share_compilations(folder: Path, model) -> No
 
 
 def test_cache_is_donated(model) -> None:
-    from jq.models import decoder
+    from jq.models import functional
     from jq.models.generate import plan
 
-    graph, state = decoder.split(model)
+    graph, state = functional.split(model)
     chosen = plan({}, max_new_tokens=4, do_sample=None, eos_token_id=None, stop=None, seed=0, options={})
     settings, starts = chosen.settings(1), jnp.zeros(1, jnp.int32)
     ids = jnp.asarray(random_ids((1, 16)))
@@ -84,10 +84,10 @@ def test_compiled_loop_copies_no_weights(model) -> None:
     """No copy of the size of a weight matrix or of a layer's cache inside the decode program."""
     import re
 
-    from jq.models import decoder
+    from jq.models import functional
     from jq.models.generate import plan
 
-    graph, state = decoder.split(model)
+    graph, state = functional.split(model)
     chosen = plan({}, max_new_tokens=4, do_sample=None, eos_token_id=None, stop=None, seed=0, options={})
     settings, starts = chosen.settings(1), jnp.zeros(1, jnp.int32)
     args = (graph, state, 128, chosen.switches)

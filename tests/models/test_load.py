@@ -52,10 +52,10 @@ def test_packed_and_dense_give_the_same_logits() -> None:
 
 def test_packed_weights_are_not_all_dense_at_once() -> None:
     """The compiled forward pass has room for a few dense weights, not for those of all layers."""
-    from jq.models import decoder, steps
+    from jq.models import functional, steps
 
     model = jq.load(REFERENCE["gptq-4-g32-sym-descact"], packed=True)
-    lowered = steps.logits.lower(*decoder.split(model), jnp.zeros((1, 4), jnp.int32), None)
+    lowered = steps.logits.lower(*functional.split(model), jnp.zeros((1, 4), jnp.int32), None)
     dense = sum(q.size * 4 for q in jq.quantized(model).values())
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 0.6 * dense
 
@@ -199,7 +199,7 @@ def pointer(linear) -> int:
 
 
 def test_dense_weights_of_one_input_lie_together(tmp_path: Path) -> None:
-    from jq.models import decoder
+    from jq.models import functional
 
     tensors, config = tiny(np.float16, attention_bias=True)
     rng = np.random.default_rng(1)
@@ -215,7 +215,7 @@ def test_dense_weights_of_one_input_lie_together(tmp_path: Path) -> None:
     assert pointer(attention.k_proj) == pointer(attention.q_proj) + 32 * 32 * 4
     assert pointer(attention.v_proj) == pointer(attention.k_proj) + 16 * 32 * 4
     assert pointer(mlp.up_proj) == pointer(mlp.gate_proj) + 64 * 32 * 4
-    state = decoder.split(model)[1]
+    state = functional.split(model)[1]
     held = sum(a.nbytes for a in jax.tree.leaves(state))
     assert held == sum(t.size * 4 for t in tensors.values())  # each weight once
     whole = state[2]["model", "layers", 1, "self_attn"]
