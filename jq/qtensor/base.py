@@ -180,6 +180,24 @@ class QTensor(_Common):
         return f"{self.bits}-bit"
 
 
+class OnBase(QTensor):
+    """A tensor of the shape and codes of another one, `base`, whose weight it changes."""
+
+    base: QTensor
+
+    @property
+    def bits(self) -> int:
+        return self.base.bits
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    def unpack(self) -> Array:
+        """Codes of `base`, columns in stored order."""
+        return self.base.unpack()
+
+
 def jax_array(array: Array) -> Array:
     """A JAX array; of 64-bit values a numpy array, since JAX would silently drop their upper half."""
     return np.asarray(array) if np.dtype(array.dtype).itemsize == 8 else jnp.asarray(array)

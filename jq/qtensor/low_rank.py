@@ -11,12 +11,12 @@ from jq import exact
 from jq.bits import namespace
 from jq.errors import FormatError
 from jq.qtensor.affine import check_finite
-from jq.qtensor.base import Array, QTensor, Source, register
+from jq.qtensor.base import Array, OnBase, Source, register
 
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class LowRank(QTensor):
+class LowRank(OnBase):
     """`weight = dtype(base + dtype(up @ down))`, the small product summed in float32.
 
     Fields:
@@ -49,20 +49,8 @@ class LowRank(QTensor):
         check_finite(self.down, f"{name}: low-rank factor")
         check_finite(self.up, f"{name}: low-rank factor")
 
-    @property
-    def bits(self) -> int:
-        return self.base.bits
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
     def describe(self) -> str:
         return f"{self.base.describe()}, rank {self.down.shape[-2]}"
-
-    def unpack(self) -> Array:
-        """Codes of `base`."""
-        return self.base.unpack()
 
     def _dense(self) -> Array:
         dense, dtype = self.base._dense(), np.dtype(self.dtype)

@@ -11,12 +11,12 @@ import numpy as np
 
 from jq.errors import FormatError
 from jq.qtensor.affine import check_finite
-from jq.qtensor.base import Array, QTensor, Source, register
+from jq.qtensor.base import Array, OnBase, Source, register
 
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class WithOutliers(QTensor):
+class WithOutliers(OnBase):
     """`weight = dtype(float32(base) + sum of the outliers at each place)`, then columns in the order `order`.
 
     Fields:
@@ -61,20 +61,8 @@ class WithOutliers(QTensor):
         if self.order is not None and not np.array_equal(np.sort(np.asarray(self.order)), np.arange(k)):
             raise FormatError(f"{name}: order of columns is no permutation of 0..{k - 1}; the file is damaged")
 
-    @property
-    def bits(self) -> int:
-        return self.base.bits
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
     def describe(self) -> str:
         return f"{self.base.describe()}, {self.entries.shape[-1]} outliers"
-
-    def unpack(self) -> Array:
-        """Codes of the dense part, int32[*stack, N, K], columns in stored order."""
-        return self.base.unpack()
 
     def _dense(self) -> Array:
         dense = jnp.asarray(self.base._dense()).astype(jnp.float32)

@@ -10,12 +10,12 @@ import numpy as np
 
 from jq import exact
 from jq.errors import FormatError
-from jq.qtensor.base import Array, QTensor, Source, register
+from jq.qtensor.base import Array, OnBase, Source, register
 
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Rotated(QTensor):
+class Rotated(OnBase):
     """`weight = base @ R.T`, R a block-diagonal rotation of the inputs: `x @ weight.T` is `(x @ R) @ base.T`.
 
     The product runs in float32 and is rounded to `dtype`; libraries rotate the inputs instead, so no bits are promised.
@@ -50,20 +50,8 @@ class Rotated(QTensor):
         elif tuple(self.rotation.shape[-2:]) != (self.block, self.block):
             raise FormatError(f"{name}: rotation of shape {tuple(self.rotation.shape)}, expected {self.block} square")
 
-    @property
-    def bits(self) -> int:
-        return self.base.bits
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
     def describe(self) -> str:
         return f"{self.base.describe()}, rotated in blocks of {self.block}"
-
-    def unpack(self) -> Array:
-        """Codes of the rotated weight."""
-        return self.base.unpack()
 
     def rotate(self, x: Array) -> Array:
         """x [..., K] -> x @ R, float32."""

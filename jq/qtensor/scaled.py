@@ -11,12 +11,12 @@ from jq import exact
 from jq.bits import namespace
 from jq.errors import FormatError
 from jq.qtensor.affine import check_finite
-from jq.qtensor.base import Array, QTensor, Source, dense_value, register
+from jq.qtensor.base import Array, OnBase, QTensor, Source, dense_value, register
 
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Scaled(QTensor):
+class Scaled(OnBase):
     """`weight[n, k] = dtype(base[n, k] * column_scale[k])`, the product rounded in the dtype of `base`.
 
     Fields:
@@ -49,20 +49,8 @@ class Scaled(QTensor):
         """Whether the scales differ from tile to tile of rows."""
         return len(self.column_scale.shape) > len(self.shape) - 1
 
-    @property
-    def bits(self) -> int:
-        return self.base.bits
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
     def describe(self) -> str:
         return f"{self.base.describe()}, scaled inputs"
-
-    def unpack(self) -> Array:
-        """Codes of `base`."""
-        return self.base.unpack()
 
     def _dense(self) -> Array:
         dense = self.base._dense()

@@ -25,7 +25,7 @@ def test_gemma_as_transformers(bits: int, dtype: str, cell) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     import torch
 
-    library = pytest.importorskip("transformers.integrations.gemma_quant")
+    library = pytest.importorskip("transformers.integrations.gemma_quant", reason="transformers has no gemma_quant")
     rng, k = np.random.default_rng(bits), 40 if bits == 8 else 37
     layer = library.QuantizedLinear(k, 24, bias=False, num_bits=bits)
     raw = rng.integers(0, 256, tuple(layer.weight.shape), np.uint8)
@@ -85,7 +85,9 @@ def test_metal_as_transformers(bits: int, dtype: str) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     import torch
 
-    library = pytest.importorskip("transformers.integrations.metal_quantization")
+    library = pytest.importorskip(
+        "transformers.integrations.metal_quantization", reason="transformers has no metal_quantization"
+    )
     w = np.random.default_rng(bits).standard_normal((8, 128)).astype(np.float32)
     w[0, :64] = 0.5  # a group of one value
     dense = torch.from_numpy(w).to(getattr(torch, dtype))
