@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +26,8 @@ def convert(
     """Re-encodes a quantized checkpoint so that every dequantized weight stays the same to the bit.
 
     GPTQ (v1, v2, planar), AWQ (gemm, gemv), compressed-tensors (pack-quantized), HQQ, torchao (intx), and for symmetric
-    bytes by channel quanto and EETQ, convert into each other wherever
-    the target can store bits, groups, zero points and order of the source. Each weight is compared before anything is
-    written.
+    bytes by channel quanto and EETQ, convert into each other wherever the target can store bits, groups, zero points
+    and order of the source. Each weight is compared before anything is written.
 
     Args:
       src: directory, file, hub id, or a State.
@@ -99,8 +99,6 @@ def _converted(q: Any, name: str, tensor: Any) -> QTensor:
 
 def _side_config(state: State) -> dict[str, Any]:
     """The quantization config of AutoGPTQ's side file."""
-    import json
-
     for name in _OLD_CONFIGS:
         if name in state.side_files:
             return dict(json.loads(state.side_files[name]))

@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jq.errors import CalibrationError, UnsupportedError
+from jq.errors import CalibrationError, JqError, UnsupportedError
 from jq.qtensor import QTensor
-from jq.state import State, module_of
+from jq.state import State, load_state, module_of
 
 Skip = Iterable[str] | Callable[[str], bool] | None
 Advance = Callable[[int, int, str], None]
@@ -45,7 +45,7 @@ def quantize(
       model_or_state: what `jq.load` returns or any NNX module (changed in place and returned), or a State, or a path or
         hub id (a new State is returned).
       method: `jq.NF4()`, `jq.FP4()`, `jq.Int8()`, `jq.RTN(...)`, ...; an object with `.quantize(weight, name)`.
-      data: calibration data, for methods that need it.
+      data: calibration data. No method here calibrates yet, so anything but None is an error.
       skip: modules that stay float: names, ends of names, prefixes, shell patterns, or a function name -> bool. None:
         the output matrix (`lm_head`) and MoE routers. A list replaces that default.
       advance: called as advance(done, total, name) for each layer.
@@ -54,12 +54,12 @@ def quantize(
       The quantized model or State; `jq.save` writes it, `jq.quantized` lists it.
 
     Raises:
-      UnsupportedError: already quantized, or weights that the method's storage cannot hold.
-      CalibrationError: the method needs data.
+      UnsupportedError: already quantized, weights that the method's storage cannot hold, or `data` given.
+      CalibrationError: the method needs a calibration.
       ValueError: a pattern of `skip` that matches nothing, weights that are not finite.
     """
     if data is not None or not hasattr(method, "quantize"):
-        return _calibrated(model_or_state, method, data, skip, advance)
+        raise _needs_calibration(method, data)
     if isinstance(model_or_state, State):
         return _quantize_state(model_or_state, method, skip, advance)
     if isinstance(model_or_state, Mapping):
@@ -67,26 +67,22 @@ def quantize(
     if hasattr(model_or_state, "to_state"):
         return _quantize_model(model_or_state, method, skip, advance)
     if isinstance(model_or_state, str) or hasattr(model_or_state, "__fspath__"):
-        from jq.state import load_state
-
         return _quantize_state(load_state(model_or_state, lazy=True), method, skip, advance)
     return _quantize_module(model_or_state, method, skip)
 
 
-def _calibrated(model_or_state: Any, method: Any, data: Any, skip: Skip, advance: Advance | None) -> Any:
-    """Methods that look at activations live in `jq.calibrate`."""
-    if data is None:
-        raise CalibrationError(
-            f"{type(method).__name__} needs calibration data: jq.quantize(model, method, data). Without data: jq.NF4(), "
-            "jq.RTN(bits=4, group_size=64), jq.Int8()"
+def _needs_calibration(method: Any, data: Any) -> JqError:
+    """The error for a method or a call that asks for a calibration."""
+    name = type(method).__name__
+    instead = "Without data: jq.NF4(), jq.RTN(bits=4, group_size=64), jq.Int8()"
+    if data is not None:
+        return UnsupportedError(
+            f"quantizing with data ({name}) is not done here, the calibration is missing. {instead}"
         )
-    try:
-        from jq.calibrate import calibrate
-    except ImportError as e:
-        raise UnsupportedError(
-            f"quantizing with data ({type(method).__name__}) is not in this version; without data: jq.NF4(), jq.RTN(...)"
-        ) from e
-    return calibrate(model_or_state, method, data, skip=skip, advance=advance)
+    return CalibrationError(
+        f"{name} needs calibration data, and jaxq does not calibrate: make the checkpoint with the method's own library "
+        f"and load it here, or jq.convert integer weights to it. {instead}"
+    )
 
 
 def linears(state: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> list[str]:

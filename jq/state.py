@@ -25,6 +25,8 @@ from jq.qtensor import QTensor
 
 Array = Any
 
+INDEX = "model.safetensors.index.json"
+
 # dtypes of stored codes: a weight matrix of one of these is nothing without scales.
 CODES = ("int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
@@ -303,9 +305,11 @@ def _check_writable(state: State) -> None:
 def write_state(state: State, folder: Path) -> None:
     """Writes a State's files into an existing directory (not atomic; `save` is)."""
     items: list[_checkpoint.Stored] = []
+    formats: set[str] = set()
     for key in state:
         value = state[key]
         if isinstance(value, QTensor):
+            formats |= {value.source.format} if value.source else set()
             # Names and shapes first, bytes when they are written: only one module's dump is in memory at a time.
             cell = _DumpOnce(state, key)
             items += [(name, (a.dtype, a.shape), cell.reader(name)) for name, a in dump_entry(key, value)]
@@ -315,13 +319,16 @@ def write_state(state: State, folder: Path) -> None:
     position = {name: i for i, name in enumerate(state.order)}
     items.sort(key=lambda item: position.get(item[0], len(position)))
     placed = _checkpoint.shard(items, state.files)
-    fresh = _fresh_metadata(state)
+    fresh = _fresh_metadata(state, formats)
     for file, group in placed.items():
         metadata = state.metadata.get(file) if state.metadata else {"format": "pt", **fresh}
         safetensors_file.write(folder / file, group, metadata or {})
-    if len(placed) > 1 or not (folder / "model.safetensors").exists():  # loaders find other names by the index alone
+    sides = {**_fresh_files(state, formats), **state.side_files}
+    # loaders find other names, and files that go with an index, by the index alone
+    alone = (folder / "model.safetensors").exists() and not any(name.startswith(INDEX) for name in sides)
+    if len(placed) > 1 or not alone:
         _write_index(folder, placed)
-    for name, raw in state.side_files.items():
+    for name, raw in sides.items():
         (folder / name).write_bytes(raw)
     if state.config:
         (folder / "config.json").write_text(json.dumps(state.config, indent=2, ensure_ascii=False) + "\n")
@@ -347,19 +354,24 @@ class _DumpOnce:
         return read
 
 
-def _fresh_metadata(state: State) -> dict[str, str]:
+def _fresh_metadata(state: State, formats: Iterable[str]) -> dict[str, str]:
     """Metadata that a format wants beside newly quantized tensors (none for most)."""
-    found: dict[str, str] = {}
-    tensors = {k: state[k] for k in state}
-    for name in {v.source.format for v in tensors.values() if isinstance(v, QTensor) and v.source}:
-        hook = table()[name].metadata
-        if hook is not None and not state.metadata:
-            found.update(hook(tensors))
-    return found
+    if state.metadata:
+        return {}
+    hooks = [hook for name in sorted(formats) if (hook := table()[name].metadata) is not None]
+    return {key: text for hook in hooks for key, text in hook(state).items()}
+
+
+def _fresh_files(state: State, formats: Iterable[str]) -> dict[str, bytes]:
+    """Files that a format wants beside newly quantized tensors (none for most)."""
+    if state.files:
+        return {}
+    hooks = [hook for name in sorted(formats) if (hook := table()[name].beside_weights) is not None]
+    return {name: raw for hook in hooks for name, raw in hook(state).items()}
 
 
 def _write_index(folder: Path, placed: Mapping[str, list[_checkpoint.Stored]]) -> None:
     total = sum(int(np.prod(s, dtype=np.int64)) * d.itemsize for group in placed.values() for _, (d, s), _ in group)
     weight_map = {name: file for file, group in placed.items() for name, _, _ in group}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

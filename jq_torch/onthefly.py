@@ -79,8 +79,8 @@ def _quanto(config: Any) -> Any:
 def _calibrated(name: str) -> Callable[[Any], Any]:
     def refuse(config: Any) -> Any:
         raise CalibrationError(
-            f"{name} needs calibration data, which from_pretrained does not have: quantize with "
-            f"jq.quantize(model, jq.{name}(...), data), save, and load the result. JqConfig(jq.RTN(...)) rounds without data"
+            f"{name} needs calibration data, which from_pretrained does not have: quantize with its own library and load "
+            "what that saves. JqConfig(jq.RTN(...)) rounds without data"
         )
 
     return refuse
@@ -91,7 +91,8 @@ def _jq(config: Any) -> Any:
         raise ValueError("JqConfig: method is missing, e.g. JqConfig(jq.NF4())")
     if not hasattr(config.method, "quantize"):
         raise CalibrationError(
-            f"JqConfig: {config.method!r} needs calibration data: jq.quantize(model, method, data), save, and load that"
+            f"JqConfig: {config.method!r} needs calibration data, and jaxq does not calibrate: quantize with its own library "
+            "and load what that saves. jq.RTN(...) rounds without data"
         )
     return config.method
 

@@ -177,8 +177,12 @@ def test_progress_is_told():
 
 def test_refusals():
     state = float_state()
-    with pytest.raises(CalibrationError, match=r"GPTQ needs calibration data: jq\.quantize\(model, method, data\)"):
+    with pytest.raises(
+        CalibrationError, match=r"GPTQ needs calibration data, and jaxq does not calibrate.*jq\.NF4\(\)"
+    ):
         jq.quantize(state, jq.GPTQ())
+    with pytest.raises(UnsupportedError, match=r"quantizing with data \(NF4\) is not done here"):
+        jq.quantize(state, jq.NF4(), data=np.zeros((1, 8), np.int32))
     with pytest.raises(ValueError, match="skip: 'qproj' matches no linear layer; layers are named like"):
         jq.quantize(state, jq.NF4(), skip=["qproj"])
     with pytest.raises(UnsupportedError, match="is quantized already"):

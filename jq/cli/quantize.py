@@ -29,11 +29,6 @@ def run(
     skip: Annotated[
         list[str] | None, typer.Option(help="Module name pattern to leave in float; may be repeated.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Text file for methods that calibrate.", exists=True, dir_okay=False)
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples taken from --data.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 512,
     as_json: JsonOption = False,
     list_methods: Annotated[
         bool,
@@ -62,15 +57,7 @@ def run(
 
     start = time.perf_counter()
     with progress("quantize") as advance:
-        if data is None:
-            made = jq.quantize(jq.load_state(source, lazy=True), scheme, skip=skip or None, advance=advance)
-        else:
-            model = jq.load(source)
-            from jq.report.perplexity import tokens_of
-
-            ids = tokens_of(model.tokenizer, data.read_text("utf-8"))[: samples * length]
-            rows = ids[: len(ids) // length * length].reshape(-1, length)
-            made = jq.quantize(model, scheme, data=rows, skip=skip or None, advance=advance)
+        made = jq.quantize(jq.load_state(source, lazy=True), scheme, skip=skip or None, advance=advance)
     say(f"writing {target}")
     jq.save(made, target)
     summary = summary_of(target)
@@ -88,8 +75,8 @@ def _list(on: bool) -> None:
     for public in sorted(methods.names().values(), key=str.lower):
         found = methods.find(public)
         options = ", ".join(str(p).partition(":")[0] + _default(p) for p in methods.options_of(found).values())
-        need = "" if hasattr(found, "quantize") or not isinstance(found, type) else "   (needs --data)"
-        print(f"{public.lower():18} {options}{need}")
+        only = "" if hasattr(found, "quantize") or not isinstance(found, type) else "   (jaxq convert only)"
+        print(f"{public.lower():18} {options}{only}")
     raise typer.Exit
 
 

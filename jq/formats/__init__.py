@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -54,8 +53,6 @@ def table() -> Mapping[str, Format]:
     """Every format, by name."""
     found = {}
     for module in _MODULES:
-        if importlib.util.find_spec(f"jq.formats.{module}") is None:
-            continue
         fmt = importlib.import_module(f"jq.formats.{module}").FORMAT
         found[fmt.name] = fmt
     return found

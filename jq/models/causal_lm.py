@@ -119,7 +119,7 @@ class CausalLM(nnx.Module):
             raise TypeError(f"stream: unknown options {', '.join(sorted(unknown))}")
         chosen = self._plan(named)
         answers = Rows(chosen, 1, self._decode)
-        pieces, given = tokenizer.TextStream(self), 0
+        pieces, given = tokenizer.TextStream(), 0
         for last in self._answers(rows, chosen, STREAM_CHUNK, answers):
             if form.text:
                 piece = pieces.push(answers.text(0), last)

@@ -49,8 +49,8 @@ def encode(tokenizer: Any, prompt: Any) -> list[int]:
 class TextStream:
     """Turns growing token lists into pieces of text; holds back what may still change (half a character)."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.given = tokenizer, ""
+    def __init__(self) -> None:
+        self.given = ""
 
     def push(self, text: str, last: bool) -> str:
         """The new part of `text`, the decoded answer so far."""

@@ -127,7 +127,8 @@ class QTensor(_Common):
             import pallas_kernels
 
             return pallas_kernels.restore(self).dequantize(dtype)
-        return _dequantize(self, str(np.dtype(dtype or self.dtype)))
+        slim = self.replace(extras={}, activation=None, source=None) if hasattr(self, "extras") else self
+        return _dequantize_jit(slim, str(np.dtype(dtype or self.dtype)))
 
     def _dense(self) -> Array:
         """Dequantized weight of an unstacked tensor in the own dtype."""
@@ -213,15 +214,6 @@ def register(cls: type) -> type:
 @functools.partial(jax.jit, static_argnums=1)
 def _dequantize_jit(tensor: QTensor, dtype: str) -> jax.Array:
     return exact.cast(_over_stack(tensor, lambda t: t._dense()), np.dtype(dtype))
-
-
-def _dequantize(tensor: QTensor, dtype: str) -> jax.Array:
-    if tensor.layout:
-        from pallas_kernels import tensors
-
-        tensor = tensors.restore(tensor)
-    slim = tensor.replace(extras={}, activation=None, source=None) if hasattr(tensor, "extras") else tensor
-    return _dequantize_jit(slim, dtype)
 
 
 def _over_stack(tensor: QTensor, function: Any) -> Any:

@@ -85,7 +85,7 @@ class NarrowFloat(QTensor):
       codes: uint8[*stack, N, K] bit patterns of an 8-bit kind, or packed codes [*stack, N, W] of a smaller kind; or a
         nested `Sparse` of bit patterns.
       scales: [*stack, rows, cols] per block (`grouping`): floats, or uint8 bit patterns where `scale_kind` is "e8m0"
-        (2**(byte - 127)), "e4m3", or "ue4m3" (e4m3 as ggml reads it); or a nested QTensor.
+        (2**(byte - 127)), "e4m3", "ue4m3" (e4m3 as ggml reads it) or "e5m3" (Quark's); or a nested QTensor.
       global_scale: float32 scalar or [1] per tensor, or None.
       extras: stored tensors carried for saving or for activation quantization (input_scale, ...).
       kind: key of `KINDS`.
@@ -156,7 +156,7 @@ class NarrowFloat(QTensor):
         return row_codes(self.codes, self.bits, self.pad)
 
     def values(self, dtype: Any = np.float32) -> Array:
-        """The codes as real numbers [*, N, K] (exact in float32, float16 and bfloat16 but for e5m2 and e4m3 in none)."""
+        """The codes as real numbers [*, N, K], exact in float32, float16 and bfloat16."""
         name = KINDS[self.kind][1]
         if name is not None:
             return from_bits(dense_value(self.codes), name).astype(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,3 @@ class WithOutliers(OnBase):
         dense = dense.at[row, (entries & 0xFFFF).astype(jnp.int32)].add(values, mode="drop")
         dense = dense.astype(np.dtype(self.dtype))
         return dense if self.order is None else jnp.take(dense, jnp.asarray(self.order).astype(jnp.int32), axis=1)
-
-    def _rows(self, index: slice) -> Self:
-        return super()._rows(index)
