@@ -11,7 +11,8 @@ import numpy as np
 
 from jq.errors import UnsupportedError
 from jq.formats import awq
-from jq.formats.integers import Summary, integers_of, target_of
+from jq.formats.integer_targets import target_of
+from jq.formats.integers import Summary, integers_of
 from jq.qtensor import QTensor, Source
 from jq.quantize import linears
 from jq.state import State, load_state, module_of, save

@@ -15,7 +15,8 @@ from reference_dirs import bits, directories
 import jq
 from jq.errors import UnsupportedError
 from jq.formats import gptq
-from jq.formats.integers import TARGETS, integers_of
+from jq.formats.integer_targets import TARGETS
+from jq.formats.integers import integers_of
 
 TO = {
     "v1": jq.GPTQ(checkpoint_format="gptq"),

@@ -9,7 +9,7 @@ import pytest
 import jq
 from jq.errors import UnsupportedError
 from jq.formats import gptq
-from jq.formats.integer_targets import linear_tag
+from jq.formats.integer_codes import linear_tag
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 

@@ -1,188 +1,58 @@
-"""More storages for `jq.convert`: HQQ, torchao's intx class, quanto's int8 and EETQ hold integer weights as they are."""
+"""The table of storages that hold integer weights (`jq.formats.integers`) as they are. A new storage is one entry."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jq.errors import UnsupportedError
-from jq.formats import eetq, hqq, quanto, torchao
-from jq.formats.base import Context
-from jq.formats.torchao_method import TorchAO
-from jq.qtensor import Affine, Grouping, QTensor
+from jq.formats.integer_codes import to_eetq, to_hqq, to_quanto, to_torchao
+from jq.formats.integer_words import to_awq, to_compressed_tensors, to_gptq
+from jq.formats.integers import Summary, Target, need
 
-if TYPE_CHECKING:
-    from jq.formats.integers import Integers, Summary, Target
-
-
-def _need(good: bool, text: str) -> None:
-    if not good:
-        raise UnsupportedError(text)
-
-
-def _whole_groups(w: Summary, title: str) -> None:
-    _need(not w.ordered, f"{w.name}: has an activation order (g_idx), which {title} cannot store; GPTQ can")
-    _need(
-        w.whole or w.in_features % w.group_size == 0,
-        f"{w.name}: in_features {w.in_features} is not a multiple of group_size {w.group_size}; {title} has whole groups "
-        "only, GPTQ may end with a short one",
-    )
+# format name -> (method object or format name, weights, source's quantization_config, source's format) -> Target.
+# Each raises UnsupportedError that names the first weight it cannot hold, and why.
+TARGETS: dict[str, Callable[[Any, list[Summary], Mapping[str, Any], str], Target]] = {
+    "gptq": to_gptq,
+    "awq": to_awq,
+    "compressed-tensors": to_compressed_tensors,
+    "hqq": to_hqq,
+    "torchao": to_torchao,
+    "quanto": to_quanto,
+    "eetq": to_eetq,
+}
 
 
-def _as_asked(to: Any, w: Summary) -> None:
-    """Options that were given must be what the weights have; a method with its defaults asks for nothing."""
-    if isinstance(to, str) or to == type(to)(**({"scheme": to.scheme} if hasattr(to, "scheme") else {})):
-        return
-    found, wanted = (w.bits, _group(w)), (to.bits, to.group_size or w.in_features)
-    _need(
-        found == wanted,
-        f"{w.name}: has {found[0]} bits in groups of {found[1]}, {type(to).__name__} asks for {wanted[0]} in groups of "
-        f"{wanted[1]}; convert changes no weight. Leave them out, or quantize the float model",
-    )
+def target_of(to: Any, weights: list[Summary], source: Mapping[str, Any], source_format: str) -> Target:
+    """The storage that `to` names, after a check that it can hold every weight.
 
-
-def _group(w: Summary | Integers) -> int:
-    k = w.codes.shape[1] if hasattr(w, "codes") else w.in_features
-    return min(w.group_size, k)
-
-
-def linear_tag(name: str) -> str:
-    """hqq's name for the same layer of every block: "model.layers.3.self_attn.q_proj" -> "self_attn.q_proj"."""
-    return ".".join(part for part in name.split(".") if part not in ("model", "layers") and not part.isdigit())
-
-
-def to_hqq(to: Any, weights: list[Summary], source: Mapping[str, Any], source_format: str) -> Target:
-    """HQQ along rows (axis 1): integer zeros as floats. (dt(code) - dt(zero)) is exact, so the weights are the same."""
-    from jq.formats.integers import Target
-
-    by_tag: dict[str, dict[str, Any]] = {}
-    for w in weights:
-        _whole_groups(w, "HQQ")
-        _need(getattr(to, "axis", 1) == 1, f"{w.name}: groups lie along in_features; HQQ axis 0 has others")
-        _as_asked(to, w)
-        _need(w.bits in (8, 6, 5, 4, 3, 2, 1), f"{w.name}: {w.bits} bits; HQQ has 8, 6, 5, 4, 3, 2 and 1")
-        group, per = _group(w), hqq.PACKINGS[hqq.PACKING_OF_NBITS[w.bits]][1]
-        _need(group % 8 == 0, f"{w.name}: groups of {group}; HQQ has multiples of 8")
-        rows = w.out_features * w.in_features // group
-        _need(w.bits == 3 or rows % per == 0, f"{w.name}: {rows} groups do not fill words of {per} codes")
-        params = _hqq_params(w.bits, group)
-        _need(
-            by_tag.setdefault(linear_tag(w.name), params) == params,
-            f"{w.name}: bits or groups differ from those of the same layer in another block; HQQ's config says one for all",
+    Raises:
+      UnsupportedError: it cannot; the message names the weight, the reason and what can.
+    """
+    name = to if isinstance(to, str) else getattr(to, "format", None)
+    if name not in TARGETS:
+        raise UnsupportedError(
+            f"{to!r}: weights can be re-encoded as {', '.join(TARGETS)} (jq.GPTQ(), jq.AWQ(), 'compressed-tensors'); other "
+            "formats round differently. jq.quantize makes them from a float model"
         )
-
-    def tensor(w: Integers) -> QTensor:
-        codes = w.codes.reshape(-1, _group(w))
-        scale, zero = (a.astype(w.scales.dtype).reshape(-1, 1) for a in (w.scales, w.zeros))
-        return hqq.build(codes, scale, zero, w.codes.shape, _hqq_params(w.bits, _group(w)), w.name)
-
-    def config(skip: list[str]) -> dict[str, Any]:
-        kinds = {tag: _hqq_config(params) for tag, params in by_tag.items()}
-        first = next(iter(kinds.values()))
-        one = all(kind == first for kind in kinds.values())
-        return {"quant_config": first if one else kinds, "quant_method": "hqq", "skip_modules": skip}
-
-    return Target(tensor, config)
+    if name in ("gptq", "awq"):
+        _check_asked(to, weights)
+    return TARGETS[name](to, weights, source, source_format)
 
 
-def _hqq_params(bits: int, group: int) -> dict[str, Any]:
-    return {
-        "nbits": bits, "channel_wise": True, "group_size": group, "optimize": True, "round_zero": bits == 4, "axis": 1,
-        "view_as_float": False,
-    }  # fmt: skip
-
-
-def _hqq_config(params: dict[str, Any]) -> dict[str, Any]:
-    return {"weight_quant_params": params, "scale_quant_params": None, "zero_quant_params": None, "offload_meta": False}
-
-
-def to_torchao(to: Any, weights: list[Summary], source: Mapping[str, Any], source_format: str) -> Target:
-    """torchao's IntxUnpackedToInt8Tensor: signed codes and int8 zero points, both moved by half the range."""
-    from jq.formats.integers import Target
-
-    _need(
-        isinstance(to, str) or to.scheme == "intx_weight_only",
-        f"{to!r}: only torchao's 'intx_weight_only' class holds integer weights as they are; to='torchao' takes it",
-    )
-    for w in weights:
-        _whole_groups(w, "torchao")
-        _as_asked(to, w)
-
-    def method(w: Summary) -> TorchAO:
-        return TorchAO("intx_weight_only", w.bits, None if w.whole else w.group_size, asymmetric=not w.symmetric)
-
-    def tensor(w: Integers) -> QTensor:
-        half = 1 << (w.bits - 1)
-        parts = {"qdata": (w.codes - half).astype(np.int8), "scale": np.ascontiguousarray(w.scales)}
-        parts["zero_point"] = (w.zeros - half).astype(np.int8)
-        attributes = {
-            "target_dtype": {"_type": "torch.dtype", "_data": f"int{w.bits}"},
-            "block_size": [1, _group(w)],
-            "dtype": {"_type": "torch.dtype", "_data": str(w.scales.dtype)},
-            "activation_quantization": None,
-        }
-        entry = {"_type": "IntxUnpackedToInt8Tensor", "_data": attributes, "_tensor_data_names": list(parts)}
-        name = f"{w.name}.weight"
-        return torchao.load(name, parts, {name: entry}, Context())
-
-    def config(skip: list[str]) -> dict[str, Any]:
-        configs = {w.name: method(w).config(skip) for w in weights}
-        first = next(iter(configs.values()))
-        if all(c == first for c in configs.values()):
-            return first
-        by_name = {name: c["quant_type"]["default"] for name, c in configs.items()}
-        data = {"fqn_to_config": by_name, "module_fqn_to_config": json.loads(json.dumps(by_name))}
-        return first | {"quant_type": {"default": {"_type": "FqnToConfig", "_version": 1, "_data": data}}}
-
-    return Target(tensor, config)
-
-
-def _symmetric_bytes(w: Summary, title: str) -> None:
-    _whole_groups(w, title)
-    _need(
-        w.bits == 8 and w.symmetric and w.whole, f"{w.name}: {title} stores symmetric 8-bit weights by output channel"
+def _asked(to: Any, field: str, found: Any, name: str) -> None:
+    """An option of the target that was given must be what the weights have: `convert` changes no weight."""
+    wanted = getattr(to, field, None)
+    need(
+        wanted is None or wanted == found,
+        f"{name}: has {field} {found}, {type(to).__name__} asks for {wanted}; convert changes no weight. Leave it out, or "
+        "quantize the float model",
     )
 
 
-def _signed(w: Integers) -> tuple[np.ndarray, np.ndarray]:
-    return (w.codes - 128).astype(np.int8), np.ascontiguousarray(w.scales[:, :1])
-
-
-def to_quanto(to: Any, weights: list[Summary], source: Mapping[str, Any], source_format: str) -> Target:
-    """quanto's qint8 (its 4 and 2 bit weights subtract a float shift after the product, which rounds differently)."""
-    from jq.formats.integers import Target
-
+def _check_asked(to: Any, weights: list[Summary]) -> None:
     for w in weights:
-        _symmetric_bytes(w, "quanto")
-
-    def tensor(w: Integers) -> QTensor:
-        data, scale = _signed(w)
-        one = np.ones((), scale.dtype)
-        parts = {"weight._data": data, "weight._scale": scale, "input_scale": one, "output_scale": one}
-        return quanto.load(w.name, parts, quanto.Options({"": "qint8"}, {}), Context())
-
-    return Target(tensor, quanto.Quanto("int8").config)
-
-
-def to_eetq(to: Any, weights: list[Summary], source: Mapping[str, Any], source_format: str) -> Target:
-    """EETQ's interleaved int8; float16, both dimensions multiples of 64."""
-    from jq.formats.integers import Target
-
-    for w in weights:
-        _symmetric_bytes(w, "EETQ")
-        _need(w.dtype == "float16", f"{w.name}: scales are {w.dtype}, EETQ's are float16")
-        _need(
-            w.out_features % eetq.TILE == 0 and w.in_features % eetq.TILE == 0,
-            f"{w.name}: shape {w.out_features} x {w.in_features}; EETQ needs multiples of {eetq.TILE}",
-        )
-
-    def tensor(w: Integers) -> QTensor:
-        data, scale = _signed(w)
-        return Affine.make(
-            data, scale, code_bits=8, signed=True, grouping=Grouping("block", 1, 0), source=eetq.SOURCE, name=w.name
-        )
-
-    return Target(tensor, eetq.EETQ().config)
+        _asked(to, "bits", w.bits, w.name)
+        wanted = getattr(to, "group_size", None)
+        if wanted is not None and not (w.whole and (wanted == -1 or wanted >= w.in_features)):
+            _asked(to, "group_size", w.group_size, w.name)
