@@ -86,6 +86,7 @@ class Format:
       join: (prefix, suffix) -> stored name, the inverse of `group`.
       parameter: whether a prefix is a parameter (stacked experts), whose State key gets no ".weight".
       metadata: optional (tensors of the State) -> safetensors metadata that newly quantized tensors need.
+      beside_weights: optional (tensors of the State) -> {file name: bytes} of files that newly quantized tensors need.
       beside: suffixes of tensors that may lie beside a weight that is not quantized after all (scales of frozen or
         skipped layers); a model runs without them, saving keeps them.
       deferrable: `load` never returns None, so a lazy State may put it off.
@@ -107,6 +108,7 @@ class Format:
     join: Callable[[str, str], str] = lambda prefix, suffix: f"{prefix}.{suffix}"
     parameter: Callable[[str], bool] = lambda prefix: False
     metadata: Callable[[Mapping[str, Any]], dict[str, str]] | None = None
+    beside_weights: Callable[[Mapping[str, Any]], dict[str, bytes]] | None = None
     beside: tuple[str, ...] = ()
     deferrable: bool = True
     evidence: str = "reference"

@@ -23,6 +23,7 @@ Source: sinq 0.2.0 (sinqlinear_hf.py, quantizer.py, patch_model.py), whose layer
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -261,6 +262,46 @@ def dump(q: Scaled) -> Parts:
     return {**found, **{k: np.asarray(v) for k, v in q.extras.items()}}
 
 
+def beside_weights(tensors: Mapping[str, Any]) -> dict[str, bytes]:
+    """The file of plain values, without which SINQ's own loader does not find shapes and packing.
+
+    That loader wants an entry for every module that holds parameters or buffers. Rotary embeddings have buffers and no
+    stored tensor: an empty entry lets the module keep those that it computed.
+    """
+    made: dict[str, Any] = {}
+    for key in tensors:
+        value, name = tensors[key], key.removesuffix(".weight")
+        if isinstance(value, Scaled) and value.source is not None and value.source.format == "sinq":
+            made[name] = {"meta": _plain(value)}
+    blocks = sorted({name[: name.index(".layers.")] for name in made if ".layers." in name})
+    made |= {f"{parent}.rotary_emb": {} for parent in blocks}
+    return {SIDE_FILE: json.dumps(made).encode()} if made else {}
+
+
+def _plain(q: Scaled) -> dict[str, Any]:
+    """What `Quantizer.quantize` of SINQ keeps of a layer beside its tensors, in its order."""
+    parts, bits = dump(q), q.base.code_bits
+    _, dtype = PACKING[bits]
+    group = q.base.grouping.cols
+    count = q.shape[0] * q.shape[1] // group
+    tiled = parts["meta.scale2"].ndim == 3
+    plain: dict[str, Any] = {"nbits": bits, "group_size": group, "shape": list(q.shape)}
+    if "meta.scale.x" in parts:
+        plain["scale.shape"] = [count // group, group, 1] if tiled else [count, 1]
+    plain["awq_scale"] = None
+    if "meta.zero.x" in parts:
+        plain["zero.shape"] = [count // group, group, 1] if tiled else [count, 1]
+    word = "32" if dtype is np.int32 else "u8"
+    return plain | {
+        "axis": 1,
+        "packing": f"{bits}bit_{word}",
+        "method": "sinq_quantAux" if "meta.scale.x" in parts else "sinq",
+        "compute_dtype": f"torch.{q.dtype}",
+        "unpack_view_dtype": f"torch.{np.dtype(dtype)}",
+        "view_as_float": False,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class SINQ:
     """SINQ without activations (`method: "sinq"`): codes those of the library on a CPU.
@@ -342,5 +383,6 @@ FORMAT = Format(
     load=load,
     dump=dump,
     detect=detect,
+    beside_weights=beside_weights,
     methods_table={"SINQ": SINQ},
 )

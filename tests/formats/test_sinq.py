@@ -131,3 +131,23 @@ def test_models_that_sinq_saved_need_no_config(tmp_path: Path) -> None:
     for name, q in state.items():
         if isinstance(q, jq.QTensor):
             assert np.array_equal(np.asarray(found[name].dequantize()), np.asarray(q.dequantize()))
+
+
+def test_plain_values_beside_new_weights_are_those_of_sinq(tmp_path: Path) -> None:
+    """The library's loader needs them and an index; what it wrote itself is the oracle."""
+    want = json.loads((DIRECTORY / sinq.SIDE_FILE).read_text())
+    state = jq.load_state(DIRECTORY)
+    dense = {
+        name: np.asarray(state[name].dequantize()) if name in state and "proj" in name else state[name]
+        for name in state
+    }
+    config = {k: v for k, v in state.config.items() if k != "quantization_config"}
+    jq.save(jq.quantize(jq.State(dense, config), jq.SINQ(4, 64)), tmp_path / "made")
+    made = json.loads((tmp_path / "made" / sinq.SIDE_FILE).read_text())
+    assert made.pop("model.rotary_emb") == {}  # buffers that the module computes
+    assert made == want and [list(v["meta"]) for v in made.values()] == [list(v["meta"]) for v in want.values()]
+    index = json.loads((tmp_path / "made" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
+    jq.save(jq.load_state(tmp_path / "made"), tmp_path / "again")
+    for file in (tmp_path / "made").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
