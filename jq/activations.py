@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jq import rotation
 from jq.errors import UnsupportedError
 
 Array = Any  # numpy.ndarray | jax.Array
@@ -30,8 +31,8 @@ class Activation:
     Fields:
       scheme: key of `SCHEMES`.
       parameters: keys of `w.extras` that the scheme reads, e.g. ("input_scale",). Numbers of a layer are arrays.
-      options: (name, value) pairs that the scheme reads, hashable. "prepare" names a function of `PREPARATIONS`, which
-        belongs to the layer and runs even where activations stay float.
+      options: (name, value) pairs that the scheme reads, hashable. "prepare" names a function of `PREPARATIONS`, "finish"
+        one of `FINISHES`; both belong to the layer and run even where activations stay float.
     """
 
     scheme: str
@@ -53,6 +54,8 @@ SCHEMES: dict[str, Scheme] = {}
 
 # Changes of the input that belong to a quantized layer itself: (x [M, K], w) -> [M, K].
 PREPARATIONS: dict[str, Callable[[jax.Array, Any], jax.Array]] = {}
+# Changes of the output that belong to a quantized layer itself: (y [M, N], w) -> [M, N].
+FINISHES: dict[str, Callable[[jax.Array, Any], jax.Array]] = {}
 FLOAT = "float"  # scheme of a layer that prepares its input and does not quantize it
 
 
@@ -75,13 +78,13 @@ def _load_schemes() -> None:
 
 
 def prepares(w: Any) -> bool:
-    """Whether a weight changes its input before the product, quantized or not."""
+    """Whether a weight changes its input before the product, or its output, quantized or not."""
     activation = getattr(w, "activation", None)
-    return activation is not None and activation.get("prepare") is not None
+    return activation is not None and not {"prepare", "finish"}.isdisjoint(dict(activation.options))
 
 
 def without_quantization(w: Any) -> Any:
-    """The same weight with float inputs; what `prepare` names stays."""
+    """The same weight with float inputs; what "prepare" and "finish" name stays."""
     if not prepares(w):
         return w.replace(activation=None)
     return w.replace(activation=dataclasses.replace(w.activation, scheme=FLOAT))
@@ -124,9 +127,11 @@ def matmul(x: Array, w: Any, bias: Array | None = None) -> jax.Array:
 
 @jax.jit
 def _matmul_jit(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
-    if prepares(w):
-        x = PREPARATIONS[w.activation.get("prepare")](x, w)
-    return _straight_through(x, w, bias)
+    prepare, finish = w.activation.get("prepare"), w.activation.get("finish")
+    if prepare is not None:
+        x = PREPARATIONS[prepare](x, w)
+    y = _straight_through(x, w, bias)
+    return y if finish is None else FINISHES[finish](y, w)
 
 
 @jax.custom_vjp
@@ -178,6 +183,19 @@ def _pre_quant_scale(x: jax.Array, w: Any) -> jax.Array:
     return x * jnp.asarray(w.extras["pre_quant_scale"]).reshape(1, -1).astype(x.dtype)
 
 
+def _rotate(option: str) -> Callable[[jax.Array, Any], jax.Array]:
+    """Rotations by stored matrices (compressed-tensors), one after the other; their arrays are extras of the weight."""
+
+    def turned(x: jax.Array, w: Any) -> jax.Array:
+        for one in w.activation.get(option):
+            x = rotation.rotate(x, one, w.extras)
+        return x
+
+    return turned
+
+
 PREPARATIONS["rms_norm"] = _rms_norm
+PREPARATIONS["rotate"] = _rotate("rotate_input")
+FINISHES["rotate"] = _rotate("rotate_output")
 PREPARATIONS["pre_quant_scale"] = _pre_quant_scale
 PREPARATIONS["pre_scale"] = _pre_scale

@@ -50,14 +50,19 @@ def fma(a: Array, b: Array, c: Array, dtype: Any) -> Array:
     if _is_numpy(a, b, c):
         return (product.astype(np.float64) + addend.astype(np.float64)).astype(dtype)
     product = jnp.where(product == product, product, jnp.nan)
-    total = product + addend
-    part = total - product
-    err = (product - (total - part)) + (addend - part)  # Knuth's two-sum: total + err is exact
+    total, err = two_sum(product, addend)
     bits = jax.lax.bitcast_convert_type(total, jnp.int32)
     # Round to odd: truncate toward zero, then set the last bit, whenever the sum was inexact.
     toward_zero = jnp.where((err != 0) & ((err > 0) != (total > 0)), bits - 1, bits)
     odd = jnp.where(err != 0, toward_zero | 1, bits)
     return jax.lax.bitcast_convert_type(odd, jnp.float32).astype(dtype)
+
+
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """`a + b` of float32 JAX arrays as an exact sum of two: the rounded sum and its error (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
 
 
 def div(a: Array, b: Array) -> Array:
@@ -101,14 +106,14 @@ def _div_by_residual(a: Array, b: Array) -> Array:
     _, eb = jnp.frexp(b)
     sa, sb = jnp.ldexp(a, -ea), jnp.ldexp(b, -eb)
     q = sa / sb
-    high, low = _two_product(q, sb)
+    high, low = two_product(q, sb)
     residual = (sa - high) - low
     fixed = jnp.ldexp(q + residual / sb, ea - eb)
     usable = jnp.isfinite(quotient) & (jnp.abs(quotient) > 1e-37) & (b != 0) & jnp.isfinite(b)
     return jnp.where(usable & (a != 0), fixed, quotient)
 
 
-def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
+def two_product(a: Array, b: Array) -> tuple[Array, Array]:
     """a * b as an exact sum high + low (Dekker 1971)."""
     high = a * b
     high = jnp.where(high == high, high, jnp.nan)

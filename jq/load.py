@@ -21,11 +21,6 @@ from jq.models.spec import DecoderSpec
 from jq.nn import Linear
 from jq.state import State, load_state
 
-# Scales of fused experts that lie beside single ones (`jq.formats.fp8`): their values are in the experts' own tensors.
-SHARED_SCALES = tuple(
-    f".experts.{part}_{key}" for part in ("gate_up_proj", "down_proj") for key in ("scale_inv", "activation_scale")
-)
-
 
 def load(
     path_or_id: str | os.PathLike | State,
@@ -118,8 +113,8 @@ def _extra(read: Reader) -> dict[str, Any]:
     Raises:
       CheckpointError: tensors that the family does not know: running without them would be another model.
     """
-    known = [n for n in read.state if n.endswith((".k_scale", ".v_scale", ".q_scale", ".prob_scale", *SHARED_SCALES))]
-    left = read.leftovers((*known, *_beside_dense(read)))
+    known = [n for n in read.state if n.endswith((".k_scale", ".v_scale", ".q_scale", ".prob_scale"))]
+    left = read.leftovers((*known, *read.state.shared, *_beside_dense(read)))
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise CheckpointError(

@@ -41,6 +41,7 @@ class State(Mapping[str, Any]):
       metadata: safetensors metadata by file name.
       side_files: tokenizer and other files that are written beside the weights.
       container: "safetensors", "torch" or "gguf".
+      shared: names of stored tensors that quantized ones need beside their own (a scale, a rotation of several modules).
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class State(Mapping[str, Any]):
         side_files: Mapping[str, bytes] | None = None,
         container: str = "safetensors",
         order: list[str] | None = None,
+        shared: Iterable[str] = (),
     ) -> None:
         self._tensors = dict(tensors)
         self.config: dict[str, Any] = copy.deepcopy(dict(config or {}))
@@ -63,6 +65,7 @@ class State(Mapping[str, Any]):
         self.side_files = dict(side_files or {})
         self.container = container
         self.order = list(order or [])
+        self.shared = frozenset(shared)
 
     def __getitem__(self, name: str) -> Any:
         value = self._tensors[name]
@@ -83,7 +86,8 @@ class State(Mapping[str, Any]):
 
     def replace(self, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> State:
         """The same checkpoint with other tensors (and config); shards and metadata are planned anew."""
-        return State(tensors, self.config if config is None else config, path=self.path, side_files=self.side_files)
+        config = self.config if config is None else config
+        return State(tensors, config, path=self.path, side_files=self.side_files, shared=self.shared)
 
     def stored(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor as it is written: (name, numpy array), QTensors through their format's dump."""
@@ -149,6 +153,7 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
     found = detect(ckpt)
     tensors: dict[str, Any] = {}
     taken: set[str] = set()
+    shared: set[str] = set()
     if found is not None:
         fmt, quantization = found
         context = context_of(ckpt)
@@ -168,6 +173,7 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
             key = prefix if fmt.parameter(prefix) else f"{prefix}.weight"
             tensors[key] = value
             taken.update(name for suffix, name in stored.items() if not suffix.startswith("~"))
+            shared.update(name for suffix, name in stored.items() if suffix.startswith("~"))
         _check_leftovers(ckpt, fmt, taken | untouched)
         clash = sorted(set(tensors) & (set(ckpt.entries) - taken))
         if clash:
@@ -184,6 +190,7 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
         side_files=ckpt.side_files,
         container=ckpt.container,
         order=list(ckpt.entries),
+        shared=shared,
     )
 
 

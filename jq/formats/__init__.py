@@ -103,7 +103,7 @@ def _method_without_name(key: str, config: Mapping[str, Any]) -> str:
     """quant_method of configs that do not name it (old bitsandbytes, old compressed-tensors)."""
     if config.get("load_in_8bit") or config.get("load_in_4bit"):
         return "bitsandbytes"
-    if key == "compression_config" or "config_groups" in config or "sparsity_config" in config:
+    if key == "compression_config" or not {"config_groups", "sparsity_config", "transform_config"}.isdisjoint(config):
         return "compressed-tensors"
     if "quant_algo" in config or "quantization" in config:
         return "modelopt"

@@ -14,7 +14,8 @@ K = in_features, N = out_features, b = num_bits, dt = dtype of `weight_scale`. S
   nvfp4-pack, mxfp4-pack, mxfp6-pack   weight_packed uint8 [N, K*b/8], low bits first; weight_scale float8_e4m3fn
                    [N, K/16] with weight_global_scale float32 [1] (a divisor), or uint8 [N, K/32]
   sparse-*, marlin-24   see `compressed_tensors_sparse`
-  any              input_scale, input_zero_point, input_global_scale (static activations), output_*
+  any              input_scale, input_zero_point, input_global_scale (static activations), output_*; rotations of inputs and
+                   outputs: see `compressed_tensors_transforms`
 
 Dequantize: dt(q - zero) * scale, one rounding to dt; NVFP4 and MX: to bfloat16 whatever the model's dtype is.
 
@@ -30,15 +31,16 @@ from typing import Any
 import numpy as np
 
 from jq.activations import Activation
-from jq.errors import FormatError
+from jq.errors import FormatError, UnsupportedError
 from jq.formats import compressed_tensors_float as floats
 from jq.formats import compressed_tensors_int as ints
 from jq.formats import compressed_tensors_sparse as sparse
 from jq.formats.base import Context, Format, Parts, take
-from jq.formats.compressed_tensors_config import Args, Group, Options, parse
+from jq.formats.compressed_tensors_config import Args, Group, Options, is_embedding, parse
 from jq.formats.compressed_tensors_methods import METHODS
-from jq.formats.compressed_tensors_parts import NAME
-from jq.qtensor import QTensor
+from jq.formats.compressed_tensors_parts import FLOATS, NAME
+from jq.formats.compressed_tensors_transforms import Apply, Transform, Transforms
+from jq.qtensor import Plain, QTensor, Source
 
 # Tensors that arithmetic on weights does not need: carried, and read where activations are quantized.
 ACTIVATION_SUFFIXES = (
@@ -78,13 +80,46 @@ def group(names: list[str], options: Options, context: Context) -> dict[str, dic
             dtype = np.dtype(context.dtypes[parts["weight"]])
             if dtype.itemsize == 1:  # a float weight with scales is a frozen (fake-quantized) one
                 modules[prefix] = parts
+    if options.transforms is not None and options.transforms.schemes:
+        _add_transforms(modules, found, options.transforms, context)
     return modules
+
+
+def _add_transforms(
+    modules: dict[str, dict[str, str]], found: dict[str, dict[str, str]], transforms: Transforms, context: Context
+) -> None:
+    """Lets modules borrow the matrices that rotate around them; dense layers become modules where there are any."""
+    met: set[tuple[Transform, Apply]] = set()
+    for prefix, parts in found.items():
+        around = transforms.around(prefix)
+        if not around or (prefix not in modules and not _is_dense(parts, transforms, context)):
+            continue
+        if is_embedding(prefix):
+            raise UnsupportedError(
+                f"{prefix}: transform_config rotates an embedding at run time, which is not done here"
+            )
+        met.update(around)
+        modules.setdefault(prefix, {"weight": parts.get("weight", "")}).update(transforms.borrowed(prefix))
+    for scheme, apply in transforms.everywhere():
+        if (scheme, apply) not in met:
+            raise UnsupportedError(
+                f"{context.label}: transform_config.{scheme.name} rotates the {apply.location} of {list(apply.targets)}, "
+                "which means no linear layer here; other modules are not rotated"
+            )
+
+
+def _is_dense(parts: dict[str, str], transforms: Transforms, context: Context) -> bool:
+    name = parts.get("weight")
+    return name is not None and name not in transforms.tensors and len(context.shapes[name]) == 2
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor:
     """One module's tensors as a QTensor; see the module docstring for what they are."""
+    if _is_plain(parts):
+        dense = parts["weight"]
+        tensor: QTensor = Plain(dense, dtype=str(dense.dtype), source=Source(NAME, (("kind", "plain"),)))
+        return _with_transforms(prefix, tensor, parts, options)
     scheme = scheme_of(prefix, parts, options, context)
-    tensor: QTensor
     if sparse.is_marlin(parts):
         tensor = sparse.load_marlin(prefix, parts, need_weights(scheme, prefix))
     elif sparse.is_bitmask(parts):
@@ -93,7 +128,17 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
         args = need_weights(scheme, prefix)
         tensor = LOADERS[kind_of(prefix, parts, args)](prefix, parts, args, options)
     carried = {k: parts[k] for k in ACTIVATION_SUFFIXES if k in parts}
-    return tensor.replace(extras={**tensor.extras, **carried}, activation=activation_of(prefix, scheme, carried))
+    tensor = tensor.replace(extras={**tensor.extras, **carried}, activation=activation_of(prefix, scheme, carried))
+    return _with_transforms(prefix, tensor, parts, options)
+
+
+def _is_plain(parts: Parts) -> bool:
+    """A dense layer that is a module for its transforms alone."""
+    return "weight_scale" not in parts and "weight" in parts and parts["weight"].dtype in [np.dtype(d) for d in FLOATS]
+
+
+def _with_transforms(prefix: str, tensor: QTensor, parts: Parts, options: Options) -> QTensor:
+    return tensor if options.transforms is None else options.transforms.attach(prefix, tensor, parts)
 
 
 def scheme_of(prefix: str, parts: Parts, options: Options, context: Context) -> Group | None:
@@ -177,6 +222,7 @@ DUMPERS: dict[str, Callable[[Any], Parts]] = {
     "small-float": floats.dump_small_float,
     "bitmask": sparse.dump_bitmask,
     "marlin": sparse.dump_marlin,
+    "plain": lambda q: {"weight": np.asarray(q.values)},
 }
 
 

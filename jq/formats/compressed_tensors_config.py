@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jq.errors import FormatError, UnsupportedError
+from jq.errors import FormatError
 from jq.formats.base import Context, warn_once
+from jq.formats.compressed_tensors_transforms import Transforms, parse_transforms
 
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 STATUSES = ("initialized", "calibration", "frozen", "compressed", "decompressed")
@@ -107,6 +108,7 @@ class Options:
     kv_cache: Args | None = None
     sparsity: Sparsity | None = None
     version: str = ""
+    transforms: Transforms | None = dataclasses.field(default=None, compare=False)
 
     def group_of(self, name: str, *, respect_ignore: bool = True) -> Group | None:
         """The scheme of a module: exact names first, then regexes, then class names, each sorted as strings."""
@@ -131,9 +133,14 @@ def matches_name(name: str, target: str) -> bool:
     return name == target
 
 
+def is_embedding(name: str) -> bool:
+    """Whether a module's name is one that embedding tables have."""
+    return _EMBEDDING_NAMES.search(name) is not None
+
+
 def matches_class(name: str, target: str) -> bool:
     """Class of the module, as far as its name tells: embeddings by their usual names, everything else is a Linear."""
-    return target == ("Embedding" if _EMBEDDING_NAMES.search(name) else "Linear")
+    return target == ("Embedding" if is_embedding(name) else "Linear")
 
 
 def matches(name: str, target: str) -> bool:
@@ -145,7 +152,6 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
 
     Raises:
       FormatError: values that the format does not know.
-      UnsupportedError: transforms that have to run between layers.
     """
     label = f"{context.label}: quantization_config"
     if isinstance(config.get("quantization_config"), Mapping):  # transformers 4.45 wrote it one level deeper
@@ -157,7 +163,6 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     }
     for key in sorted(set(config) - known):
         warn_once(label, f"key {key!r} is not known and ignored")
-    _check_transforms(config.get("transform_config"), label)
     # Before 0.20 the format may be a sparse one itself, and a sparsity config lay where the quantization config is now.
     sparse = config.get("sparsity_config")
     if sparse is None and str(config.get("format", "")).startswith("sparse-") and "config_groups" not in config:
@@ -178,6 +183,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         kv_cache=parse_args(config.get("kv_cache_scheme"), f"{label}: kv_cache_scheme"),
         sparsity=_parse_sparsity(sparse, f"{label}: sparsity_config"),
         version=str(config.get("version") or ""),
+        transforms=Transforms(parse_transforms(config.get("transform_config"), label), context, matches),
     )
 
 
@@ -260,24 +266,6 @@ def _actorder(value: Any, label: str) -> str:
     if found is None:
         raise FormatError(f"{label}: actorder {value!r}, expected null, 'weight', 'static', 'group' or 'dynamic'")
     return found
-
-
-def _check_transforms(value: Any, label: str) -> None:
-    """Transforms of the weights are in the weights already; those of activations would have to run."""
-    value = value or {}
-    groups = value.get("config_groups") or {} if isinstance(value, Mapping) else value
-    if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
-        raise FormatError(f"{label}: transform_config {value!r}, expected an object with config_groups")
-    for name, scheme in groups.items():
-        applied = scheme.get("apply") or []
-        places = [str(a.get("location")) for a in applied if isinstance(a, Mapping)]
-        online = sorted({p for p in places if p not in ("weight_input", "weight_output")})
-        if online:
-            raise UnsupportedError(
-                f"{label}: transform_config.{name} rotates activations at run time (location {', '.join(online)}), which "
-                "is not done here; a checkpoint whose transforms are fused into the weights (weight_input, weight_output) "
-                "is read"
-            )
 
 
 def _parse_sparsity(value: Any, label: str) -> Sparsity | None:

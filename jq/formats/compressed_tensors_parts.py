@@ -162,4 +162,5 @@ def _expect_zero(values: np.ndarray, name: str) -> None:
 
 
 def carried_of(q: Any) -> Parts:
-    return {k: np.asarray(v) for k, v in q.extras.items()}
+    """Carried tensors that belong to the module alone ("~" begins the names of those that modules share)."""
+    return {k: np.asarray(v) for k, v in q.extras.items() if not k.startswith("~")}

@@ -19,12 +19,14 @@ class Plain(QTensor):
 
     Fields:
       values: float[*stack, N, K].
+      extras: tensors that the layer needs beside it.
     """
 
     kind_name: ClassVar[str] = "plain"
-    data_fields: ClassVar[tuple[str, ...]] = ("values",)
+    data_fields: ClassVar[tuple[str, ...]] = ("values", "extras")
 
     values: Array
+    extras: dict[str, Array] = dataclasses.field(default_factory=dict)
     dtype: str = "bfloat16"
     activation: Any = None
     source: Source | None = None
@@ -53,4 +55,4 @@ class Plain(QTensor):
         return exact.cast(self.values, np.dtype(self.dtype))
 
     def _rows(self, index: slice) -> Self:
-        return self.replace(values=self.values[index])
+        return self.replace(values=self.values[index], extras={})

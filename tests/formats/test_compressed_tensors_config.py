@@ -8,7 +8,7 @@ import pytest
 from format_reading import compressed_tensors_config as config
 from format_reading import named, read
 
-from jq.errors import FormatError, UnsupportedError
+from jq.errors import FormatError
 from jq.formats.base import Context
 from jq.formats.compressed_tensors import FORMAT
 from jq.formats.compressed_tensors_config import PRESETS, parse
@@ -85,8 +85,3 @@ def test_bad_config():
         options_with({"W9A1": ["Linear"]})
     with pytest.raises(FormatError, match="format 'zip' is not known"):
         parse(config({"num_bits": 4}, form="zip"), Context())
-    apply = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
-    with pytest.raises(UnsupportedError, match="rotates activations at run time"):
-        parse(config({"num_bits": 4}, transform_config={"config_groups": {"u": apply}}), Context())
-    offline = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "weight_output"}]}
-    parse(config({"num_bits": 4}, transform_config={"config_groups": {"u": offline}}), Context())
