@@ -131,16 +131,24 @@ def gpu_matmul() -> str:
     return table(header, rows) + gpu_line(found)
 
 
+DECODE_WEIGHTS = {
+    "w4a16_g128": "int4 in groups of 128",
+    "nf4": "NF4",
+    "bf16": "bfloat16",
+    "w4": "int4 in groups of 128",
+}
+
+
 def gpu_decode() -> str:
     """A model of 8B shapes on the H100."""
     found = read("gpu_decode_h100")
     if found is None:
         return NOT_YET
     rows = []
-    for row in found["rows"]:
+    for row in sorted(found["rows"], key=lambda row: [*DECODE_WEIGHTS].index(row["weights"])):
         if row["loop"] == "device":
             peers = ", ".join(f"{name} {speed:.0f}" for name, speed in row["peers"].items()) or "-"
-            names = [row["weights"], row["head"], str(row["batch"])]
+            names = [DECODE_WEIGHTS[row["weights"]], DECODE_WEIGHTS[row["head"]], str(row["batch"])]
             rows.append(
                 [*names, f"{row['tok_s']:.0f}", f"{row['bound_tok_s']:.0f}", f"{row['prefill_2048_s']:.3f}", peers]
             )
