@@ -84,7 +84,7 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
       CheckpointError: neither a path nor a hub id that can be reached.
     """
     path = Path(path_or_id).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # False for names that no file can have, where Path.exists raises
         return path
     text = str(path_or_id)
     if text.count("/") > 1 or text.startswith((".", "/", "~")):
@@ -111,6 +111,9 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
     path = resolve(path_or_id, revision)
     folder = path if path.is_dir() else path.parent
     weights = find_weights(path)
+    for file in weights:
+        if file.exists() and not file.is_file():  # a pipe would be waited on for ever
+            raise CheckpointError(f"{file}: is no regular file")
     suffix = weights[0].suffix
     if suffix == ".gguf":
         from jq.formats.gguf_reader import read_gguf
@@ -131,7 +134,7 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
     objects: dict[str, Any] = {}
     files = {}
     for file in weights:
-        part, values = torch_file.flatten(torch_file.read(file))
+        part, values = torch_file.flatten(torch_file.read(file), str(file))
         _check_unique(tensors, part, file)
         tensors.update(part)
         objects.update(values)
@@ -181,11 +184,12 @@ def _indexed(index: Path) -> list[Path]:
     weight_map = parse_json(index.read_bytes(), index, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or Path(name).name != name or name == ".." or "\\" in name:
+            raise CheckpointError(f"{index}: shard name {name!r:.80} is not a plain file name; refused")
     files = []
     for name in dict.fromkeys(weight_map.values()):
-        if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or "\\" in name:
-            raise CheckpointError(f"{index}: shard name {name!r} is not a plain file name; refused")
-        if not (index.parent / name).is_file():
+        if not os.path.isfile(index.parent / name):
             raise CheckpointError(f"{index}: shard {name!r} is missing; the download is incomplete")
         files.append(index.parent / name)
     return files
@@ -205,7 +209,9 @@ def _read_safetensors(
         metadata[file.name] = meta
     for index in folder.glob("*.safetensors.index.json"):
         weight_map = parse_json(index.read_bytes(), index, "index").get("weight_map", {})
-        if not {files[n] for n in files} & set(weight_map.values()):
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: weight_map is a {type(weight_map).__name__}, expected an object")
+        if not set(files.values()) & {name for name in weight_map.values() if isinstance(name, str)}:
             continue
         for name, file_name in weight_map.items():
             if files.get(name) != file_name:

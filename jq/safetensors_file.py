@@ -21,6 +21,7 @@ import numpy as np
 from jq.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_AXES = 64
 ALIGNMENT = 64  # of the data section in files that we write: lets JAX use the memory map without a copy
 
 DTYPES: dict[str, np.dtype] = {
@@ -95,6 +96,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e}") from e
     header = parse_json(raw, path, "header")
+    if raw[:1] != b"{":
+        raise CheckpointError(f"{path}: header must begin with '{{', found {raw[:1]!r}; this is no safetensors file")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
@@ -116,7 +119,9 @@ def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
 
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as e:  # wrong encodings, wrong JSON, integers of thousands of digits
         raise CheckpointError(f"{path}: {what} is not valid JSON: {e}") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: {what} must be a JSON object, found {type(value).__name__}")
@@ -125,7 +130,8 @@ def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
 
 def check_name(name: str, path: Path) -> None:
     """Refuses tensor names that look like file paths or hold control characters."""
-    if not name or "/" in name or "\\" in name or ".." in name or any(ord(c) < 32 for c in name):
+    unprintable = any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+    if not name or "/" in name or "\\" in name or ".." in name or unprintable:
         raise CheckpointError(f"{path}: tensor name {name!r} looks like a path or holds control characters; refused")
 
 
@@ -141,6 +147,9 @@ def _entry(path: Path, name: str, info: Any, base: int, size: int) -> Entry:
         raise CheckpointError(f"{where}: unknown dtype {dtype_name!r}; known: {', '.join(DTYPES)}")
     if not _naturals(shape):
         raise CheckpointError(f"{where}: shape must be a list of non-negative integers, found {shape!r:.80}")
+    full = math.prod(n for n in shape if n)  # numpy limits what an empty tensor may be, too
+    if len(shape) > MAX_AXES or (0 in shape and full >= 2**60):
+        raise CheckpointError(f"{where}: shape {shape!r:.80} is larger than any array can be")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: data_offsets must be two rising integers, found {offsets!r:.80}")
     entry = Entry(DTYPES[dtype_name], tuple(shape), path, base + offsets[0])

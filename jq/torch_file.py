@@ -12,6 +12,7 @@ import dataclasses
 import math
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from jq.errors import CheckpointError, UnsupportedError
 from jq.safetensors_file import Entry
 
 MAX_PICKLE_BYTES = 256_000_000
+MAX_DEPTH = 64  # of dicts in dicts
+MAX_VALUES = 2_000_000
 
 _STORAGES = {
     "FloatStorage": np.float32,
@@ -53,8 +56,15 @@ _DTYPES = {
 }
 
 
+class _Sealed:
+    """What a pickle may hold but not change: its BUILD opcode would write fields past every check."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(f"the pickle changes a {type(self).__name__} that was rebuilt")
+
+
 @dataclasses.dataclass(frozen=True)
-class TorchDtype:
+class TorchDtype(_Sealed):
     """A pickled `torch.dtype`; `str()` is "torch.float16"."""
 
     name: str
@@ -64,14 +74,29 @@ class TorchDtype:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class _StorageType(_Sealed):
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rebuild(_Sealed):
+    """A function that a pickle may call."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage(_Sealed):
     dtype: np.dtype
     key: str
     count: int
 
 
 @dataclasses.dataclass(frozen=True)
-class TorchTensor:
+class TorchTensor(_Sealed):
     """A tensor of a torch file: an `Entry` plus strides in elements."""
 
     entry: Entry
@@ -110,10 +135,16 @@ def read(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a torch file (no zip archive): {e}") from e
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e}") from e
+    except (CheckpointError, UnsupportedError):
+        raise
+    except Exception as e:  # a damaged archive raises nearly anything
+        raise CheckpointError(f"{path}: the archive is damaged: {type(e).__name__}: {e}") from e
 
 
 def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
     members = {info.filename: info for info in archive.infolist()}
+    if len(members) != len(archive.infolist()):
+        raise CheckpointError(f"{path}: the archive holds a name twice; the file is damaged or hostile")
     pickles = [name for name in members if name.endswith("data.pkl")]
     if len(pickles) != 1:
         raise CheckpointError(f"{path}: expected one data.pkl, found {pickles}")
@@ -141,15 +172,15 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
+            return _StorageType(np.dtype(_STORAGES[name]))
         if module == "torch" and name in _DTYPES:
             return TorchDtype(name)
         allowed = {
             ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): _parameter,
-            ("torch", "Size"): _size,
-            ("torch.storage", "UntypedStorage"): np.dtype(np.uint8),
+            ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(self._tensor),
+            ("torch._utils", "_rebuild_parameter"): _Rebuild(_parameter),
+            ("torch", "Size"): _Rebuild(_size),
+            ("torch.storage", "UntypedStorage"): _StorageType(np.dtype(np.uint8)),
         }
         found = allowed.get((module, name))
         if found is None:
@@ -160,10 +191,10 @@ class _Reader(pickle.Unpickler):
         return found
 
     def persistent_load(self, pid: Any) -> _Storage:
-        ok = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)
+        ok = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)
         if not ok or not isinstance(pid[2], str) or type(pid[4]) is not int or pid[4] < 0:
             raise CheckpointError(f"{self.path}: storage record {pid!r:.80} is damaged")
-        return _Storage(pid[1], pid[2], pid[4])
+        return _Storage(pid[1].dtype, pid[2], pid[4])
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
         naturals = all(
@@ -185,6 +216,8 @@ class _Reader(pickle.Unpickler):
                 f"{self.path}: a tensor of shape {shape} needs {offset + span} elements of {name!r}, which has {available}"
             )
         start = self._data_start(info) + offset * storage.dtype.itemsize
+        if start + span * storage.dtype.itemsize > self.path.stat().st_size:  # sizes of the archive's directory lie
+            raise CheckpointError(f"{self.path}: {name!r} lies beyond the end of the file; it is truncated or damaged")
         return TorchTensor(Entry(storage.dtype, tuple(shape), self.path, start), tuple(strides))
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
@@ -202,19 +235,29 @@ def _size(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def flatten(value: Any, prefix: str = "") -> tuple[dict[str, TorchTensor], dict[str, Any]]:
-    """Splits nested containers into {dotted name: tensor} and {dotted name: plain value}."""
+def flatten(value: Any, label: str = "torch file") -> tuple[dict[str, TorchTensor], dict[str, Any]]:
+    """Splits nested containers into {dotted name: tensor} and {dotted name: plain value}.
+
+    Raises:
+      CheckpointError: containers within themselves or too deep or many, keys that are no names, a name that occurs twice.
+    """
     tensors: dict[str, TorchTensor] = {}
     objects: dict[str, Any] = {}
-
-    def walk(item: Any, name: str) -> None:
-        if isinstance(item, TorchTensor):
+    waiting, count = [(value, "", 0)], 0
+    while waiting:
+        item, name, depth = waiting.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_VALUES:  # also ends a container that holds itself
+            raise CheckpointError(f"{label}: {name:.80}: containers nested without end; the file is damaged or hostile")
+        if isinstance(item, dict) and item:
+            for key, child in reversed(list(dict.items(item))):
+                if not isinstance(key, str | int):
+                    raise CheckpointError(f"{label}: {name:.80}: a key is a {type(key).__name__}, expected a name")
+                waiting.append((child, f"{name}.{key}" if name else str(key), depth + 1))
+        elif name in tensors or name in objects:
+            raise CheckpointError(f"{label}: {name:.80}: occurs twice; the file is damaged or hostile")
+        elif isinstance(item, TorchTensor):
             tensors[name] = item
-        elif isinstance(item, dict) and item:
-            for key, child in item.items():
-                walk(child, f"{name}.{key}" if name else str(key))
         else:
             objects[name] = item
-
-    walk(value, prefix)
     return tensors, objects
