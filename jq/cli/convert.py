@@ -14,7 +14,9 @@ from jq.cli.console import JsonOption, emit, progress
 def run(
     source: Annotated[str, typer.Argument(help="Quantized model: directory, .gguf file, or Hugging Face hub id.")],
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
-    to: Annotated[str, typer.Option("--to", help="Format to write: a method's name (gptq, awq, ...).")],
+    to: Annotated[
+        str, typer.Option("--to", help="Format to write: gptq, awq, compressed-tensors, hqq, torchao, quanto or eetq.")
+    ],
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any option of the target, as key=value.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -23,8 +25,10 @@ def run(
     Example: jaxq convert ./model-gptq ./model-awq --to awq
     """
     from jq.cli import methods
+    from jq.formats.integer_targets import TARGETS
 
-    scheme = methods.build(to, settings or [])
+    # A format's name alone takes bits and groups of the source; a method has a scheme of its own.
+    scheme = methods.build(to, settings or []) if settings or to not in TARGETS else to
     import jq
     from jq.inspect import inspect
 
@@ -33,5 +37,9 @@ def run(
         jq.convert(source, target, to=scheme, advance=advance)
     summary = inspect(target)
     seconds = time.perf_counter() - start
-    result = {"converted_to": repr(scheme), "seconds": round(seconds, 2), **summary.to_dict()}
+    result = {
+        "converted_to": scheme if isinstance(scheme, str) else repr(scheme),
+        "seconds": round(seconds, 2),
+        **summary.to_dict(),
+    }
     emit(result, f"{summary.headline()}\nconverted in {seconds:.1f} s", as_json=as_json)

@@ -16,7 +16,7 @@ def run(
     source: Annotated[str, typer.Argument(help="Float model: directory, .gguf file, or Hugging Face hub id.")],
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
     method: Annotated[
-        str, typer.Option("--method", "-m", help="nf4, fp4, int8, rtn, ...; `jaxq quantize --list`.")
+        str, typer.Option("--method", "-m", help="nf4, fp4, int8, rtn, ...: see jaxq quantize --list.")
     ] = "nf4",
     bits: Annotated[int | None, typer.Option(help="Bits of a code.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights along the input axis that share a scale.")] = None,

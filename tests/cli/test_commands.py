@@ -64,14 +64,28 @@ def test_quantize_refuses_what_is_quantized(jaxq, nf4, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_convert(jaxq, tiny, tmp_path):
-    assert jaxq("quantize", tiny, tmp_path / "gptq", "--method", "rtn", "--bits", "4", "--group-size", "64").code == 0
-    ran = jaxq("convert", tmp_path / "gptq", tmp_path / "awq", "--to", "awq", "--json")
+@pytest.fixture(scope="module")
+def gptq(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "gptq"
+    jq.save(jq.quantize(jq.load_state(tiny), jq.RTN(bits=4, group_size=64)), folder)
+    return folder
+
+
+@pytest.mark.parametrize("to", ["awq", "compressed-tensors", "hqq", "torchao"])
+def test_convert(jaxq, gptq, tmp_path, to):
+    """A format's name takes bits and groups of the source, whatever the defaults of its methods are."""
+    ran = jaxq("convert", gptq, tmp_path / "out", "--to", to, "--json")
     assert ran.code == 0, ran.err
-    assert jq.inspect(tmp_path / "awq").method == "awq"
-    made, want = (jq.quantized(jq.load_state(tmp_path / name)) for name in ("awq", "gptq"))
+    assert jq.inspect(tmp_path / "out").method == to
+    made, want = (jq.quantized(jq.load_state(folder)) for folder in (tmp_path / "out", gptq))
     for name, q in want.items():
         np.testing.assert_array_equal(made[name].dequantize(), q.dequantize())
+
+
+def test_convert_with_options_of_the_target(jaxq, gptq, tmp_path):
+    ran = jaxq("convert", gptq, tmp_path / "out", "--to", "awq", "--set", "version=gemv", "--json")
+    assert ran.code == 0 and ran.json["converted_to"].startswith("AWQ("), ran.err
+    assert jq.load_state(tmp_path / "out").config["quantization_config"]["version"] == "gemv"
 
 
 def test_convert_says_why_not(jaxq, nf4, tmp_path):
