@@ -40,13 +40,25 @@ def constant_zeros(dtype: str, zero_point: int) -> list[int]:
     return [(MAGIC[dtype] + zero_point) * 0x10001] * 2
 
 
+def lift(form: Form, dtype: str) -> int:
+    """What a lifted fragment has too much, negative, in both halves of a register."""
+    return constant_zeros(dtype, form.zero_point)[0] ^ 0x80008000
+
+
 def fragment(
-    form: Form, dtype: str, words: Sequence[ir.Value], zero: Sequence[Any] | None, table: Any = None, magic: Any = None
+    form: Form,
+    dtype: str,
+    words: Sequence[ir.Value],
+    zero: Sequence[Any] | None,
+    table: Any = None,
+    magic: Any = None,
+    lifted: bool = False,
 ) -> list[ir.Value]:
     """Args:
     words: four words, one per k16 step.
     zero: the two registers of `integer_zeros` / `constant_zeros` (rows g and g + 8).
     magic: a register with `MAGIC` in both halves; the arithmetic cannot start before it is there.
+    lifted: leave `MAGIC` and the zero point on the codes; see `lift`.
     """
     kind = f"{dtype}x2"
     magic = MAGIC[dtype] * 0x10001 if magic is None else magic
@@ -55,6 +67,7 @@ def fragment(
     for word in words:
         for p in range(4):
             shift = f"shr.b32 t, $1, {4 * p};" if p else "mov.b32 t, $1;"
-            text = f"{{ .reg .b32 t; {shift} lop3.b32 t, t, 0x000F000F, $3, 0xEA; sub.rn.{kind} $0, t, $2; }}"
+            last = "mov.b32 $0, t;" if lifted else f"sub.rn.{kind} $0, t, $2;"
+            text = f"{{ .reg .b32 t; {shift} lop3.b32 t, t, 0x000F000F, $3, 0xEA; {last} }}"
             out.append(ptx.asm([ptx.i32()], text, word, zero[p % 2], magic, pure=True)[0])
     return out

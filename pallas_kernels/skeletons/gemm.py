@@ -104,7 +104,7 @@ class _Kernel(Sums, Output):
                 ptx.cluster_arrive(relaxed=True)
                 ptx.cluster_wait()
             ptx.sync_warp()
-        if plan.cluster > 1:  # a block may not leave while others still reach into its shared memory
+        if c.share > 1:  # others still release slots here; sums that they send have all been waited for
             ptx.cluster_arrive(relaxed=True)
             ptx.cluster_wait()
 

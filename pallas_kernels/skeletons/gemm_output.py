@@ -144,7 +144,9 @@ class Output(Block):
                     else (above[i] if r else below[i])
                 )
                 totals[i] = ptx.add(totals[i], ptx.select_float(self.part == r, own[i], other))
-        with ptx.when(ptx.select(self.t < c.split, 1, 0) & ptx.select(self.t == self.part, 0, 1) == 1):
+        # not behind the last pass: the other block may have left
+        more = ptx.select(t + 1 < self.work.passes, 1, 0)
+        with ptx.when(more & ptx.select(self.t < c.split, 1, 0) & ptx.select(self.t == self.part, 0, 1) == 1):
             hopper.arrive_remote(self.freed, self.mate + self.t * c.share)
         return totals
 

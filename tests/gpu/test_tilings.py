@@ -25,6 +25,7 @@ NARROW, WIDE, LARGE = Config(64, 4, 2, ahead=False), Config(128, 2, 2), Config(2
         (64, 28672, 2048, dataclasses.replace(NARROW, even=True)),
         (200, 4096, 4096, WIDE),
         (200, 4096, 4096, dataclasses.replace(WIDE, ahead=False, split=2)),
+        (300, 16384, 1024, dataclasses.replace(WIDE, ahead=False, split=2)),  # sums are exchanged in several passes
         (200, 1000, 4096, dataclasses.replace(WIDE, share=2, split=2, blocks=120)),
         (100, 4096, 1992, dataclasses.replace(WIDE, wn=1, split=4, blocks=120)),
         (16, 4096, 4096, Config(16, 4, 4, split=2, units=1, ahead=False)),

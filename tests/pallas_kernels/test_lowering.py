@@ -51,7 +51,7 @@ def test_skeleton_times_decode(name, choice):
 
 
 def test_options():
-    for choice, m in ((STREAM, 3), (GEMM, 33)):
+    for choice, m in ((STREAM, 3), (STREAM, 12), (GEMM, 33)):
         lower(Form(), 200, 584, m, choice, jnp.float16, bias=True, stack=2)
         lower(Form(), 100, 250, m, choice)  # neither is a multiple of 8
         lower(Form(), 256, 512, m, choice, perm=True)
