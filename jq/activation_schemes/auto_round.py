@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 
 from jq import exact
-from jq.activation_schemes.compressed_tensors import round_e2m1
+from jq.activation_schemes.elements import round_e2m1
 from jq.activation_schemes.products import float_sums
 from jq.activation_schemes.torchao_mx import quantize_mx
 from jq.activations import register

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq import exact
+from jq.activation_schemes.products import integer_matmul
 from jq.activations import register
 
 # The library's CPU code has a slip of digits in 1 / 127**2 = 6.2000124e-05; its CUDA code has the right constant.
 _OUTPUT_SCALE = np.float32(6.200124e-05)
-# |sum of 1040 products of int8 codes| < 2**24: float32 holds it exactly.
-_EXACT_TERMS = 1024
 
 
 @register("bnb_int8")
@@ -23,7 +22,7 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     threshold = w.activation.get("threshold", 0.0)
     codes, absmax, columns = quantize(x, threshold)
     weight = w.unpack().astype(jnp.int8)
-    total = int8_dot(codes, weight).astype(jnp.float32)
+    total = integer_matmul(codes, weight).astype(jnp.float32)
     scb = w.scales.reshape(1, -1).astype(jnp.float32)
     scaled = total * (absmax[:, None] * scb)
     wide = scaled * _OUTPUT_SCALE
@@ -65,18 +64,3 @@ def quantize(x: jax.Array, threshold: float) -> tuple[jax.Array, jax.Array, jax.
     factor = jnp.float32(127) * exact.reciprocal(jnp.where(absmax == 0, jnp.float32(1), absmax))
     codes = jnp.round(wide * factor[:, None]).astype(jnp.int8)
     return jnp.where(columns[None], jnp.int8(0), codes), absmax, columns
-
-
-def int8_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a [M, K] times b [N, K] of int8, summed exactly: int32[M, N].
-
-    On a CPU XLA has no fast int8 product: float32 products over slices of K that float32 sums exactly are used there.
-    """
-    if jax.default_backend() != "cpu":
-        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    total = jnp.zeros((a.shape[0], b.shape[0]), jnp.int32)
-    for start in range(0, a.shape[1], _EXACT_TERMS):
-        part = slice(start, start + _EXACT_TERMS)
-        product = jnp.einsum("mk,nk->mn", a[:, part].astype(jnp.float32), b[:, part].astype(jnp.float32))
-        total = total + product.astype(jnp.int32)
-    return total

@@ -13,20 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_dtypes
-import numpy as np
 
 from jq import exact
+from jq.activation_schemes.elements import round_e2m1, to_element
 from jq.activation_schemes.products import float_sums
 from jq.activations import register
+from jq.algorithms.minmax import EPS, MANTISSA
 from jq.errors import UnsupportedError
 from jq.formats.compressed_tensors_config import Args
-
-# `torch.finfo(dtype).eps`: what a scale of zero becomes.
-_EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
-_MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}
-# Boundaries between the magnitudes 0 .5 1 1.5 2 3 4 6 of E2M1; a value on a boundary goes to the even code.
-_E2M1_BOUNDS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
-_E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 class Quantized(NamedTuple):
@@ -81,10 +75,12 @@ def quantize(x: jax.Array, args: Args, static: Mapping[str, Any]) -> Quantized:
     """
     dtype = x.dtype
     if args.dynamic is False:
-        scale = jnp.asarray(static["scale"]).astype(dtype).reshape(-1)
-        if args.strategy != "tensor" or scale.size != 1:
+        scale = jnp.asarray(static["scale"]).astype(dtype)
+        shape = scale.shape if args.strategy == "attn_head" else (-1,)  # [heads, 1, 1] beside [..., heads, T, head_dim]
+        scale = scale.reshape(shape)
+        if args.strategy != "attn_head" and (args.strategy != "tensor" or scale.size != 1):
             raise UnsupportedError(f"static activation quantization per {args.strategy} is not done here: {args}")
-        zero = None if args.symmetric else jnp.asarray(static["zero_point"]).reshape(-1)
+        zero = None if args.symmetric else jnp.asarray(static["zero_point"]).reshape(shape)
         return _apply(x, scale, None if zero is None else zero.astype(dtype), args)
     if args.strategy == "token":
         return _apply(x, *_qparams(x, args), args)
@@ -118,7 +114,7 @@ def _qparams(x: jax.Array, args: Args) -> tuple[jax.Array, jax.Array | None]:
         shift = exact.rounded(exact.div(smallest, jnp.where(scale == 0, jnp.ones_like(scale), scale)))
         zero = jnp.round(jnp.clip(exact.rounded(jnp.asarray(low, dtype) - shift), low, high)).astype(dtype)
         zero = jnp.where(scale == 0, jnp.zeros_like(zero), zero)  # the library's 0 / 0 ends as the integer 0
-    return jnp.where(scale == 0, jnp.asarray(_EPS[str(dtype)], dtype), scale), zero
+    return jnp.where(scale == 0, jnp.asarray(EPS[str(dtype)], dtype), scale), zero
 
 
 def _apply(x: jax.Array, scale: jax.Array, zero: jax.Array | None, args: Args) -> Quantized:
@@ -141,19 +137,7 @@ def round_to(x: jax.Array, args: Args) -> jax.Array:
         return exact.float8(x, ml_dtypes.float8_e4m3fn).astype(x.dtype)
     if args.num_bits == 4:
         return round_e2m1(x)
-    # E2M3: steps of 1/8 below 2, then 1/4, then 1/2; a step is a power of two, so the quotients are exact.
-    step = jnp.where(jnp.abs(x) < 2, 0.125, jnp.where(jnp.abs(x) < 4, 0.25, 0.5)).astype(x.dtype)
-    return jnp.round(x / step) * step
-
-
-def round_e2m1(x: jax.Array) -> jax.Array:
-    """Nearest of 0 .5 1 1.5 2 3 4 6 with sign, ties to the even code; larger values become 6."""
-    magnitude = jnp.abs(exact.cast(x, jnp.float32))
-    code = jnp.zeros(x.shape, jnp.int32)
-    for i, bound in enumerate(_E2M1_BOUNDS):
-        code += (magnitude >= bound if i % 2 else magnitude > bound).astype(jnp.int32)
-    value = jnp.take(jnp.asarray(_E2M1_VALUES), code)
-    return (jnp.sign(x).astype(jnp.float32) * value).astype(x.dtype)
+    return to_element(exact.cast(x, jnp.float32), "fp6_e2m3").astype(x.dtype)
 
 
 def _mx(x: jax.Array, args: Args) -> Quantized:
@@ -176,7 +160,7 @@ def mx_exponent(peak: jax.Array, bits: int) -> jax.Array:
 
     Half a step of the element's mantissa is added to the bit pattern, so the carry decides (mxfp_utils.py).
     """
-    mantissa = _MANTISSA[str(peak.dtype)]
+    mantissa = MANTISSA[str(peak.dtype)]
     width = {7: jnp.int16, 10: jnp.int16, 23: jnp.int32}[mantissa]
     pattern = jax.lax.bitcast_convert_type(peak, width).astype(jnp.int32)
     field = (pattern + (1 << (mantissa - (3 if bits == 6 else 1) - 1))) >> mantissa

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq import exact
+from jq.activation_schemes.elements import round_e2m1
 from jq.activation_schemes.products import float_sums
 from jq.activations import register
 from jq.algorithms.fouroversix import BLOCK, LIMITS, MX_BLOCK
@@ -48,17 +49,8 @@ def dequantized_mx(x: jax.Array, rule: str) -> jax.Array:
     step = exact.pow2(stored - 127)[:, None]
     values = jnp.where(stored[:, None] == 0, jnp.float32(0), blocks * exact.pow2(127 - stored)[:, None])
     half = jnp.where(step > 2.0**-25, step, jnp.float32(0)).astype(jnp.float16).astype(jnp.float32)
-    dense = exact.rounded((_level(values) * jnp.sign(values) * half).astype(jnp.float16))
+    dense = exact.rounded((round_e2m1(values) * half).astype(jnp.float16))
     return dense.astype(jnp.float32).reshape(x.shape)
-
-
-def _level(values: jax.Array) -> jax.Array:
-    """The nearest magnitude that e2m1 has."""
-    size = jnp.abs(values)
-    level = jnp.where(
-        size < 2, jnp.round(2 * size) * 0.5, jnp.where(size < 4, jnp.round(size), 2 * jnp.round(size * 0.5))
-    )
-    return jnp.minimum(level, jnp.float32(6))
 
 
 def _dense(blocks: jax.Array, amax: jax.Array, rule: str, expansion: float) -> jax.Array:
@@ -68,8 +60,8 @@ def _dense(blocks: jax.Array, amax: jax.Array, rule: str, expansion: float) -> j
     scales = exact.float8(jnp.minimum(peak, jnp.float32(448)), jnp.float8_e4m3fn).astype(jnp.float32)[:, None]
     step = exact.reciprocal(whole) * scales
     values = blocks * exact.reciprocal(jnp.where(scales == 0, jnp.float32(1), step))
-    rounded = _level(values) * jnp.sign(values)
-    return jnp.where(scales == 0, jnp.float32(0), exact.div(rounded * scales * amax, jnp.float32(top * scale_top)))
+    raised = round_e2m1(values) * scales * amax
+    return jnp.where(scales == 0, jnp.float32(0), exact.div(raised, jnp.float32(top * scale_top)))
 
 
 def _error(off: jax.Array, rule: str) -> jax.Array:

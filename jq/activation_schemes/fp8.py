@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jq import exact
-from jq.activation_schemes.compressed_tensors import round_e2m1
+from jq.activation_schemes.elements import round_e2m1
 from jq.activations import register
 from jq.qtensor import NarrowFloat
 

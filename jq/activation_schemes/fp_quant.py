@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jq import exact
-from jq.activation_schemes.torchao_mx import to_element
+from jq.activation_schemes.elements import to_element
 from jq.activations import register
 from jq.algorithms.fp_quant import QUEST, TINY, fake_mxfp4, fake_nvfp4
 from jq.matmul import dense_matmul

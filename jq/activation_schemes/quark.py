@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import ml_dtypes
 
 from jq import exact
-from jq.activation_schemes.compressed_tensors import round_e2m1
+from jq.activation_schemes.elements import round_e2m1
 from jq.activation_schemes.products import float_sums
 from jq.activation_schemes.torchao_mx import quantize_mx
 from jq.activations import register
+from jq.algorithms.quark import EPS
 from jq.errors import UnsupportedError
 
 _FLOAT8 = {"fp8_e4m3": (448.0, ml_dtypes.float8_e4m3fn), "fp8_e5m2": (57344.0, ml_dtypes.float8_e5m2)}
 _INTEGERS = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint4": (0, 15)}
 _MX = {"fp4": "float4_e2m1fn_x2", "fp6_e2m3": "fp6_e2m3", "fp6_e3m2": "fp6_e3m2"}
-_EPS = 2.0**-23  # torch.finfo(torch.float32).eps, the least scale
 
 
 @register("quark")
@@ -90,7 +90,7 @@ def _two_stages(x: jax.Array, spec: Any, whole: Any) -> jax.Array:
     step = exact.div(peak.astype(jnp.float32), jnp.float32(6))
     if not spec.wide:
         step = exact.rounded(step.astype(x.dtype)).astype(jnp.float32)
-    step = jnp.where(step == 0, jnp.float32(_EPS), step)
+    step = jnp.where(step == 0, EPS, step)
     top = jnp.float32(1) if whole is None else jnp.asarray(whole).reshape(()).astype(jnp.float32)
     ratio = exact.div(step, top)
     if spec.scales is not None and spec.scales.dtype == "fp8_e4m3":
@@ -98,7 +98,7 @@ def _two_stages(x: jax.Array, spec: Any, whole: Any) -> jax.Array:
     else:
         ratio = exact.to_digits(ratio, 3, -14)
     scale = ratio * top
-    scale = jnp.where(scale == 0, jnp.float32(_EPS), scale)
+    scale = jnp.where(scale == 0, EPS, scale)
     values = round_e2m1(exact.div(groups, scale))
     return exact.rounded((values * scale).reshape(x.shape).astype(x.dtype))
 
@@ -125,12 +125,12 @@ def _parameters(x: jax.Array, spec: Any, extras: Any, name: str) -> tuple[Any, A
 
     if spec.dtype in _FLOAT8:
         scale = divided(jnp.maximum(-low, high), _FLOAT8[spec.dtype][0])
-        return jnp.where(scale == 0, jnp.float32(_EPS), scale), None
+        return jnp.where(scale == 0, EPS, scale), None
     if spec.dtype not in _INTEGERS:
         return None, None
     bottom, top = _INTEGERS[spec.dtype]
     if spec.symmetric:
-        return jnp.maximum(divided(jnp.maximum(-low, high), (top - bottom) / 2), jnp.float32(_EPS)), jnp.float32(0)
-    scale = jnp.maximum(divided(exact.rounded(high - low), top - bottom), jnp.float32(_EPS))
+        return jnp.maximum(divided(jnp.maximum(-low, high), (top - bottom) / 2), EPS), jnp.float32(0)
+    scale = jnp.maximum(divided(exact.rounded(high - low), top - bottom), EPS)
     steps = exact.rounded(exact.div(low.astype(jnp.float32), scale).astype(x.dtype)).astype(jnp.float32)
     return scale, jnp.clip(bottom - jnp.round(steps), bottom, top)

@@ -15,11 +15,9 @@ import ml_dtypes
 import numpy as np
 
 from jq import exact
-from jq.activation_schemes.products import float_sums, integer_matmul
+from jq.activation_schemes.products import float_sums, integer_matmul, plus_bias
 from jq.activations import register
-
-_NORMAL = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-14}
-_INT8_EPS = 2.0**-23
+from jq.algorithms.torchao import INT8_EPS, NORMAL
 
 
 @register("torchao_int8")
@@ -33,7 +31,7 @@ def int8(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
         shift = exact.rounded(((zero.astype(jnp.float32) * scale) * sums).astype(x.dtype))
         y = exact.rounded(y - shift)
     wide = exact.cast(y, jnp.float32) * jnp.asarray(w.scales).astype(jnp.float32).reshape(1, -1)
-    return exact.rounded(_plus(wide, bias).astype(x.dtype))
+    return exact.rounded(plus_bias(wide, bias).astype(x.dtype))
 
 
 int8.adds_bias = True  # type: ignore[attr-defined]
@@ -51,7 +49,7 @@ def quantize_int8(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array, jax.Array
             zero = jnp.asarray(w.extras["act_quant_zero_point"]).reshape(1, 1)
     else:
         rows = x.reshape(1, -1) if options.get("granularity") == "tensor" else x
-        scale, zero = _qparams(rows, low, high, asymmetric, _INT8_EPS)
+        scale, zero = _qparams(rows, low, high, asymmetric, INT8_EPS)
     scale = scale.astype(jnp.float32)
     product = x.astype(jnp.float32) * exact.reciprocal(scale)
     codes = jnp.clip(jnp.round(product) + zero.astype(jnp.float32), low, high)
@@ -81,7 +79,7 @@ def int8_fake(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     codes, scale, zero = quantize_int8_fake(x)
     difference = exact.rounded(codes.astype(x.dtype) - zero.astype(x.dtype))
     weights = exact.cast(w.dequantize(), x.dtype)
-    return _plus(float_sums(exact.rounded(difference * scale), weights), bias).astype(x.dtype)
+    return plus_bias(float_sums(exact.rounded(difference * scale), weights), bias).astype(x.dtype)
 
 
 int8_fake.adds_bias = True  # type: ignore[attr-defined]
@@ -89,7 +87,7 @@ int8_fake.adds_bias = True  # type: ignore[attr-defined]
 
 def quantize_int8_fake(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes int8[M, K], scale in x's dtype and zero int8 [M, 1]."""
-    scale, zero = _qparams(x, -128, 127, True, _NORMAL[str(x.dtype)])
+    scale, zero = _qparams(x, -128, 127, True, NORMAL[str(x.dtype)])
     inverse = exact.rounded(exact.reciprocal(scale))
     rounded = jnp.round(exact.rounded(x * inverse))
     codes = jnp.clip(exact.rounded(rounded + zero.astype(x.dtype)), -128, 127)
@@ -107,7 +105,7 @@ def float8(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
         y = float_sums(groups.reshape(x.shape), w.replace(dtype="float32").dequantize())
     else:
         y = float_sums(codes, weights) * scale * scales.reshape(1, -1)
-    return exact.rounded(_plus(y, bias).astype(x.dtype))
+    return exact.rounded(plus_bias(y, bias).astype(x.dtype))
 
 
 float8.adds_bias = True  # type: ignore[attr-defined]
@@ -145,16 +143,3 @@ def float8_int4(x: jax.Array, w: Any) -> jax.Array:
     scale = exact.div(peak, jnp.float32(448))
     codes = exact.float8(jnp.clip(exact.div(wide, scale), -448, 448), jnp.float8_e4m3fn)
     return (float_sums(codes, w.dequantize()) * scale).astype(x.dtype)
-
-
-def _plus(y: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return y if bias is None else y + bias.astype(y.dtype)
-
-
-def oracle_parts(x: jax.Array, w: Any) -> dict[str, jax.Array]:
-    """What a library exposes of a quantized input: codes, scales and zero points."""
-    if w.activation.scheme == "torchao_float8":
-        codes, scale = quantize_float8(x, w)
-        return {"input_codes": codes, "input_scales": scale}
-    codes, scale, zero = quantize_int8(x, w) if w.activation.scheme == "torchao_int8" else quantize_int8_fake(x)
-    return {"input_codes": codes, "input_scales": scale, "input_zeros": zero}

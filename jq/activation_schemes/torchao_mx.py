@@ -12,17 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jq import exact
-from jq.activation_schemes.products import float_sums
+from jq.activation_schemes.elements import ELEMENTS, to_element
+from jq.activation_schemes.products import float_sums, plus_bias
 from jq.activations import register
 
-# element -> (mantissa bits, smallest normal exponent, largest exponent, largest value)
-_ELEMENTS = {
-    "float8_e4m3fn": (3, -6, 8, 448.0),
-    "float8_e5m2": (2, -14, 15, 57344.0),
-    "fp6_e2m3": (3, 0, 2, 7.5),
-    "fp6_e3m2": (2, -2, 4, 28.0),
-    "float4_e2m1fn_x2": (1, 0, 2, 6.0),
-}
 _E4M3_EPS = 2.0**-6  # torchao's E4M3_EPS: the smallest normal number
 
 
@@ -32,7 +25,7 @@ def mx(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     values, exponent = quantize_mx(x, w.activation.get("element"), w.activation.get("block"), w.activation.get("mode"))
     scaled = values * exact.pow2(exponent)[..., None]
     dequantized = exact.cast(exact.rounded(scaled.reshape(x.shape).astype(x.dtype)), jnp.float32)
-    return _plus(float_sums(dequantized, exact.cast(w.dequantize(), x.dtype)), bias).astype(x.dtype)
+    return plus_bias(float_sums(dequantized, exact.cast(w.dequantize(), x.dtype)), bias).astype(x.dtype)
 
 
 mx.adds_bias = True  # type: ignore[attr-defined]
@@ -47,7 +40,7 @@ def quantize_mx(x: jax.Array, element: str, block: int, mode: str) -> tuple[jax.
       block: values that share a scale.
       mode: FLOOR, CEIL, EVEN or RCEIL, how the exponent follows from the largest magnitude.
     """
-    mantissa, _, largest, top = _ELEMENTS[element]
+    mantissa, _, largest, top = ELEMENTS[element]
     groups = x.astype(jnp.float32).reshape(x.shape[0], -1, block)
     peak = jnp.max(jnp.abs(groups), axis=-1)
     if mode == "RCEIL":
@@ -64,12 +57,6 @@ def quantize_mx(x: jax.Array, element: str, block: int, mode: str) -> tuple[jax.
     return to_element(groups * inverse, element), exponent
 
 
-def to_element(x: jax.Array, element: str) -> jax.Array:
-    """float32 values rounded half to even onto a narrow float, clipped to its range; still float32."""
-    mantissa, smallest, _, top = _ELEMENTS[element]
-    return jnp.clip(exact.to_digits(x, mantissa, smallest), -top, top)
-
-
 @register("torchao_nvfp4")
 def nvfp4(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """NVFP4Tensor: x [M, K] -> [M, N], float32 sums of the dequantized operands."""
@@ -81,7 +68,7 @@ def nvfp4(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
         whole = jnp.asarray(w.extras["act_per_tensor_scale"]).astype(jnp.float32).reshape(())
     dequantized = quantize_nvfp4(x, whole, w.activation.get("block"))
     weights = w.replace(dtype="float32").dequantize()
-    return _plus(float_sums(dequantized, weights), bias).astype(x.dtype)
+    return plus_bias(float_sums(dequantized, weights), bias).astype(x.dtype)
 
 
 nvfp4.adds_bias = True  # type: ignore[attr-defined]
@@ -97,7 +84,3 @@ def quantize_nvfp4(x: jax.Array, whole: jax.Array | None, block: int) -> jax.Arr
     values = to_element(groups * inverse[..., None], "float4_e2m1fn_x2")
     factor = scale if whole is None else whole * scale
     return (values * factor[..., None]).reshape(x.shape)
-
-
-def _plus(y: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return y if bias is None else y + bias.astype(y.dtype)

@@ -16,11 +16,9 @@ from jq import exact
 from jq.algorithms import narrow
 from jq.bits import namespace
 
-QUEST = (
-    2.92247856 / 6.0
-)  # largest magnitude of 32 normally distributed values that gives the least square error, over 6
+# Largest magnitude of 32 normally distributed values that gives the least square error, over 6.
+QUEST = 2.92247856 / 6.0
 TINY = 1e-8
-_BOUNDS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
 _VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
@@ -105,7 +103,8 @@ def fake_mxfp4(groups: Any, *, quest: bool) -> Any:
 def _fake_e2m1(scaled: Any) -> Any:
     """The nearest e2m1 value, ties to the smaller; what is not above 0 is negative, zeros too."""
     xp = namespace(scaled)
-    level = xp.searchsorted(xp.asarray(_BOUNDS), xp.abs(scaled), side="left")
+    size = xp.abs(scaled)
+    level = sum((size > bound).astype(np.int32) for bound in narrow.E2M1_BOUNDS)
     return xp.take(xp.asarray(_VALUES), level) * xp.where(scaled > 0, np.float32(1), np.float32(-1))
 
 

@@ -14,8 +14,8 @@ from jq.algorithms import narrow
 
 F32 = np.float32
 # `torch.finfo(dtype).eps`: what a scale of zero becomes.
-_EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
-_MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}
+EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}
 
 
 def ranges(groups: np.ndarray, axes: int | tuple[int, ...] = -1) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +29,7 @@ def symmetric_scale(low: np.ndarray, high: np.ndarray, width: float) -> np.ndarr
     """max(|low|, |high|) / (width / 2), width the distance of the extreme codes (15 for int4, 896 for e4m3)."""
     dtype = low.dtype
     scale = np.maximum(-low, high) / np.asarray(width / 2, dtype)
-    return np.where(scale == 0, np.asarray(_EPS[str(dtype)], dtype), scale)
+    return np.where(scale == 0, np.asarray(EPS[str(dtype)], dtype), scale)
 
 
 def asymmetric(low: np.ndarray, high: np.ndarray, least: int, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +40,7 @@ def asymmetric(low: np.ndarray, high: np.ndarray, least: int, most: int) -> tupl
     zero = np.asarray(least, dtype) - low / safe
     zero = np.rint(np.clip(zero.astype(F32), least, most)).astype(np.int8)
     zero = np.where(scale == 0, np.int8(0), zero)
-    return np.where(scale == 0, np.asarray(_EPS[str(dtype)], dtype), scale), zero
+    return np.where(scale == 0, np.asarray(EPS[str(dtype)], dtype), scale), zero
 
 
 def integer_codes(w: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, least: int, most: int) -> np.ndarray:
@@ -57,7 +57,7 @@ def mx_exponents(peak: np.ndarray, bits: int) -> np.ndarray:
     Half a step of the element's mantissa is added to the bit pattern, the carry decides; then 2 (fp4, fp6) or 8 (fp8)
     is subtracted. float16 scales that underflow become one, as in the library.
     """
-    mantissa = _MANTISSA[str(peak.dtype)]
+    mantissa = MANTISSA[str(peak.dtype)]
     pattern = np.abs(peak).view(f"u{peak.dtype.itemsize}").astype(np.int64)
     field = (pattern + (1 << (mantissa - (3 if bits == 6 else 1) - 1))) >> mantissa
     exponent = field - (15 if mantissa == 10 else 127) - (8 if bits == 8 else 2)

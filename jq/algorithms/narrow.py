@@ -12,7 +12,7 @@ import numpy as np
 F32 = np.float32
 E4M3 = ml_dtypes.float8_e4m3fn
 # Boundaries between the magnitudes 0 .5 1 1.5 2 3 4 6; a value on a boundary goes to the even code.
-_E2M1_BOUNDS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], F32)
+E2M1_BOUNDS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], F32)
 
 
 def e4m3_codes(x: np.ndarray) -> np.ndarray:
@@ -29,8 +29,8 @@ def e2m1_codes(x: np.ndarray, *, keep_zero_sign: bool = True) -> np.ndarray:
       keep_zero_sign: the sign bit is x's, so that -0 has code 8; else it is that of x < 0 (modelopt).
     """
     magnitude = np.abs(x)
-    low = np.searchsorted(_E2M1_BOUNDS, magnitude, "left")
-    high = np.searchsorted(_E2M1_BOUNDS, magnitude, "right")
+    low = np.searchsorted(E2M1_BOUNDS, magnitude, "left")
+    high = np.searchsorted(E2M1_BOUNDS, magnitude, "right")
     code = np.where(low % 2 == 0, low, high)
     sign = np.signbit(x) if keep_zero_sign else x < 0
     return (code | (sign.astype(np.int64) << 3)).astype(np.uint8)
@@ -139,7 +139,7 @@ def mxfp4_triton(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     step = np.abs(groups).max(axis=-1) / F32(6)
     stored = (np.ascontiguousarray(step).view(np.int32) + 0x7FFFFF) >> 23
     scaled = np.where(stored[..., None] == 0, groups * F32(0), np.ldexp(groups, 127 - stored[..., None]))
-    code = np.searchsorted(_E2M1_BOUNDS, np.abs(scaled), "right")
+    code = np.searchsorted(E2M1_BOUNDS, np.abs(scaled), "right")
     sign = np.signbit(scaled).astype(np.int64) << 3
     return (code | sign).astype(np.uint8).reshape(w.shape), stored.astype(np.uint8)
 

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 
 INT8_EPS = 2.0**-23  # Int8Tensor's smallest scale, for every dtype
-_NORMAL = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-14}
+# The smallest normal number of a dtype.
+NORMAL = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-14}
 
 
 def blocks_of(w: np.ndarray, block: tuple[int, int]) -> np.ndarray:
@@ -51,7 +52,7 @@ def affine_codes(
     dt = w.dtype.type
     x = blocks_of(w, block)
     smallest, largest = np.minimum(x.min(-1), dt(0)), np.maximum(x.max(-1), dt(0))
-    floor = dt(_NORMAL[str(w.dtype)] if eps is None else eps)
+    floor = dt(NORMAL[str(w.dtype)] if eps is None else eps)
     if asymmetric:
         scale = np.maximum((largest - smallest) / dt(high - low), floor)
         zero = np.clip(dt(low) - np.rint(smallest / scale), dt(low), dt(high))
@@ -91,7 +92,7 @@ def tinygemm_codes(w: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, n
     dt = w.dtype.type
     x = w.reshape(w.shape[0], -1, group)
     smallest, largest = x.min(-1), x.max(-1)
-    scale = np.maximum((largest - smallest) / dt(15), dt(_NORMAL[str(w.dtype)]))
+    scale = np.maximum((largest - smallest) / dt(15), dt(NORMAL[str(w.dtype)]))
     middle = scale * dt(8)
     zero = smallest + middle
     low = zero - middle
