@@ -6,8 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from hypothesis import strategies as st
 
 from jq.formats.base import Context, group_by_prefix
+
+TURNS = st.integers(0, 3)  # see `dense`
 
 
 def context_of(tensors: dict[str, np.ndarray], dtype: str = "bfloat16") -> Context:
@@ -43,6 +46,15 @@ def assert_same(got: Any, want: Any, name: str = "") -> None:
     got, want = np.asarray(got), np.asarray(want)
     assert got.dtype == want.dtype and got.shape == want.shape, (name, got.dtype, got.shape, want.dtype, want.shape)
     assert np.ascontiguousarray(got).tobytes() == np.ascontiguousarray(want).tobytes(), name
+
+
+def dense(q: Any, turn: int) -> np.ndarray:
+    """The weight of one of a property's many examples.
+
+    In turn 0 as XLA compiles it, for each shape anew, which takes most of such a test's time; in the other turns by the
+    same formula over numpy arrays.
+    """
+    return np.asarray(q.dequantize() if turn == 0 else q.to_numpy()._dense())
 
 
 def held_bytes(q: Any) -> int:

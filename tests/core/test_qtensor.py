@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from format_reading import TURNS, dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -172,9 +173,9 @@ def test_lives_in_nnx_and_orbax(make, tmp_path) -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     bits=st.integers(1, 8), n=st.integers(1, 5), k=st.integers(1, 70), group=st.integers(1, 80), seed=st.integers(0, 2**32 - 1),
-    order=st.booleans(), dtype=st.sampled_from([np.float16, BF16, np.float32]),
+    order=st.booleans(), dtype=st.sampled_from([np.float16, BF16, np.float32]), turn=TURNS,
 )  # fmt: skip
-def test_affine_against_a_loop(bits, n, k, group, seed, order, dtype) -> None:
+def test_affine_against_a_loop(bits, n, k, group, seed, order, dtype, turn) -> None:
     rng = np.random.default_rng(seed)
     groups = -(-k // group)
     codes, zeros = rng.integers(0, 1 << bits, (n, k)), rng.integers(0, 1 << bits, (n, groups))
@@ -183,7 +184,7 @@ def test_affine_against_a_loop(bits, n, k, group, seed, order, dtype) -> None:
     tensor = Affine.make(
         codes, scales, zeros=zeros, zeros_bits=bits, code_bits=bits, g_idx=g_idx, grouping=Grouping("block", 1, group)
     )
-    got = np.asarray(tensor.dequantize())
+    got = dense(tensor, turn)
     assert got.dtype == dtype and got.shape == (n, k)
     np.testing.assert_array_equal(np.asarray(tensor.unpack()), codes)
     for row in range(n):

@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from format_reading import TURNS, dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +57,7 @@ def slow(parts: dict[str, np.ndarray]) -> np.ndarray:
     return out
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 5),
@@ -66,13 +67,16 @@ def slow(parts: dict[str, np.ndarray]) -> np.ndarray:
     og=st.sampled_from([1, 2, 3]),
     ig=st.sampled_from([1, 2, 4, 8, 16]),
     dtype=st.sampled_from([np.float16, BF16, np.float32]),
+    turn=TURNS,
 )
-def test_any_sizes(seed: int, rows: int, columns: int, books: int, bits: int, og: int, ig: int, dtype: Any) -> None:
+def test_any_sizes(
+    seed: int, rows: int, columns: int, books: int, bits: int, og: int, ig: int, dtype: Any, turn: int
+) -> None:
     sizes = {"num_codebooks": books, "nbits_per_codebook": bits, "out_group_size": og, "in_group_size": ig}
     parts, config = module(seed, rows, columns, dtype, **sizes)
     q = aqlm.load("m", parts, aqlm.parse(config, CONTEXT), CONTEXT)
     assert q.shape == (rows * og, columns * ig)
-    got, want = np.asarray(q.dequantize()), slow(parts)
+    got, want = dense(q, turn), slow(parts)
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{want.itemsize}"))
     for name, array in aqlm.dump(q.to_jax()).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from format_reading import assert_same, held_bytes, named, read
+from format_reading import TURNS, assert_same, dense, held_bytes, named, read
 from format_reading import compressed_tensors_config as config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,13 +83,13 @@ def integer_modules(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(integer_modules())
-def test_packed_integers(module):
+@given(integer_modules(), TURNS)
+def test_packed_integers(module, turn):
     parts, args, version, weight, codes = module
     q = read(FORMAT, named(parts), config(args, version=version))[NAME]
     assert q.shape == weight.shape and q.bits == args["num_bits"]
     np.testing.assert_array_equal(np.asarray(q.unpack()), codes)
-    assert_same(q.dequantize(), weight)
+    assert_same(dense(q, turn), weight)
     stored = sum(v.nbytes for v in parts.values())
     rows = weight.shape[0]  # zero points start a byte in each row here, and share words over the rows in the file
     assert held_bytes(q) <= 1.02 * stored + 64 + rows
@@ -123,7 +123,7 @@ def test_int8_rows(data):
     assert q.bits == bits
     np.testing.assert_array_equal(np.asarray(q.unpack()), codes)
     difference = codes.astype(int) - np.repeat(zeros, size, 1)
-    assert_same(q.dequantize(), difference.astype(scales.dtype) * np.repeat(scales, size, 1))
+    assert_same(dense(q, data.draw(TURNS)), difference.astype(scales.dtype) * np.repeat(scales, size, 1))
 
 
 def test_int8_codes_beyond_their_width_are_kept():
@@ -152,7 +152,7 @@ def test_float8(data):
     parts = {"weight": codes.view(E4M3), "weight_scale": stored}
     q = read(FORMAT, named(parts), config(args, form="float-quantized"))[NAME]
     full = np.repeat(np.repeat(scales, rows, 0), cols, 1)[:n, :k]
-    assert_same(q.dequantize(), codes.view(E4M3).astype(scales.dtype) * full)
+    assert_same(dense(q, data.draw(TURNS)), codes.view(E4M3).astype(scales.dtype) * full)
 
 
 def test_block_structure_as_a_string():
@@ -161,8 +161,8 @@ def test_block_structure_as_a_string():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32))
-def test_nvfp4(n, groups, seed):
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32), TURNS)
+def test_nvfp4(n, groups, seed, turn):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, (n, 16 * groups)).astype(np.uint8)
     scales = np.abs(rng.standard_normal((n, groups)) * 20).astype(E4M3)
@@ -171,7 +171,7 @@ def test_nvfp4(n, groups, seed):
     args = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
     q = read(FORMAT, named(parts), config(args, form="nvfp4-pack-quantized"), "float16")[NAME]
     step = np.repeat(scales.astype(np.float32) / whole, 16, 1)
-    assert_same(q.dequantize(), (FP4[codes] * step).astype(ml_dtypes.bfloat16))
+    assert_same(dense(q, turn), (FP4[codes] * step).astype(ml_dtypes.bfloat16))
     assert held_bytes(q) == sum(v.nbytes for v in parts.values())
 
 

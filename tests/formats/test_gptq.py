@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from format_reading import TURNS, dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,8 +96,8 @@ def modules(draw):
 
 
 @settings(max_examples=40, deadline=None)
-@given(modules())
-def test_load_and_dump_invert_slow_packing(module):
+@given(modules(), TURNS)
+def test_load_and_dump_invert_slow_packing(module, turn):
     parts, options, codes, zeros, scales, index = module
     q = gptq.load(NAME, parts, options, Context())
     assert q.shape == codes.shape
@@ -104,7 +105,7 @@ def test_load_and_dump_invert_slow_packing(module):
     if q.zeros is not None:
         np.testing.assert_array_equal(np.transpose(q.group_zeros()), zeros)
     weights = (scales[index] * (codes.T - zeros[index]).astype(scales.dtype)).T
-    got = np.asarray(q.dequantize())
+    got = dense(q, turn)
     assert got.dtype == scales.dtype
     np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), np.ascontiguousarray(weights).view(f"u{got.itemsize}"))
     again = gptq.dump(q)
@@ -280,8 +281,9 @@ def test_dynamic_rules():
     scale_dtype=st.sampled_from(("float16", "bfloat16", "float32")),
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 2**32 - 1),
+    turn=TURNS,
 )
-def test_rtn_is_within_half_a_step(bits, sym, n, k, size, scale_dtype, dtype, seed):
+def test_rtn_is_within_half_a_step(bits, sym, n, k, size, scale_dtype, dtype, seed, turn):
     rng = np.random.default_rng(seed)
     w = (rng.normal(size=(n, k)) * 10.0 ** rng.integers(-2, 2)).astype(dtype)
     w[rng.random(n) < 0.2] = 0
@@ -290,7 +292,7 @@ def test_rtn_is_within_half_a_step(bits, sym, n, k, size, scale_dtype, dtype, se
     q = jq.RTN(bits, size, sym, scale_dtype).quantize(w)
     group = k if size == -1 else min(size, k)
     step = np.repeat(np.asarray(q.scales, np.float32), group, axis=1)[:, :k]
-    error = np.abs(np.asarray(q.dequantize(np.float32)) - w.astype(np.float32))
+    error = np.abs(dense(q, turn).astype(np.float32) - w.astype(np.float32))
     # Half a step, and what the rounding of the scale, the zero point and the product adds.
     slack = 2.0 ** {"float16": -10, "bfloat16": -7, "float32": -20}[scale_dtype]
     assert (error <= step * (0.5 + (0.5 if not sym else 0) + 2 ** (bits + 1) * slack) + 1e-6).all()

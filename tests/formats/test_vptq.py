@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from format_reading import TURNS, dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,16 +112,19 @@ def settings_of_a_layer(draw: Any) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), conf=settings_of_a_layer(), dtype=st.sampled_from([np.float16, BF16, np.float32])
+    seed=st.integers(0, 2**32 - 1),
+    conf=settings_of_a_layer(),
+    dtype=st.sampled_from([np.float16, BF16, np.float32]),
+    turn=TURNS,
 )
-def test_any_settings(seed: int, conf: dict[str, Any], dtype: Any) -> None:
+def test_any_settings(seed: int, conf: dict[str, Any], dtype: Any, turn: int) -> None:
     parts, want = layer(seed, dtype, conf)
     options = vptq.parse({"config_for_layers": {NAME: conf}}, CONTEXT)
     q = vptq.load(NAME, parts, options, CONTEXT)
     assert q is not None and q.shape == want.shape
-    got = np.asarray(q.dequantize())
+    got = dense(q, turn)
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{want.itemsize}"))
     back = vptq.dump(q.to_jax())
