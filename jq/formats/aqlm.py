@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Source
 from jq.qtensor.vector_codebook import VectorCodebook
 
@@ -39,7 +39,6 @@ class Options:
     out_group_size: int = 1
     num_codebooks: int = 1
     nbits_per_codebook: int = 16
-    not_quantized: tuple[str, ...] = ()
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -60,9 +59,8 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
             f"{context.label}: quantization_config.nbits_per_codebook is {sizes['nbits_per_codebook']}; up to "
             f"{MAX_BITS} bits are read"
         )
-    for key in config.keys() - NUMBERS.keys() - set(KNOWN):
-        warn_once(context.label, f"quantization_config.{key} is not known to AQLM; ignored")
-    return Options(**sizes, not_quantized=tuple(config.get("linear_weights_not_to_quantize") or ()))
+    warn_unknown(config, (*NUMBERS, *KNOWN), context.label)
+    return Options(**sizes)
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> VectorCodebook:

@@ -24,7 +24,7 @@ import numpy as np
 
 from jq.activations import Activation
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Parts, expect_dtype, expect_shape, take
+from jq.formats.base import Context, Parts, expect_dtype, expect_one, expect_shape, take
 from jq.qtensor import Grouping, NarrowFloat, Source
 
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
@@ -53,15 +53,13 @@ def parse_floats(config: Mapping[str, Any], kind: str, label: str) -> FloatOptio
     Raises:
       UnsupportedError: another data type.
     """
-    known = {"nv_fp": "nv_fp", "nvfp4_v2": "nvfp4_v2", "mx_fp": "mx_fp", "mx_int": "mx_int", "fp": "fp"}
-    for name in ("nvfp4_v2", "nv_fp", "mx_fp", "mx_int", "fp"):
-        if kind.startswith(name):
-            break
-    else:
+    known = ("nvfp4_v2", "nv_fp", "mx_fp", "mx_int", "fp")
+    name = next((name for name in known if kind.startswith(name)), None)
+    if name is None:
         raise UnsupportedError(f"{label}: AutoRound's data_type {kind!r} is not read; int, {', '.join(known)} are")
     bits = int(config.get("act_bits") or 16)
     inputs = str(config.get("act_data_type") or kind) if bits < 16 else ""
-    return FloatOptions(known[name], inputs, bits, bool(config.get("act_dynamic", True)))
+    return FloatOptions(name, inputs, bits, bool(config.get("act_dynamic", True)))
 
 
 def group(names: list[str], options: Any, context: Context) -> dict[str, dict[str, str]]:
@@ -107,8 +105,8 @@ def _packed(prefix: str, parts: Parts, options: FloatOptions, name: str) -> Narr
     whole = None
     if options.kind == "nv_fp":
         whole = take(parts, "weight_global_scale", prefix, why="NVFP4 scales are divided by it.")
-        if whole.size != 1 or whole.dtype != np.float32:
-            raise FormatError(f"{prefix}.weight_global_scale: found {whole.dtype} {whole.shape}, expected one float32")
+        expect_dtype(whole, (np.float32,), f"{prefix}.weight_global_scale")
+        expect_one(whole, f"{prefix}.weight_global_scale")
     return NarrowFloat(
         np.ascontiguousarray(packed).view(np.uint32 if packed.shape[1] % 4 == 0 else np.uint8),
         scale.view(np.uint8),

@@ -27,7 +27,7 @@ import numpy as np
 from jq.errors import FormatError, UnsupportedError
 from jq.formats import marlin
 from jq.formats.awq_words import fast_codes, fast_words, gemm_codes, gemm_words
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.formats.gptq_config import Rules, apply_rules, checked_group, first, rules_of, whole_number
 from jq.qtensor import Affine, Grouping, Source
 from jq.qtensor.affine import check_finite
@@ -82,9 +82,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         raise UnsupportedError(
             f"{label}: AWQ version {version!r} is a kernel's own order; versions read here: {', '.join(VERSIONS)}"
         )
-    for key in config:
-        if key not in _HARMLESS.split():
-            warn_once(label, f"unknown AWQ option {key!r} is ignored")
+    warn_unknown(config, _HARMLESS.split(), label)
 
     def checked_bits(value: Any, where: str) -> int:
         number = whole_number(value, "bits", where)

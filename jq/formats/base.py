@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,18 @@ def expect_dtype(array: np.ndarray, dtypes: tuple[Any, ...], name: str) -> None:
         raise FormatError(
             f"{name}: found dtype {array.dtype}, expected {' or '.join(str(np.dtype(d)) for d in dtypes)}"
         )
+
+
+def expect_one(array: np.ndarray, name: str, why: str = "") -> None:
+    """Raises FormatError where a stored tensor holds more or less than one value."""
+    if array.size != 1:
+        raise FormatError(f"{name}: found shape {tuple(array.shape)}, expected one value{why and f' ({why})'}")
+
+
+def warn_unknown(config: Mapping[str, Any], known: Iterable[str], label: str) -> None:
+    """A JqWarning, once, for each key of a quantization_config that is not `known`; one that changed numbers would be an error."""
+    for key in sorted(map(str, config.keys() - set(known))):
+        warn_once(label, f"quantization_config.{key} is not known and ignored")
 
 
 _warned: set[tuple[str, str]] = set()

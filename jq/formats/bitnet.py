@@ -30,7 +30,17 @@ import numpy as np
 from jq.activations import Activation
 from jq.algorithms.bitnet import absmean_codes, absmean_scale
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_once
+from jq.formats.base import (
+    Context,
+    Format,
+    Parts,
+    expect_dtype,
+    expect_one,
+    expect_shape,
+    group_by_prefix,
+    take,
+    warn_unknown,
+)
 from jq.formats.slabs import pack_slabs, unpack_slabs
 from jq.qtensor import Affine, Codebook, Grouping, QTensor, Source
 
@@ -65,8 +75,7 @@ class Options:
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
     """Reads quantization_config; old files have only quant_method."""
-    for key in sorted(set(config) - set(_KEYS)):
-        warn_once(context.label, f"quantization_config.{key} is not known for bitnet; ignored")
+    warn_unknown(config, _KEYS, context.label)
     closed = {"linear_class": ("bitlinear", "autobitlinear"), "quantization_mode": ("offline", "online")}
     for key, allowed in closed.items():
         if config.get(key, allowed[0]) not in allowed:
@@ -144,8 +153,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
         return _load_online(prefix, parts, options)
     weight, scale = take(parts, "weight", prefix), take(parts, "weight_scale", prefix)
     expect_dtype(scale, FLOATS, f"{prefix}.weight_scale")
-    if scale.size != 1:
-        raise FormatError(f"{prefix}.weight_scale: found shape {scale.shape}, expected one value for the tensor")
+    expect_one(scale, f"{prefix}.weight_scale", "one for the whole weight")
     if weight.ndim != 2:
         raise FormatError(f"{prefix}.weight: found shape {weight.shape}, expected a matrix")
     extras = _norm(prefix, parts, options)

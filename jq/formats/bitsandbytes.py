@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_unknown
 from jq.formats.bitsandbytes_methods import FP4, NF4, Int8, int8_tensor, nested_absmax, tensor_4bit
 from jq.formats.gptq_config import first
 from jq.qtensor import Affine, Codebook, QTensor
@@ -55,9 +55,7 @@ class Options:
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
     """Reads quantization_config. Types, block sizes and dtypes come from each weight's own JSON, not from here."""
-    for key in config:
-        if key not in _HARMLESS.split():
-            warn_once(context.label, f"unknown bitsandbytes option {key!r} is ignored")
+    warn_unknown(config, _HARMLESS.split(), context.label)
     threshold = first(config, "llm_int8_threshold", default=6.0)
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
         raise FormatError(

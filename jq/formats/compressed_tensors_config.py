@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jq.errors import FormatError
-from jq.formats.base import Context, warn_once
+from jq.formats.base import Context, warn_unknown
 from jq.formats.compressed_tensors_transforms import Transforms, parse_transforms
 
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
@@ -161,8 +161,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         *("global_compression_ratio", "moe_sparsity_config", "sparsity_config", "transform_config", "run_compressed"),
         *("dequantize", "use_optimized_inference", "sparsity_structure"),
     }
-    for key in sorted(set(config) - known):
-        warn_once(label, f"key {key!r} is not known and ignored")
+    warn_unknown(config, known, context.label)
     # Before 0.20 the format may be a sparse one itself, and a sparsity config lay where the quantization config is now.
     sparse = config.get("sparsity_config")
     if sparse is None and str(config.get("format", "")).startswith("sparse-") and "config_groups" not in config:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jq.errors import FormatError
-from jq.formats.base import Parts, expect_dtype, take
+from jq.formats.base import Parts, expect_dtype, expect_one, take
 from jq.formats.compressed_tensors_config import FLOAT_KINDS, Args, Options
 from jq.formats.compressed_tensors_parts import FLOATS, carried_of, scale_back, scales_of, source_of, zero_points
 from jq.qtensor import NarrowFloat, QTensor
@@ -83,8 +83,9 @@ def load_small_float(prefix: str, parts: Parts, args: Args, options: Options) ->
     whole = parts.get("weight_global_scale")
     if whole is None and args.strategy == "tensor_group":
         take(parts, "weight_global_scale", prefix, why="NVFP4 scales are divided by it.")
-    if whole is not None and (whole.size != 1 or whole.dtype != np.float32):
-        raise FormatError(f"{prefix}.weight_global_scale: found {whole.dtype} {whole.shape}, expected one float32")
+    if whole is not None:
+        expect_dtype(whole, (np.float32,), f"{prefix}.weight_global_scale")
+        expect_one(whole, f"{prefix}.weight_global_scale")
     codes = np.ascontiguousarray(packed).view(np.uint32 if packed.shape[1] % 4 == 0 else np.uint8)
     made = NarrowFloat(
         codes,

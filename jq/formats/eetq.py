@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Affine, Grouping, QTensor, Source
 
 ROWS = np.array([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])  # source row of each row of 16
@@ -34,8 +34,7 @@ SOURCE = Source("eetq")
 
 def parse(config: Mapping[str, Any], context: Context) -> None:
     """Checks quantization_config; nothing in it changes how a module is read."""
-    for key in sorted(set(config) - {"quant_method", "weights", "modules_to_not_convert"}):
-        warn_once(context.label, f"quantization_config.{key} is not known for eetq; ignored")
+    warn_unknown(config, ("quant_method", "weights", "modules_to_not_convert"), context.label)
     if config.get("weights", "int8") != "int8":
         raise FormatError(f"quantization_config.weights: found {config['weights']!r}, eetq has only 'int8'")
 

@@ -27,7 +27,7 @@ import numpy as np
 from jq.activations import Activation
 from jq.algorithms import narrow
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Grouping, NarrowFloat, Source
 
 NAME = "fbgemm_fp8"
@@ -44,8 +44,7 @@ class Options:
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
     label = f"{context.label}: quantization_config"
-    for key in sorted(set(config) - {"quant_method", "activation_scale_ub", "modules_to_not_convert"}):
-        warn_once(label, f"key {key!r} is not known and ignored")
+    warn_unknown(config, ("quant_method", "activation_scale_ub", "modules_to_not_convert"), context.label)
     upper = config.get("activation_scale_ub", 1200.0)
     if upper is not None and (not isinstance(upper, int | float) or not upper > 0):
         raise FormatError(f"{label}: activation_scale_ub {upper!r}, expected a positive number")

@@ -25,7 +25,7 @@ import numpy as np
 from jq import bits as _bits
 from jq.activations import Activation
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_one, expect_shape, take, warn_unknown
 from jq.formats.layer_shapes import in_features_of
 from jq.qtensor import Affine, Grouping, Source
 
@@ -58,8 +58,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     Raises:
       FormatError: a width other than 2, 4 or 8, or a pattern that is no regular expression.
     """
-    for key in config.keys() - set(KNOWN):
-        warn_once(context.label, f"quantization_config.{key} is not known to gemma; ignored")
+    warn_unknown(config, KNOWN, context.label)
 
     def width(value: Any, where: str) -> int:
         if type(value) is not int or value not in WIDTHS:
@@ -110,8 +109,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affin
     extras = {s: parts[s] for s in RANGES if s in parts}
     for suffix, value in extras.items():
         expect_dtype(value, (np.float32,), f"{prefix}.{suffix}")
-        if value.size != 1:
-            raise FormatError(f"{prefix}.{suffix}: found shape {tuple(value.shape)}, expected a scalar")
+        expect_one(value, f"{prefix}.{suffix}")
     calibrated = any(float(v.reshape(-1)[0]) != 0 for v in extras.values())
     codes = np.ascontiguousarray(stored).view(np.uint8)
     codes = codes.view(np.uint32) if columns * bits % 32 == 0 else codes

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, warn_once
+from jq.formats.base import Context, warn_unknown
 
 WORDS = ("int8", "int16", "int32", "int64")
 
@@ -122,9 +122,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
             raise UnsupportedError(
                 f"{label}: quantization_config.{key} = {config[key]!r}: {why}, which is not done here"
             )
-    for key in config:
-        if key not in _HARMLESS.split() and key not in _REFUSED:
-            warn_once(label, f"unknown GPTQ option {key!r} is ignored")
+    warn_unknown(config, (*_HARMLESS.split(), *_REFUSED), label)
     word = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
     if word not in WORDS:
         raise UnsupportedError(f"{label}: quantization_config.pack_dtype {word!r}, expected one of {', '.join(WORDS)}")

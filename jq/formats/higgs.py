@@ -23,7 +23,7 @@ import numpy as np
 
 from jq.algorithms import higgs as algorithm
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Source
 from jq.qtensor.rotated import Rotated
 from jq.qtensor.vector_codebook import VectorCodebook
@@ -51,8 +51,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     Raises:
       FormatError: values that HiggsConfig refuses too.
     """
-    for key in config.keys() - set(KNOWN):
-        warn_once(context.label, f"quantization_config.{key} is not known to HIGGS; ignored")
+    warn_unknown(config, KNOWN, context.label)
     values = {}
     for key, default, allowed in (
         ("bits", 4, (2, 3, 4)),

@@ -36,7 +36,7 @@ import numpy as np
 
 from jq.algorithms.hqq import NBITS, hqq_codes, max_code
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_unknown
 from jq.formats.hqq_forms import ATTRIBUTES, DTYPES, PACKINGS, TENSORS, Form, as_words, encode, read_form, thawed
 from jq.formats.slabs import pack_slabs, unpack_slabs
 from jq.qtensor import Affine, Grouping, QTensor, Source
@@ -64,8 +64,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     """Checks quantization_config. Each module's own attributes decide how it is read."""
     known = {"quant_method", "quant_config", "skip_modules", "nbits", "group_size", "quant_zero", "quant_scale", "axis"}
     known |= {"offload_meta", "view_as_float", "dynamic_config"}
-    for key in sorted(set(config) - known):
-        warn_once(context.label, f"quantization_config.{key} is not known for hqq; ignored")
+    warn_unknown(config, known, context.label)
     quant_config = config.get("quant_config") or {}
     if not isinstance(quant_config, Mapping):
         raise FormatError(f"quantization_config.quant_config: expected an object, found {type(quant_config).__name__}")

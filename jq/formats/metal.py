@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Affine, Grouping, Source
 from jq.qtensor.affine import check_finite
 
@@ -41,8 +41,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     Raises:
       FormatError: bits other than 2, 4 or 8, or a group size that is no positive integer.
     """
-    for key in config.keys() - set(KNOWN):
-        warn_once(context.label, f"quantization_config.{key} is not known to metal; ignored")
+    warn_unknown(config, KNOWN, context.label)
     bits, group = config.get("bits", 4), config.get("group_size", 64)
     if type(bits) is not int or bits not in WIDTHS:
         raise FormatError(f"{context.label}: quantization_config.bits is {bits!r}, expected 2, 4 or 8")

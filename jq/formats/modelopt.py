@@ -35,7 +35,7 @@ from jq import bits as _bits
 from jq.activations import FLOAT, Activation
 from jq.algorithms import narrow
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_one, expect_shape, take
 from jq.formats.modelopt_config import NAME, Options, detect, parse
 from jq.qtensor import Affine, Grouping, LowRank, NarrowFloat, QTensor, Source
 from jq.qtensor.affine import check_finite
@@ -117,8 +117,8 @@ def _nvfp4(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> N
     if scale.ndim != 2 or scale.shape[0] != n or not scale.shape[1] or k % scale.shape[1]:
         raise FormatError(f"{prefix}.weight_scale: found shape {scale.shape}, expected ({n}, {k // 16}): blocks of 16")
     whole = take(parts, "weight_scale_2", prefix, why="NVFP4 block scales are multiplied by it.")
-    if whole.size != 1 or whole.dtype != np.float32:
-        raise FormatError(f"{prefix}.weight_scale_2: found {whole.dtype} {whole.shape}, expected one float32")
+    expect_dtype(whole, (np.float32,), f"{prefix}.weight_scale_2")
+    expect_one(whole, f"{prefix}.weight_scale_2")
     return NarrowFloat(
         np.ascontiguousarray(weight).view(np.uint32 if weight.shape[1] % 4 == 0 else np.uint8),
         scale.view(np.uint8),
@@ -208,8 +208,7 @@ def _int4(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Af
     if "weight_scale_2" in parts:
         whole = parts["weight_scale_2"]
         expect_dtype(whole, (np.float32,), f"{prefix}.weight_scale_2")
-        if whole.size != 1:
-            raise FormatError(f"{prefix}.weight_scale_2: found shape {whole.shape}, expected one number")
+        expect_one(whole, f"{prefix}.weight_scale_2")
         check_finite(whole, f"{prefix}.weight_scale_2")
         second = {"zeros": whole.reshape(1, 1)}
     nibbles = np.stack([weight & 15, weight >> 4], axis=1).reshape(n, k).astype(np.int8)
@@ -241,8 +240,7 @@ def _activation(prefix: str, q: Any, extras: Parts, options: Options) -> Activat
     if algorithm in WEIGHT_ONLY:
         return None
     if "input_scale" in extras:
-        if extras["input_scale"].size != 1:
-            raise FormatError(f"{prefix}.input_scale: found shape {extras['input_scale'].shape}, expected one number")
+        expect_one(extras["input_scale"], f"{prefix}.input_scale")
         if q.source.get("kind") == "int8":
             return Activation("int8_static", ("input_scale",))
         small = q.source.get("kind") == "nvfp4" and algorithm != "W4A8_NVFP4_FP8"

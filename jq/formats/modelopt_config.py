@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, warn_once
+from jq.formats.base import Context, warn_unknown
 
 NAME = "modelopt"
 NONE = "NONE"  # nothing but the KV cache is quantized
@@ -76,8 +76,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         *("quantization", "group_size", "exclude_modules", "kv_cache_quant_algo", "has_zero_point", "pre_quant_scale"),
         "lora_rank",
     }
-    for key in sorted((set(config) | set(inner)) - known):
-        warn_once(label, f"key {key!r} is not known and ignored")
+    warn_unknown({**config, **inner}, known, context.label)
     given = context.config.get("dtype") or context.config.get("torch_dtype")
     return Options(algorithm, tuple(named.items()), context.model_dtype if given else "bfloat16")
 

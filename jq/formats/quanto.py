@@ -29,7 +29,7 @@ import numpy as np
 from jq.activations import Activation
 from jq.algorithms.quanto import QTYPES, affine_codes, group_size_of, symmetric_codes
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_unknown
 from jq.formats.layer_shapes import in_features_of
 from jq.formats.slabs import pack_slabs, unpack_slabs
 from jq.qtensor import Affine, Grouping, NarrowFloat, QTensor, Source
@@ -58,8 +58,7 @@ class Options:
 def parse(config: Mapping[str, Any], context: Context) -> Options:
     """Reads `detect`'s map, or the quantization_config of transformers' QuantoConfig."""
     if "map" not in config:
-        for key in sorted(set(config) - {"quant_method", "weights", "activations", "modules_to_not_convert"}):
-            warn_once(context.label, f"quantization_config.{key} is not known for quanto; ignored")
+        warn_unknown(config, ("quant_method", "weights", "activations", "modules_to_not_convert"), context.label)
         weights, activations = (_qtype(config.get(k), f"quantization_config.{k}") for k in ("weights", "activations"))
         return Options({"": weights}, {"": activations})
     weights_by, activations_by = {}, {}

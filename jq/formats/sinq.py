@@ -32,7 +32,7 @@ import numpy as np
 from jq import bits as _bits
 from jq.algorithms import sinq as algorithm
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.formats.layer_shapes import in_features_of
 from jq.formats.slabs import pack_slabs, unpack_slabs
 from jq.qtensor import Affine, Grouping, Source
@@ -85,8 +85,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     Raises:
       FormatError: a width or group size that SINQ does not have.
     """
-    for key in config.keys() - set(KNOWN):
-        warn_once(context.label, f"quantization_config.{key} is not known to SINQ; ignored")
+    warn_unknown(config, KNOWN, context.label)
     label = f"{context.label}: quantization_config"
     bits, group = config.get("nbits", 4), config.get("group_size", 64)
     bits = 2 if bits == 1.58 else bits

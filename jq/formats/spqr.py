@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_unknown
 from jq.formats.layer_shapes import in_features_of
 from jq.qtensor import Affine, Grouping, Source
 from jq.qtensor.outliers import WithOutliers
@@ -45,8 +45,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     Raises:
       UnsupportedError: other sizes than the ones that spqr_quant implements.
     """
-    for key in config.keys() - set(KNOWN):
-        warn_once(context.label, f"quantization_config.{key} is not known to SpQR; ignored")
+    warn_unknown(config, KNOWN, context.label)
     for key, only in (("bits", 3), ("beta1", TILE), ("beta2", TILE)):
         if config.get(key, only) != only:
             raise UnsupportedError(

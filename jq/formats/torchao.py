@@ -21,7 +21,7 @@ import numpy as np
 from jq import qtensor
 from jq.activations import FLOAT, Activation
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, warn_once
+from jq.formats.base import Context, Format, Parts, warn_unknown
 from jq.formats.torchao_method import TorchAO
 from jq.formats.torchao_mx import MX_CLASSES
 from jq.formats.torchao_tensors import CLASSES, Stored, TensorClass, dtype_name
@@ -55,8 +55,7 @@ def parse(config: Mapping[str, Any], context: Context) -> dict[str, dict[str, An
       UnsupportedError: no metadata, as in the pickled files of old transformers.
       FormatError: metadata that does not parse.
     """
-    for key in sorted(set(config) - set(_KEYS)):
-        warn_once(context.label, f"quantization_config.{key} is not known for torchao; ignored")
+    warn_unknown(config, _KEYS, context.label)
     listed = context.metadata.get("tensor_names")
     if listed is None:
         raise UnsupportedError(

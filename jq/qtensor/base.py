@@ -124,9 +124,9 @@ class QTensor(_Common):
           dtype: result dtype; None for the tensor's own (`self.dtype`). Rounding to the own dtype comes first.
         """
         if getattr(self, "layout", ""):
-            import pallas_kernels
+            from pallas_kernels import tensors
 
-            return pallas_kernels.restore(self).dequantize(dtype)
+            return tensors.restore(self).dequantize(dtype)
         slim = self.replace(extras={}, activation=None, source=None) if hasattr(self, "extras") else self
         return _dequantize_jit(slim, str(np.dtype(dtype or self.dtype)))
 

@@ -14,6 +14,7 @@ import jq
 from jq import activations, nn
 from jq.errors import FormatError
 from jq.formats import bitnet
+from jq.formats.base import Context
 
 NAME = "model.layers.0.mlp.up_proj"
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -147,7 +148,7 @@ def test_config_errors():
         read(bitnet.FORMAT, {}, config("x"))
     with pytest.raises(FormatError, match=r"w: 6 output features; BitNet packs rows by 4"):
         jq.BitNet().quantize(np.ones((6, 8), np.float32), "w")
-    assert bitnet.parse({"quant_method": "bitnet"}, None) == bitnet.Options()  # old files say no more
+    assert bitnet.parse({"quant_method": "bitnet"}, Context()) == bitnet.Options()  # old files say no more
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
