@@ -12,6 +12,7 @@ import numpy as np
 
 from jq.errors import CheckpointError
 from jq.formats import gguf, table, torchao
+from jq.formats.compressed_tensors_attention import Attentions
 from jq.models import expert_names, family_of, kv_cache
 from jq.models.causal_lm import CausalLM
 from jq.models.decoder import Decoder
@@ -20,6 +21,12 @@ from jq.models.reader import Reader
 from jq.models.spec import DecoderSpec
 from jq.nn import Linear
 from jq.state import State, load_state
+
+# Parameters of the quantization inside attention, which a model may run without.
+ATTENTION = (
+    ".prob_scale",
+    *(f".{which}_{part}" for which in "qkv" for part in ("scale", "zero_point", "global_scale")),
+)
 
 
 def load(
@@ -87,6 +94,9 @@ def build(
         label=label,
         fuse=not on_cpu,
         join=on_cpu,
+        attentions=Attentions(
+            state, state.config, quantize=quantize_activations, cache=kv_cache_dtype is None, label=label
+        ),
     )
     cache_dtype = _cache_dtype(state, kv_cache_dtype, compute, quantize_activations)
     body = Decoder(read, "model", spec, cache_dtype)
@@ -113,8 +123,9 @@ def _extra(read: Reader) -> dict[str, Any]:
     Raises:
       CheckpointError: tensors that the family does not know: running without them would be another model.
     """
-    known = [n for n in read.state if n.endswith((".k_scale", ".v_scale", ".q_scale", ".prob_scale"))]
-    left = read.leftovers((*known, *read.state.shared, *_beside_dense(read)))
+    known = [n for n in read.state if n.endswith(ATTENTION)]
+    inside = read.attentions.names if read.attentions is not None else ()
+    left = read.leftovers((*known, *read.state.shared, *inside, *_beside_dense(read)))
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise CheckpointError(

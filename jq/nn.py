@@ -31,6 +31,10 @@ class QVar(nnx.Variable):
     """A quantized tensor that computes."""
 
 
+class Fixed(nnx.Variable):
+    """Arrays that compute, are no parameters, and are saved from elsewhere."""
+
+
 class Packed(nnx.Variable):
     """A quantized tensor that is kept for saving while a dense copy computes."""
 

@@ -63,6 +63,9 @@ class Attention(nnx.Module):
         narrow_cache = kv_cache.DTYPES[cache_dtype][1] is not None
         self.k_scale = _cache_scale(read, path, "k", spec) if narrow_cache else None
         self.v_scale = _cache_scale(read, path, "v", spec) if narrow_cache else None
+        found = read.inside(path)
+        self.inside = None if found is None else found[0]
+        self.inside_arrays = None if found is None else found[1]
 
     def empty_cache(self, batch: int, slots: int) -> tuple[kv_cache.Buffer, kv_cache.Buffer]:
         shape = (batch, self.spec.num_kv_heads, slots, self.spec.head_dim)
@@ -90,7 +93,7 @@ class Attention(nnx.Module):
         spec, length = self.spec, x.shape[1]
         step = slot is not None and length == 1
         parts, total = self._project(norm, x, delta, step)
-        if step:
+        if step and self.inside is None:
             assert cache is not None
             done = self._step(parts, tables, starts, cache, slot)
             if done is not None:
@@ -101,6 +104,9 @@ class Attention(nnx.Module):
             q, k = rope.rotate(q, cos, sin).astype(x.dtype), rope.rotate(k, cos, sin).astype(x.dtype)
         k_scale, v_scale = self._scales()
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, kv_heads, T, head_dim]
+        if self.inside is not None and self.inside_arrays is not None:
+            q, k, v = self.inside(jnp.swapaxes(q, 1, 2), k, v, self.inside_arrays.get_value())
+            q = jnp.swapaxes(q, 1, 2)
         new = kv_cache.encode(self.cache_dtype, k, k_scale), kv_cache.encode(self.cache_dtype, v, v_scale)
         if slot is None:
             keys, values = new

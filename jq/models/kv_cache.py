@@ -4,7 +4,8 @@ Layout [B, kv_heads, S, head_dim], so that each head's keys lie together. Slot i
 sequence; rows are padded on the left, so slots below `starts[b]` of row b are never attended to.
 
 8-bit values need scales: the checkpoint's own (`k_scale`, `v_scale`: value = code * scale), else one for each token
-and head, written beside the codes.
+and head, written beside the codes. Other quantizations of compressed-tensors (with zero points, NVFP4, fewer bits) are
+rounded before they get here, and held in the compute dtype.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 
 from jq import exact
 from jq.errors import UnsupportedError
+from jq.formats.compressed_tensors_attention import keeps_codes
+from jq.formats.compressed_tensors_config import parse_args
 
 # name -> (dtype of the buffer, largest magnitude of a code); None: codes are the values themselves
 DTYPES: dict[str, tuple[Any, float | None]] = {
@@ -49,11 +52,12 @@ def scheme_of(quantization: dict[str, Any]) -> str | None:
         "kv_cache_quant_algo"
     )
     if isinstance(scheme, dict):
-        if scheme.get("num_bits") == 8:
-            return "int8" if scheme.get("type") == "int" else "float8_e4m3"
-        raise UnsupportedError(
-            f"kv_cache_scheme {scheme} is not done here: only 8-bit int and float; kv_cache='bfloat16'"
-        )
+        args = parse_args(scheme, "quantization_config: kv_cache_scheme")
+        if args is not None and keeps_codes(args):
+            return "int8" if args.type == "int" else "float8_e4m3"
+        if "compress" in str(quantization.get("quant_method") or "compress"):
+            return None  # rounded before it gets here: `jq.formats.compressed_tensors_attention`
+        raise UnsupportedError(f"kv_cache_scheme {scheme} is not done here: only 8 bits; kv_cache='bfloat16'")
     if algo in ("FP8", "INT8"):
         return "int8" if algo == "INT8" else "float8_e4m3"
     return None

@@ -46,6 +46,7 @@ class Origin:
             side_files=state.side_files,
             container=state.container,
             order=state.order,
+            shared=state.shared,
         )
         self.stored, self.kept, self.extra = dict(stored), dict(kept), dict(extra)
 
@@ -97,6 +98,7 @@ class Origin:
             side_files=shell.side_files,
             container=shell.container,
             order=shell.order,
+            shared=shell.shared,
         )
 
     def _restored(self, name: str, array: Any) -> Any:

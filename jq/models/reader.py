@@ -11,9 +11,10 @@ from flax import nnx
 
 from jq import activations
 from jq.errors import CheckpointError
+from jq.formats.compressed_tensors_attention import Attentions, Inside
 from jq.models import joined
 from jq.models.spec import DecoderSpec
-from jq.nn import Embedding, FusedLinear, Linear, Packed, QVar, RMSNorm, fuse, linear_of, lossless, prepared
+from jq.nn import Embedding, Fixed, FusedLinear, Linear, Packed, QVar, RMSNorm, fuse, linear_of, lossless, prepared
 from jq.qtensor import QTensor
 from jq.state import State
 
@@ -33,6 +34,7 @@ class Reader:
       label: file or directory for messages.
       fuse: join packed q/k/v and gate/up into one matrix each (one kernel launch).
       join: lay dense weights of one input one behind the other (`jq.models.joined`).
+      attentions: what the checkpoint does inside attention layers.
 
     Attributes:
       kept: stored arrays that the compute dtype cannot hold exactly: name -> (stored array, compute array).
@@ -50,10 +52,12 @@ class Reader:
         label: str,
         fuse: bool = False,
         join: bool = False,
+        attentions: Attentions | None = None,
     ) -> None:
         self.state, self.spec, self.label = state, spec, label
         self.dtype, self.packed, self.quantize_activations = np.dtype(dtype), packed, quantize_activations
         self.fuse, self.join = fuse and packed, join
+        self.attentions = attentions
         self.used: set[str] = set()
         self.kept: dict[str, tuple[Any, Any]] = {}
         self.stored: dict[str, np.dtype] = {}
@@ -142,6 +146,11 @@ class Reader:
         if isinstance(value, QTensor):
             raise CheckpointError(f"{self.label}: {name}: is quantized, expected a dense tensor of {shape}")
         return self._compute(name, value)
+
+    def inside(self, path: str) -> tuple[Inside, Fixed] | None:
+        """What happens to queries, keys and values of an attention layer, and its arrays; None: nothing."""
+        found = None if self.attentions is None else self.attentions.layer(path)
+        return None if found is None else (found[0], Fixed({k: jnp.asarray(v) for k, v in found[1].items()}))
 
     def stack(self, name: str, shape: tuple[int, int, int]) -> tuple[Any, Any]:
         """A parameter of stacked matrices: (Variable that computes, `Packed` or None).

@@ -1,0 +1,67 @@
+"""compressed-tensors inside attention: rotated and quantized queries, keys and values (tests/recorded/attention).
+
+A file holds `q`, `k`, `v` as they come from the rotary embedding, what the library makes of each (`q.out` ...), and what
+the attention module `m` stores; the metadata its quantization_config. A new file is a new case without code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference_dirs import array, bits, raw
+
+from jq.errors import FormatError, UnsupportedError
+from jq.formats.compressed_tensors_attention import Attentions
+from jq.models import kv_cache
+
+FILES = sorted((Path(__file__).parents[1] / "recorded" / "attention").glob("*.safetensors"))
+
+
+def layer_of(arrays, config, **options):
+    found = Attentions(
+        arrays, {"quantization_config": config}, **{"quantize": True, "cache": True, "label": "here"} | options
+    )
+    return found.layer("m")
+
+
+@pytest.mark.parametrize("file", FILES, ids=[f.stem for f in FILES])
+def test_does_what_the_library_does(file):
+    tensors, meta = raw(file)
+    arrays = {name: array(entry) for name, entry in tensors.items()}
+    stored = {name: a for name, a in arrays.items() if name.startswith("m.")}
+    inside, own = layer_of(stored, json.loads(meta["config"]))
+    got = inside(*(jnp.asarray(arrays[w]) for w in "qkv"), own)
+    for which, value in zip("qkv", got, strict=True):
+        assert np.array_equal(bits(np.asarray(value)), bits(arrays[f"{which}.out"])), which
+    assert kv_cache.scheme_of(json.loads(meta["config"])) is None
+
+
+def scheme(**change):
+    return {"kv_cache_scheme": {"num_bits": 8, "symmetric": False, "strategy": "tensor", "dynamic": False} | change}
+
+
+def test_keeps_floats_where_they_are_asked_for():
+    stored = {f"m.{w}_{p}": np.ones(1, np.float32) for w in "kv" for p in ("scale", "zero_point")}
+    assert layer_of(stored, scheme()) is not None
+    assert layer_of(stored, scheme(), quantize=False) is None
+    assert layer_of(stored, scheme(), cache=False) is None
+    assert layer_of(stored, scheme(symmetric=True)) is None  # the cache's own codes
+
+
+@pytest.mark.parametrize(
+    "stored, change, kind, message",
+    [
+        ({}, {}, FormatError, r"here: m.k_scale: missing; the config asks for int8 tensor static asym"),
+        ({"m.k_scale": np.ones(1)}, {}, FormatError, r"here: m.k_zero_point: missing"),
+        ({"m.k_scale": np.ones(3)}, {}, FormatError, r"m.k_scale: found shape \(3,\), expected \(1,\) or \(heads"),
+        ({}, {"dynamic": True}, UnsupportedError, r"m: int8 tensor dynamic asym of k: its scale depends on all tokens"),
+        ({}, {"strategy": "channel"}, UnsupportedError, r"nothing that the library runs"),
+    ],
+)
+def test_bad_input(stored, change, kind, message):
+    with pytest.raises(kind, match=message):
+        layer_of(stored, scheme(**change))
