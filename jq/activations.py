@@ -50,6 +50,8 @@ class Activation:
 # (x [M, K] of any float dtype, w) -> y [M, N] in x's dtype. M is every token of the call: some schemes look at all rows.
 Scheme = Callable[[jax.Array, Any], jax.Array]
 SCHEMES: dict[str, Scheme] = {}
+# Schemes (x, w, bias or None) -> y that add the bias themselves, where their library does.
+ADDS_BIAS: set[str] = set()
 
 
 # Changes of the input that belong to a quantized layer itself: (x [M, K], w) -> [M, K].
@@ -59,11 +61,13 @@ FINISHES: dict[str, Callable[[jax.Array, Any], jax.Array]] = {}
 FLOAT = "float"  # scheme of a layer that prepares its input and does not quantize it
 
 
-def register(name: str) -> Callable[[Scheme], Scheme]:
-    """Decorator that enters a scheme into `SCHEMES`."""
+def register(name: str, *, adds_bias: bool = False) -> Callable[[Any], Any]:
+    """Decorator that enters a scheme into `SCHEMES`, with `adds_bias` into `ADDS_BIAS` too."""
 
-    def enter(scheme: Scheme) -> Scheme:
+    def enter(scheme: Any) -> Any:
         SCHEMES[name] = scheme
+        if adds_bias:
+            ADDS_BIAS.add(name)
         return scheme
 
     return enter
@@ -113,7 +117,7 @@ def matmul(x: Array, w: Any, bias: Array | None = None) -> jax.Array:
     Args:
       x: float[..., K]; all leading axes together are the tokens of one call.
       w: QTensor [N, K] (no stack axes) with an `activation`.
-      bias: float[N] or None. A scheme with `adds_bias` adds it where its library does (before an output is quantized,
+      bias: float[N] or None. A scheme of `ADDS_BIAS` adds it where its library does (before an output is quantized,
         or scaled); elsewhere it is added in x's dtype at the end.
 
     Returns:
@@ -140,7 +144,7 @@ def _straight_through(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array
     scheme: Any = scheme_of(w.activation)
     if bias is None:
         return scheme(x, w)
-    if getattr(scheme, "adds_bias", False):
+    if w.activation.scheme in ADDS_BIAS:
         return scheme(x, w, bias)
     y = scheme(x, w)
     return y + bias.astype(y.dtype)

@@ -29,7 +29,7 @@ def bitlinear(x: jax.Array, w: Any) -> jax.Array:
     return exact.rounded(exact.div(sums, divisor).astype(x.dtype))
 
 
-@register("autobitlinear")
+@register("autobitlinear", adds_bias=True)
 def autobitlinear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N]: quantized and dequantized input, ternary product plus bias, then times the scale."""
     y = exact.rounded(dense_matmul(dequantized(x), ternary(w).astype(x.dtype)))
@@ -39,17 +39,11 @@ def autobitlinear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Ar
     return exact.rounded(y * jnp.asarray(factor).astype(x.dtype).reshape(1, 1))
 
 
-autobitlinear.adds_bias = True  # type: ignore[attr-defined]
-
-
-@register("autobitlinear_online")
+@register("autobitlinear_online", adds_bias=True)
 def autobitlinear_online(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N]: the master weights are ternarized and scaled in x's dtype."""
     y = float_sums(dequantized(x), exact.cast(w.dequantize(), x.dtype))
     return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
-
-
-autobitlinear_online.adds_bias = True  # type: ignore[attr-defined]
 
 
 def dequantized(x: jax.Array) -> jax.Array:

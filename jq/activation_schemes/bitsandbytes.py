@@ -16,7 +16,7 @@ from jq.activations import register
 _OUTPUT_SCALE = np.float32(6.200124e-05)
 
 
-@register("bnb_int8")
+@register("bnb_int8", adds_bias=True)
 def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N] in x's dtype. Option "threshold": magnitude of an outlier, 0 for none."""
     threshold = w.activation.get("threshold", 0.0)
@@ -40,9 +40,6 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
         return (y.astype(jnp.float32) + added).astype(x.dtype)
 
     return jax.lax.cond(columns.any(), with_outliers, lambda y: y, y)
-
-
-matmul.adds_bias = True  # type: ignore[attr-defined]
 
 
 def quantize(x: jax.Array, threshold: float) -> tuple[jax.Array, jax.Array, jax.Array]:

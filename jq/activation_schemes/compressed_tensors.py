@@ -39,7 +39,7 @@ class Quantized(NamedTuple):
     dequantized: jax.Array
 
 
-@register("compressed_tensors")
+@register("compressed_tensors", adds_bias=True)
 def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N]. Options: "input" and "output" are `Args`; parameters are the stored static scales."""
     inputs, outputs = w.activation.get("input"), w.activation.get("output")
@@ -52,9 +52,6 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     if outputs is not None:
         y = quantize(exact.rounded(y), outputs, _static(w.extras, "output")).dequantized
     return y
-
-
-matmul.adds_bias = True  # type: ignore[attr-defined]  # outputs are quantized with the bias in them
 
 
 def _static(extras: Mapping[str, Any], name: str) -> dict[str, Any]:

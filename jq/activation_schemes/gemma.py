@@ -15,7 +15,7 @@ from jq.activations import register
 from jq.matmul import dense_matmul
 
 
-@register("gemma_static_range")
+@register("gemma_static_range", adds_bias=True)
 def gemma_static_range(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N]: rounded input times the dequantized weight plus bias, rounded in turn."""
     x = static_range(x, w.extras["input_activation_scale"])
@@ -23,9 +23,6 @@ def gemma_static_range(x: jax.Array, w: Any, bias: jax.Array | None = None) -> j
     if bias is not None:
         y = exact.rounded(y + bias.astype(y.dtype))
     return static_range(y, w.extras["output_activation_scale"])
-
-
-gemma_static_range.adds_bias = True  # type: ignore[attr-defined]
 
 
 def static_range(x: jax.Array, scale: Any) -> jax.Array:

@@ -23,7 +23,7 @@ from jq.qtensor import Affine, NarrowFloat
 TINYGEMM_GROUP = 128
 
 
-@register("quanto")
+@register("quanto", adds_bias=True)
 def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N]; option "dtype" is int8 or a float8, parameters are input_scale and output_scale."""
     kind = w.activation.get("dtype")
@@ -44,9 +44,6 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
         y = exact.rounded(y + bias.astype(dtype))
     scale = _scalar(w, "output_scale", dtype)
     return exact.rounded(quantize(y, scale, kind).astype(dtype) * scale)
-
-
-matmul.adds_bias = True  # type: ignore[attr-defined]
 
 
 def _tinygemm(w: Affine) -> jax.Array:

@@ -28,7 +28,7 @@ _INTEGERS = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint4": (
 _MX = {"fp4": "float4_e2m1fn_x2", "fp6_e2m3": "fp6_e2m3", "fp6_e3m2": "fp6_e3m2"}
 
 
-@register("quark")
+@register("quark", adds_bias=True)
 def quark(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N]: inputs and outputs (bias included) as the layer's settings say."""
     dtype = x.dtype
@@ -41,9 +41,6 @@ def quark(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     if w.activation.get("output") is not None:
         y = fake_quantized(y, w.activation.get("output"), w.extras, "output")
     return y
-
-
-quark.adds_bias = True  # type: ignore[attr-defined]
 
 
 def fake_quantized(x: jax.Array, spec: Any, extras: Any, name: str) -> jax.Array:

@@ -20,7 +20,7 @@ from jq.activations import register
 from jq.algorithms.torchao import INT8_EPS, NORMAL
 
 
-@register("torchao_int8")
+@register("torchao_int8", adds_bias=True)
 def int8(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """Int8Tensor: x [M, K] -> [M, N]. Options: granularity, asymmetric, reduce_range; maybe static scales."""
     codes, scale, zero = quantize_int8(x, w)
@@ -32,9 +32,6 @@ def int8(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
         y = exact.rounded(y - shift)
     wide = exact.cast(y, jnp.float32) * jnp.asarray(w.scales).astype(jnp.float32).reshape(1, -1)
     return exact.rounded(plus_bias(wide, bias).astype(x.dtype))
-
-
-int8.adds_bias = True  # type: ignore[attr-defined]
 
 
 def quantize_int8(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -73,16 +70,13 @@ def _qparams(x: jax.Array, low: int, high: int, asymmetric: bool, eps: float) ->
     return scale, zero.astype(jnp.int8)
 
 
-@register("torchao_int8_fake")
+@register("torchao_int8_fake", adds_bias=True)
 def int8_fake(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """IntxUnpackedToInt8Tensor with int8_asym_per_token: quantized and dequantized in x's dtype, then a plain product."""
     codes, scale, zero = quantize_int8_fake(x)
     difference = exact.rounded(codes.astype(x.dtype) - zero.astype(x.dtype))
     weights = exact.cast(w.dequantize(), x.dtype)
     return plus_bias(float_sums(exact.rounded(difference * scale), weights), bias).astype(x.dtype)
-
-
-int8_fake.adds_bias = True  # type: ignore[attr-defined]
 
 
 def quantize_int8_fake(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -94,7 +88,7 @@ def quantize_int8_fake(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return codes.astype(jnp.int8), scale, zero
 
 
-@register("torchao_float8")
+@register("torchao_float8", adds_bias=True)
 def float8(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """Float8Tensor: x [M, K] -> [M, N], float32 sums times both scales."""
     codes, scale = quantize_float8(x, w)
@@ -106,9 +100,6 @@ def float8(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     else:
         y = float_sums(codes, weights) * scale * scales.reshape(1, -1)
     return exact.rounded(plus_bias(y, bias).astype(x.dtype))
-
-
-float8.adds_bias = True  # type: ignore[attr-defined]
 
 
 def quantize_float8(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:

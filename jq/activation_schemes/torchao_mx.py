@@ -19,16 +19,13 @@ from jq.activations import register
 _E4M3_EPS = 2.0**-6  # torchao's E4M3_EPS: the smallest normal number
 
 
-@register("torchao_mx")
+@register("torchao_mx", adds_bias=True)
 def mx(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """MXTensor: x [M, K] -> [M, N], from the dequantized input in x's dtype."""
     values, exponent = quantize_mx(x, w.activation.get("element"), w.activation.get("block"), w.activation.get("mode"))
     scaled = values * exact.pow2(exponent)[..., None]
     dequantized = exact.cast(exact.rounded(scaled.reshape(x.shape).astype(x.dtype)), jnp.float32)
     return plus_bias(float_sums(dequantized, exact.cast(w.dequantize(), x.dtype)), bias).astype(x.dtype)
-
-
-mx.adds_bias = True  # type: ignore[attr-defined]
 
 
 def quantize_mx(x: jax.Array, element: str, block: int, mode: str) -> tuple[jax.Array, jax.Array]:
@@ -57,7 +54,7 @@ def quantize_mx(x: jax.Array, element: str, block: int, mode: str) -> tuple[jax.
     return to_element(groups * inverse, element), exponent
 
 
-@register("torchao_nvfp4")
+@register("torchao_nvfp4", adds_bias=True)
 def nvfp4(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """NVFP4Tensor: x [M, K] -> [M, N], float32 sums of the dequantized operands."""
     whole = None
@@ -69,9 +66,6 @@ def nvfp4(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     dequantized = quantize_nvfp4(x, whole, w.activation.get("block"))
     weights = w.replace(dtype="float32").dequantize()
     return plus_bias(float_sums(dequantized, weights), bias).astype(x.dtype)
-
-
-nvfp4.adds_bias = True  # type: ignore[attr-defined]
 
 
 def quantize_nvfp4(x: jax.Array, whole: jax.Array | None, block: int) -> jax.Array:
