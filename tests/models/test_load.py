@@ -140,7 +140,7 @@ def test_models_are_ordinary_nnx_modules(tmp_path: Path) -> None:
     graph, state = nnx.split(model)
     np.testing.assert_array_equal(nnx.merge(graph, state)(ids), want)
     np.testing.assert_allclose(nnx.jit(lambda m, i: m(i))(model, ids), want, atol=1e-5)
-    grads = nnx.grad(lambda m: m(ids).mean())(model)
+    grads = nnx.jit(nnx.grad(lambda m: m(ids).mean()))(model)
     norms = [float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)]
     assert len(norms) == len(tensors) and min(norms) > 0
 
