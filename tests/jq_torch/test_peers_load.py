@@ -52,7 +52,8 @@ def by_bitnet(folder: Path) -> Dense:
     stored, found = tensors_of(folder), {}
     for name in [n.removesuffix("_scale") for n in stored if n.endswith(".weight_scale")]:
         scale = stored[f"{name}_scale"]
-        codes = unpack_weights(stored[name], dtype=scale.dtype)
+        with torch.compiler.set_stance("force_eager"):  # compiling the function takes most of the file's time
+            codes = unpack_weights(stored[name], dtype=scale.dtype)
         plain = config["linear_class"] == "bitlinear"  # its scale is the reciprocal of the other's
         found[name.removesuffix(".weight")] = codes / scale if plain else codes * scale
     return found

@@ -12,7 +12,6 @@ from jq.qtensor import Affine, stack
 from jq.qtensor.base import Grouping
 from pallas_kernels import layout, reference, tensors
 
-
 # One program each: operation by operation every one of them is compiled.
 PACK = jax.jit(layout.pack_codes, static_argnums=1)
 UNPACK = jax.jit(layout.unpack_codes, static_argnums=(1, 2))
