@@ -119,3 +119,31 @@ def test_codes_without_the_rest_are_no_dense_weight(name: str, tmp_path: Path) -
     mutations.write(tmp_path, left, config, sides, metadata)
     with pytest.raises(JqError, match=module.replace(".", r"\.")):
         jq.load_state(tmp_path)
+
+
+# Tensors that are carried and take no part in a product.
+CARRIED = ("backward_hadamard_matrix", "tables", "tables2", "weight", "bias", "down_proj_bias", "gate_up_proj_bias")
+UNUSED = {"quanto-mixed-f16": ("input_scale", "output_scale")}
+
+
+@pytest.mark.filterwarnings("ignore::jq.errors.JqWarning")
+@pytest.mark.parametrize("name", [n for n in (*FOLDERS, *MADE) if not n.startswith(("ct-", "torchao"))])
+def test_scales_that_are_not_numbers_are_named(name: str, tmp_path: Path) -> None:
+    tensors, config, sides, metadata = MADE[name]() if name in MADE else mutations.seed_of(FOLDERS[name])
+    kept = (*CARRIED, *UNUSED.get(name, ()))
+    tried = 0
+    for key, array in tensors.items():
+        wide = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+        if not wide or not array.size or array.dtype.itemsize == 1 or key.rsplit(".", 1)[-1] in kept:
+            continue
+        bad = array.copy()
+        bad.reshape(-1)[-1] = np.nan
+        folder = tmp_path / str(tried)
+        mutations.write(folder, {**tensors, key: bad}, config, sides, metadata)
+        module = key.split(".meta.")[0].split(".weight.")[0].rpartition(".")[0] if ".experts." not in key else "experts"
+        with pytest.raises(JqError) as raised:
+            jq.load_state(folder)
+        assert str(folder) in str(raised.value) and module in str(raised.value), (key, str(raised.value))
+        tried += 1
+    if not tried:
+        pytest.skip("holds no scales of 16 bits or more")

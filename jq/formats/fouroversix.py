@@ -32,6 +32,8 @@ from jq.algorithms import fouroversix as algorithm
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_once
 from jq.qtensor import Grouping, NarrowFloat, Source
+from jq.qtensor.affine import check_finite
+from jq.qtensor.narrow_float import check_bits
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 VALUES, SCALES, AMAX, METADATA = (
@@ -110,7 +112,10 @@ def _module(label: str, config: Mapping[str, Any]) -> Module:
             raise FormatError(f"{label}: {side} scale_rule {rule!r}; mxfp4 has static_6 and static_4 alone")
         sides.append((str(dtype), str(rule)))
     flags = (bool(config.get(key)) for key in ("keep_master_weights", "weight_scale_2d"))
-    return Module(sides[0], sides[1], str(config.get("output_dtype") or "bfloat16"), *flags)
+    output = config.get("output_dtype") or "bfloat16"
+    if output not in FLOATS:
+        raise FormatError(f"{label}: output_dtype {output!r}, expected one of {', '.join(FLOATS)}")
+    return Module(sides[0], sides[1], str(output), *flags)
 
 
 def to_blocked(scales: np.ndarray) -> np.ndarray:
@@ -162,6 +167,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
     expect_shape(metadata, (6,), f"{prefix}.{METADATA}", "sizes, padded sizes and flags")
     if amax.size != 1:
         raise FormatError(f"{prefix}.{AMAX}: found shape {tuple(amax.shape)}, expected one value")
+    check_finite(amax, f"{prefix}.{AMAX}")
     n, k, rows, columns, _, blocked = (int(v) for v in metadata)
     if not (0 < n <= rows < 1 << 31 and 0 < k <= columns < 1 << 31) or rows % 128 or columns % (4 * block) or k % block:
         raise FormatError(
@@ -175,6 +181,8 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
     grid = whole.reshape(rows, -1) if blocked != 1 else from_blocked(whole.reshape(-1), rows, columns // block)
     codes = np.ascontiguousarray(values[:n, : k // 2])
     nv = scale_kind == "e4m3"
+    if not nv:
+        check_bits(grid[:n, : k // block], (255,), f"{prefix}.{SCALES}")
     made = NarrowFloat(
         codes.view(np.uint32) if k % 8 == 0 else codes,
         np.ascontiguousarray(grid[:n, : k // block]),

@@ -39,6 +39,7 @@ from jq.algorithms import narrow
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_once
 from jq.qtensor import Grouping, NarrowFloat, Source
+from jq.qtensor.narrow_float import check_bits
 
 NAME = "fp8"
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -198,6 +199,8 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
     scale = parts[key]
     expect_dtype(scale, (np.float32, ml_dtypes.bfloat16, np.float16, E8M0, np.uint8), name)
     held = scale.view(np.uint8) if scale.dtype == E8M0 else scale
+    if held.dtype == np.uint8:
+        check_bits(held, (255,), name)  # NaN, as torch's float8_e8m0fnu has it
     held, grouping = _grid(held, (*weight.shape[:-1], k), options.block, name)
     made = NarrowFloat(
         codes,

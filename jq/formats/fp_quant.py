@@ -33,6 +33,8 @@ from jq.algorithms import fp_quant as algorithm
 from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
 from jq.qtensor import Grouping, NarrowFloat, Plain, QTensor, Source
+from jq.qtensor.affine import check_divisor, check_finite
+from jq.qtensor.narrow_float import check_bits
 from jq.qtensor.rotated import Rotated
 
 FLOATS = (np.float16, "bfloat16", np.float32)
@@ -85,12 +87,17 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotat
       FormatError: missing tensors, shapes or dtypes that disagree with the config.
     """
     matrix = take(parts, MATRICES[0], prefix)
-    whole = take(parts, GLOBALS[0], prefix)
-    expect_dtype(whole, FLOATS, f"{prefix}.{GLOBALS[0]}")
-    expect_shape(whole, (1,), f"{prefix}.{GLOBALS[0]}", "one scale for the weight")
+    for name, what in zip(GLOBALS, ("the weight", "the inputs"), strict=True):
+        scale = take(parts, name, prefix)
+        expect_dtype(scale, FLOATS, f"{prefix}.{name}")
+        expect_shape(scale, (1,), f"{prefix}.{name}", f"one scale for {what}")
+        check_finite(scale, f"{prefix}.{name}")
+        check_divisor(scale, f"{prefix}.{name}")
+    whole = parts[GLOBALS[0]]
     expect_dtype(matrix, FLOATS, f"{prefix}.{MATRICES[0]}")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise FormatError(f"{prefix}.{MATRICES[0]}: found shape {tuple(matrix.shape)}, expected a square")
+    check_finite(matrix, f"{prefix}.{MATRICES[0]}")
     extras = {s: parts[s] for s in (GLOBALS[1], MATRICES[1]) if s in parts}
     # what transformers saves again has empty tensors in place of the other forms
     extras |= {s: parts[s] for s in ("weight", "dqweight", "qweight", "scales") if s in parts and not parts[s].size}
@@ -162,6 +169,8 @@ def _packed(prefix: str, parts: Parts, whole: np.ndarray, block: int) -> tuple[N
     exact, padded = (n, k // block), (-(-n // 128) * 128, -(-(k // block) // 4) * 4)
     if tuple(stored.shape) not in (exact, padded):
         expect_shape(stored, exact, f"{prefix}.scales", f"blocks of {block}, or {padded} with the kernel's padding")
+    if block == 32:
+        check_bits(stored[:n, : k // block], (255,), f"{prefix}.scales")
     codes = np.ascontiguousarray(weight)
     base = NarrowFloat(
         codes.view(np.uint32) if k % 8 == 0 else codes,

@@ -1,7 +1,7 @@
 """MXFP4 as gpt-oss stores it (`mxfp4`): stacked experts in blocks of 32 E2M1 codes with a power-of-two scale.
 
   <p>_blocks  uint8 [E, N, K/32, 16]: element k of a row is a nibble of byte (k % 32) // 2 of block k // 32, even k low
-  <p>_scales  uint8 [E, N, K/32]: 2**(byte - 127); 255 counts as 2**128, infinity
+  <p>_scales  uint8 [E, N, K/32]: 2**(byte - 127); 255 is OCP's NaN, and an error
   <p>_bias    bfloat16 [E, N], a plain array of the State
 
 with <p> = "...mlp.experts.gate_up_proj" (rows of gate and up interleaved) or "...down_proj". A row is an output: the
@@ -27,6 +27,7 @@ from jq.algorithms import narrow
 from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
 from jq.qtensor import Grouping, NarrowFloat, Source
+from jq.qtensor.narrow_float import check_bits
 
 NAME = "mxfp4"
 SUFFIXES = ("blocks", "scales")
@@ -76,7 +77,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
         raise FormatError(f"{prefix}_blocks: found shape {blocks.shape}, expected [experts, out, in / 32, 16]")
     expect_shape(scales, blocks.shape[:-1], f"{prefix}_scales", "one byte for each block of 32")
     codes = np.ascontiguousarray(blocks).reshape(*blocks.shape[:-2], -1).view(np.uint32)
-    return NarrowFloat(
+    made = NarrowFloat(
         codes,
         scales,
         None,
@@ -88,6 +89,8 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
         dtype="bfloat16",
         source=Source(NAME),
     )
+    check_bits(scales, (255,), f"{prefix}_scales")
+    return made
 
 
 def dump(q: NarrowFloat) -> Parts:

@@ -12,25 +12,25 @@ bits), G groups of g columns, s outlier columns with vectors of vo rows and ko c
     outlier_centroids.weight  dt [1, ko*vo]
     outlier_indices           int16 bits of uint16 [1, ceil(N/vo), s]
     perm                      int16 bits of uint16 [K] (int64 where indices are not packed)
-    weight_scale, weight_bias dt [K]
+    weight_scale, weight_bias dt [K], or [N] where `norm_dim` is 1
 
 Dequantization (vptq 0.0.5.post1, ops/quant_gemm.py, torch path): main + residual rounded to dt, padding rows cut,
-outliers in front, column c to input perm[c], times weight_scale, plus weight_bias, each rounded. A module is quantized
+outliers in front, column c to input perm[c], times weight_scale, plus weight_bias, each rounded. `norm_dim`
+is of the quantizer's own layer (microsoft/VPTQ, vptq/layers/vqlinear.py of the algorithm branch); the package knows 0. A module is quantized
 where config_for_layers names its path or shared_layer_config the last part of it. vptq masks the residual index with
 2**b - 1 where it means 2**rb - 1; here all rb bits count, as the packer wrote them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.errors import FormatError
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take
+from jq.formats.vptq_config import Layer, Options, parse
 from jq.qtensor import Source
 from jq.qtensor.vector_codebook import VectorCodebook
 
@@ -46,129 +46,6 @@ SUFFIXES = (
     "weight_scale",
     "weight_bias",
 )
-KNOWN = ("quant_method", "config_for_layers", "shared_layer_config", "enable_proxy_error", "modules_to_not_convert")
-LAYER_KEYS = (
-    "in_features",
-    "out_features",
-    "bias",
-    "vector_lens",
-    "num_centroids",
-    "num_res_centroids",
-    "group_num",
-    "group_size",
-    "outlier_size",
-    "enable_norm",
-    "enable_perm",
-    "indices_as_float",
-    "is_indice_packed",
-    "vector_quant_dim",
-    "norm_dim",
-    "enable_proxy_error",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One module's settings; -1 or 0 centroids and lengths mean that the part is not there."""
-
-    vector: int
-    entries: int
-    residual_entries: int
-    groups: int
-    outlier_vector: int
-    outlier_entries: int
-    outliers: int
-    norm: bool
-    perm: bool
-    packed: bool
-    as_float: bool
-    in_features: int | None
-    out_features: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Settings by module path and by the last part of it."""
-
-    layers: Mapping[str, Layer]
-    shared: Mapping[str, Layer]
-
-    def of(self, prefix: str) -> Layer | None:
-        return self.layers.get(prefix) or self.shared.get(prefix.rpartition(".")[2])
-
-
-def parse(config: Mapping[str, Any], context: Context) -> Options:
-    """Reads a quantization_config.
-
-    Raises:
-      FormatError: a setting that is missing or of the wrong kind.
-      UnsupportedError: vectors along inputs, outliers with a residual.
-    """
-    for key in config.keys() - set(KNOWN):
-        warn_once(context.label, f"quantization_config.{key} is not known to VPTQ; ignored")
-    tables = []
-    for key in ("config_for_layers", "shared_layer_config"):
-        table = config.get(key) or {}
-        if not isinstance(table, Mapping):
-            raise FormatError(f"{context.label}: quantization_config.{key} must map names to settings")
-        tables.append({name: _layer(f"{context.label}: {key}[{name!r}]", conf) for name, conf in table.items()})
-    if not tables[0] and not tables[1]:
-        raise FormatError(
-            f"{context.label}: quantization_config has neither config_for_layers nor shared_layer_config; a VPTQ "
-            "checkpoint names the settings of its layers there"
-        )
-    return Options(*tables)
-
-
-def _layer(label: str, conf: Any) -> Layer:
-    if not isinstance(conf, Mapping):
-        raise FormatError(f"{label}: must be an object of settings, found {type(conf).__name__}")
-    for key in conf.keys() - set(LAYER_KEYS):
-        warn_once(label, f"{key} is not known to VPTQ; ignored")
-    if conf.get("vector_quant_dim", "out") != "out":
-        raise UnsupportedError(f"{label}: vector_quant_dim {conf['vector_quant_dim']!r}; only 'out' was ever written")
-
-    def pair(key: str, default: tuple[int, int]) -> tuple[int, int]:
-        value = conf.get(key, default)
-        if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(v) is int for v in value):
-            raise FormatError(f"{label}: {key} is {value!r}, expected two integers [outliers, main]")
-        return value[0], value[1]
-
-    def number(key: str, default: int) -> int:
-        value = conf.get(key, default)
-        if type(value) is not int or value < default:
-            raise FormatError(f"{label}: {key} is {value!r}, expected an integer of at least {default}")
-        return value
-
-    outlier_vector, vector = pair("vector_lens", (-1, -1))
-    outlier_entries, entries = pair("num_centroids", (-1, -1))
-    outlier_residual, residual = pair("num_res_centroids", (-1, -1))
-    outliers = number("outlier_size", 0)
-    if vector < 1 or not 1 <= entries <= 1 << 16 or residual > 1 << 16:
-        raise FormatError(
-            f"{label}: vectors of {vector} with {entries} main and {residual} residual centroids; expected vectors of "
-            "1 or more and 1..65536 centroids (indices have 16 bits)"
-        )
-    has_outliers = outlier_vector > 1 and outlier_entries > 0
-    if outliers and not has_outliers:
-        raise FormatError(f"{label}: outlier_size {outliers}, but no outlier vectors in vector_lens and num_centroids")
-    if has_outliers and outlier_residual > 0:
-        raise UnsupportedError(f"{label}: outliers with a residual codebook; VPTQ has no decoder for them either")
-    return Layer(
-        vector=vector,
-        entries=entries,
-        residual_entries=max(residual, 0),
-        groups=number("group_num", 1),
-        outlier_vector=outlier_vector if has_outliers else 0,
-        outlier_entries=outlier_entries if has_outliers else 0,
-        outliers=outliers,
-        norm=bool(conf.get("enable_norm", False)),
-        perm=bool(conf.get("enable_perm", False)),
-        packed=bool(conf.get("is_indice_packed", False)),
-        as_float=bool(conf.get("indices_as_float", False)),
-        in_features=conf.get("in_features"),
-        out_features=conf.get("out_features"),
-    )
 
 
 def bits_of(entries: int) -> int:
@@ -190,11 +67,17 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Vecto
             f"{prefix}.indices: the module is named neither in quantization_config.config_for_layers nor, by the last "
             "part of its name, in shared_layer_config; without its settings it cannot be decoded"
         )
+    o = o.told_by(parts)
     out_features, in_features = _sizes(prefix, parts, o, context)
     size, rest = divmod(in_features - o.outliers, o.groups)
     if size < 1 or rest:
         raise FormatError(
             f"{prefix}: {in_features} inputs less {o.outliers} outliers do not make {o.groups} equal groups (group_num)"
+        )
+    if o.group_size > 0 and o.group_size != size:
+        raise FormatError(
+            f"{prefix}: group_size {o.group_size}, but {in_features} inputs less {o.outliers} outliers in {o.groups} groups "
+            f"are {size} each"
         )
     rows = -(-out_features // o.vector)
     centroids = _centroids(prefix, parts, "centroids.weight", o.groups, o.entries, o.vector)
@@ -214,8 +97,9 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Vecto
         for name in ("weight_scale", "weight_bias"):
             vector = take(parts, name, prefix, why="enable_norm is set.")
             expect_dtype(vector, (centroids.dtype,), f"{prefix}.{name}")
-            expect_shape(vector, (in_features,), f"{prefix}.{name}", "one for each input")
-            fields["column_scale" if name == "weight_scale" else "column_bias"] = vector
+            length, what = (out_features, "output") if o.norm_rows else (in_features, "input")
+            expect_shape(vector, (length,), f"{prefix}.{name}", f"one for each {what}")
+            fields[f"{'row' if o.norm_rows else 'column'}_{name.removeprefix('weight_')}"] = vector
     used = {"centroids.weight", "indices", *_optional(o)}
     extra = sorted(parts.keys() - used)
     if extra:
@@ -247,14 +131,18 @@ def _optional(o: Layer) -> set[str]:
 def _sizes(prefix: str, parts: Parts, o: Layer, context: Context) -> tuple[int, int]:
     """(out_features, in_features) from the layer's settings, else from tensors that have them."""
     n, k = o.out_features, o.in_features
-    if k is None:
-        k = next((parts[s].shape[0] for s in ("perm", "weight_scale") if s in parts), None)
-    if n is None and f"{prefix}.bias" in context.shapes:
-        n = context.shapes[f"{prefix}.bias"][0]
-    if type(n) is not int or type(k) is not int or n < 1 or k < 1:
+    if k < 1:
+        have = ("perm", *(() if o.norm_rows else ("weight_scale",)))
+        k = next((parts[s].shape[0] for s in have if s in parts and parts[s].ndim == 1), 0)
+    if n < 1:
+        bias = context.shapes.get(f"{prefix}.bias", ())
+        n = bias[0] if len(bias) == 1 else len(parts["weight_scale"]) if o.norm_rows and "weight_scale" in parts else 0
+    if k < 1 and o.group_size > 0:
+        k = o.groups * o.group_size + o.outliers
+    if n < 1 or k < 1:
         raise FormatError(
-            f"{prefix}: in_features {k!r} and out_features {n!r}; the layer's settings in quantization_config must give "
-            "both"
+            f"{prefix}: in_features {o.in_features} and out_features {o.out_features}; the layer's settings in "
+            "quantization_config must give both"
         )
     return n, k
 
@@ -371,9 +259,10 @@ def dump(q: VectorCodebook) -> Parts:
         perm = np.argsort(np.asarray(q.order).astype(np.int64))
         dtype = np.dtype(q.source.get("perm_dtype"))
         found["perm"] = perm.astype(np.uint16).view(dtype) if dtype.itemsize == 2 else perm.astype(dtype)
-    for name, value in (("weight_scale", q.column_scale), ("weight_bias", q.column_bias)):
-        if value is not None:
-            found[name] = np.asarray(value)
+    for field in ("scale", "bias"):
+        norm = getattr(q, f"column_{field}") if q.row_scale is None else getattr(q, f"row_{field}")
+        if norm is not None:
+            found[f"weight_{field}"] = np.asarray(norm)
     return found
 
 

@@ -110,8 +110,13 @@ class Affine(QTensor):
             check_indices(self.g_idx, self.scales.shape[-1], f"{name}: g_idx")
             if self.g_idx.shape[-1] != k:
                 raise FormatError(f"{name}: g_idx has {self.g_idx.shape[-1]} entries, expected in_features = {k}")
-        if not isinstance(self.scales, QTensor):
-            check_finite(self.scales, f"{name}: scales")
+        for part in ("scales", "zeros"):
+            found = getattr(self, part)
+            if found is not None and not isinstance(found, QTensor):
+                check_finite(found, f"{name}: {part}")
+        if self.formula == "div":
+            check_divisor(self.scales, f"{name}: scales")
+        check_inputs(self, name)
 
     @property
     def bits(self) -> int:
@@ -187,6 +192,19 @@ def check_indices(indices: Array, count: int, name: str) -> None:
         raise FormatError(
             f"{name}: values {values.min()}..{values.max()} are outside 0..{count - 1}; the file is damaged"
         )
+
+
+def check_inputs(w: Any, name: str) -> None:
+    """Raises `FormatError` if a static scale of a weight's quantized inputs or outputs is not finite."""
+    for key in w.activation.parameters if w.activation is not None else ():
+        if key in w.extras:
+            check_finite(w.extras[key], f"{name}.{key}")
+
+
+def check_divisor(values: Array, name: str) -> None:
+    """Raises `FormatError` if a scale that weights are divided by is zero."""
+    if not np.asarray(values).all():
+        raise FormatError(f"{name}: holds 0, which weights would be divided by; the file is damaged")
 
 
 def check_finite(values: Array, name: str) -> None:

@@ -16,7 +16,7 @@ from jq import bits as _bits
 from jq import exact
 from jq.bits import namespace
 from jq.errors import FormatError
-from jq.qtensor.affine import check_finite
+from jq.qtensor.affine import check_divisor, check_finite, check_inputs
 from jq.qtensor.base import (
     Array,
     Grouping,
@@ -73,6 +73,7 @@ def _ue4m3_table() -> np.ndarray:
 UE4M3 = _ue4m3_table()
 # Quark's unsigned floats of 5 exponent bits (bias 15) and 3 mantissa bits; the last is NaN.
 E5M3 = np.append(_small_float_table(5, 3)[:255], np.float32(np.nan))
+NAN_SCALES = {"e4m3": (0x7F, 0xFF), "e5m3": (255,)}
 GGUF_E2M1 = np.where(TABLES["e2m1"] == 0, np.float32(0), 2 * TABLES["e2m1"])
 
 
@@ -136,10 +137,21 @@ class NarrowFloat(QTensor):
             raise FormatError(
                 f"{name}: scales of shape {found}, expected ({rows}, {cols}) for a weight of ({n}, {k}) with {self.grouping}"
             )
-        if self.scale_kind == "float" and not isinstance(self.scales, QTensor):
-            check_finite(self.scales, f"{name}: scales")
+        if not isinstance(self.scales, QTensor):
+            self._check_scales(f"{name}: scales")
         if self.global_scale is not None:
             check_finite(self.global_scale, f"{name}: global scale")
+            if self.formula in ("global_divide", "global_reciprocal"):
+                check_divisor(self.global_scale, f"{name}: global scale")
+        if self.formula == "divide":
+            check_divisor(self.scales, f"{name}: scales")
+        check_inputs(self, name)
+
+    def _check_scales(self, name: str) -> None:
+        """Raises `FormatError` where a scale is NaN (or infinite, of those that are not bit patterns)."""
+        if self.scale_kind == "float":
+            return check_finite(self.scales, name)
+        check_bits(self.scales, NAN_SCALES.get(self.scale_kind, ()), name)
 
     @property
     def bits(self) -> int:
@@ -187,6 +199,16 @@ class NarrowFloat(QTensor):
             return super()._rows(index)
         scales = self.scales if self.scales.shape[0] == 1 else self.scales[index]
         return self.replace(codes=self.codes[index], scales=scales, extras={})
+
+
+def check_bits(values: Array, nan: tuple[int, ...], name: str) -> None:
+    """Raises `FormatError` where scales that are bit patterns hold one of those that mean NaN."""
+    bad = np.isin(np.asarray(values), np.array(nan, np.uint8)) if nan else np.zeros(0, bool)
+    if bad.any():
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise FormatError(
+            f"{name}: {int(bad.sum())} of {bad.size} values are NaN (first at {first}); the file is damaged"
+        )
 
 
 # formula name -> (tensor, block scales, global scale, dtype, spread) -> weights; `spread` brings block scales to [N, K].
@@ -319,4 +341,4 @@ FORMULAS: dict[str, Formula] = {
     "half": _half,
 }
 
-__all__ = ["FORMULAS", "KINDS", "TABLES", "NarrowFloat"]
+__all__ = ["FORMULAS", "KINDS", "TABLES", "NarrowFloat", "check_bits"]

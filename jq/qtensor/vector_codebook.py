@@ -26,8 +26,8 @@ class VectorCodebook(QTensor):
 
     `weight[r*og + a, c*ig + b] = formula(codebooks[group(c), m, code[r, c, m], a, b] for m, scales[r, c // (C / S)])`,
     group(c) = c // (C / G); then, where they are there: plus `residual` (rounded), the rows of padding cut off, `outliers` put in
-    front as the first columns, columns taken in the order `order`, and `weight * column_scale + column_bias` (two
-    roundings).
+    front as the first columns, columns taken in the order `order`, and `weight * column_scale + column_bias` or
+    `weight * row_scale + row_bias` (two roundings).
 
     Fields:
       codes: packed codes of `code_bits` bits, [*stack, R, W]: for each row of vectors C columns of M codes, m fastest.
@@ -37,6 +37,7 @@ class VectorCodebook(QTensor):
       outliers: VectorCodebook of the first columns, or None.
       order: uint16 or int32[*stack, K], the column of the codes that holds input k, or None.
       column_scale, column_bias: float[*stack, K], or None.
+      row_scale, row_bias: float[*stack, N], or None.
       extras: stored tensors carried for saving.
       code_bits: width of a code, 1..16.
       pad: padding codes at the end of each packed row.
@@ -54,6 +55,8 @@ class VectorCodebook(QTensor):
         "order",
         "column_scale",
         "column_bias",
+        "row_scale",
+        "row_bias",
         "extras",
     )
 
@@ -65,6 +68,8 @@ class VectorCodebook(QTensor):
     order: Array | None = None
     column_scale: Array | None = None
     column_bias: Array | None = None
+    row_scale: Array | None = None
+    row_bias: Array | None = None
     extras: dict[str, Array] = dataclasses.field(default_factory=dict)
     code_bits: int = 8
     pad: int = 0
@@ -112,7 +117,8 @@ class VectorCodebook(QTensor):
             raise FormatError(
                 f"{name}: scales of shape {tuple(self.scales.shape)} for {rows} rows of {self.columns} vectors"
             )
-        for part, length in (("order", k), ("column_scale", k), ("column_bias", k)):
+        lengths = {"order": k, "column_scale": k, "column_bias": k, "row_scale": n, "row_bias": n}
+        for part, length in lengths.items():
             found = getattr(self, part)
             if found is not None and found.shape[-1] != length:
                 raise FormatError(f"{name}: {part} has {found.shape[-1]} entries, expected {length}")
@@ -125,7 +131,7 @@ class VectorCodebook(QTensor):
                 raise FormatError(f"{name}: {part} of shape {tuple(nested.shape)}, expected {shape}")
         if self.order is not None and not np.array_equal(np.sort(np.asarray(self.order), axis=-1), np.arange(k)):
             raise FormatError(f"{name}: order of columns is no permutation of 0..{k - 1}; the file is damaged")
-        for part in ("codebooks", "scales", "column_scale", "column_bias"):
+        for part in ("codebooks", "scales", "column_scale", "column_bias", "row_scale", "row_bias"):
             if getattr(self, part) is not None:
                 check_finite(getattr(self, part), f"{name}: {part}")
 
@@ -163,7 +169,7 @@ class VectorCodebook(QTensor):
         books = f"{self.books}x{self.code_bits} bit"
         if self.residual is not None:
             books += f" + {self.residual.code_bits} bit"
-        parts = [name for name in ("outliers", "order", "column_scale") if getattr(self, name) is not None]
+        parts = [name for name in ("outliers", "order", "column_scale", "row_scale") if getattr(self, name) is not None]
         return ", ".join([books, f"vectors {self.out_group}x{self.in_group}", *parts])
 
     def unpack(self) -> Array:
@@ -182,8 +188,12 @@ class VectorCodebook(QTensor):
             weight = xp.concatenate([self.outliers._dense().astype(weight.dtype), weight], axis=1)
         if self.order is not None:
             weight = xp.take(weight, self.order.astype(np.int32), axis=1)
+        norms = []
         if self.column_scale is not None and self.column_bias is not None:
-            scale, bias = self.column_scale[None, :], self.column_bias[None, :]
+            norms.append((self.column_scale[None, :], self.column_bias[None, :]))
+        if self.row_scale is not None and self.row_bias is not None:
+            norms.append((self.row_scale[:, None], self.row_bias[:, None]))
+        for scale, bias in norms:
             weight = exact.mul_add(weight, scale.astype(weight.dtype), bias.astype(weight.dtype))
         return exact.cast(weight, dtype)
 
@@ -212,6 +222,8 @@ class VectorCodebook(QTensor):
             codes=self.codes[cut],
             scales=None if self.scales is None else self.scales[cut],
             residual=residual,
+            row_scale=None if self.row_scale is None else self.row_scale[start:stop],
+            row_bias=None if self.row_bias is None else self.row_bias[start:stop],
             row_pad=(cut.stop - cut.start) * og - (stop - start),
             extras={},
         )

@@ -86,8 +86,10 @@ def layer(seed: int, dtype: Any, conf: dict[str, Any]) -> tuple[dict[str, np.nda
         out[:, perm] = weight
         weight = out
     if conf["enable_norm"]:
-        parts["weight_scale"], parts["weight_bias"] = table(k), table(k)
-        weight = weight * parts["weight_scale"] + parts["weight_bias"]
+        rows = conf.get("norm_dim") == 1
+        parts["weight_scale"], parts["weight_bias"] = (table(n if rows else k) for _ in range(2))
+        scale, bias = (parts[f"weight_{x}"][:, None] if rows else parts[f"weight_{x}"] for x in ("scale", "bias"))
+        weight = weight * scale + bias
     return parts, weight
 
 
@@ -106,6 +108,7 @@ def settings_of_a_layer(draw: Any) -> dict[str, Any]:
         "group_size": size,
         "outlier_size": outliers,
         "enable_norm": draw(st.booleans()),
+        "norm_dim": draw(st.sampled_from([0, 0, 1])),
         "enable_perm": draw(st.booleans()),
         "is_indice_packed": draw(st.sampled_from([True, True, False])),
         "indices_as_float": False,
@@ -187,7 +190,40 @@ def test_damage_is_named(change: Any, message: str) -> None:
         vptq.load(NAME, parts, options, CONTEXT)
 
 
+@pytest.mark.parametrize("norm_dim", [0, 1])
+def test_tensors_tell_what_settings_leave_out(norm_dim: int) -> None:
+    parts, want = layer(1, np.float16, {**BASE, "norm_dim": norm_dim})
+    told = ("enable_norm", "enable_perm", "is_indice_packed", "group_size", "outlier_size", "num_res_centroids")
+    conf = {k: v for k, v in BASE.items() if k not in told} | {"norm_dim": norm_dim, "in_features": -1}
+    q = vptq.load(NAME, parts, vptq.parse({"config_for_layers": {NAME: conf}}, CONTEXT), CONTEXT)
+    assert q is not None
+    np.testing.assert_array_equal(np.asarray(q.dequantize()), want)
+    if norm_dim:
+        np.testing.assert_array_equal(np.asarray(q[4:8].dequantize()), want[4:8])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"group_size": 6}, "group_size 6, but 12 inputs less 0 outliers in 1 groups are 12 each"),
+        ({"norm_dim": 2}, "norm_dim is 2, expected 0"),
+        ({"enable_perm": "yes"}, "enable_perm is 'yes', expected true or false"),
+        ({"indices_as_float": 1}, "indices_as_float is 1, expected true or false"),
+        ({"out_features": "10"}, "out_features is '10', expected an integer"),
+        ({"out_features": -1}, "in_features 12 and out_features -1"),
+        ({"enable_abs": True}, "enable_abs is set; signs"),
+        ({"enable_norm": False}, "weight_bias: stored, but the layer's settings"),
+    ],
+)
+def test_unknown_values_of_settings_are_named(setting: Any, message: str) -> None:
+    parts, _ = layer(0, np.float16, BASE)
+    with pytest.raises((FormatError, UnsupportedError), match=message):
+        vptq.load(NAME, parts, vptq.parse({"config_for_layers": {NAME: {**BASE, **setting}}}, CONTEXT), CONTEXT)
+
+
 def test_settings_are_checked() -> None:
+    with pytest.raises(FormatError, match="enable_proxy_error is 3, expected true or false"):
+        vptq.parse({"enable_proxy_error": 3, "config_for_layers": {NAME: BASE}}, CONTEXT)
     with pytest.raises(FormatError, match="neither config_for_layers nor shared_layer_config"):
         vptq.parse({}, CONTEXT)
     with pytest.raises(FormatError, match="num_centroids is 3, expected two integers"):
