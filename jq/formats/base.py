@@ -158,7 +158,10 @@ def expect_one(array: np.ndarray, name: str, why: str = "") -> None:
 
 
 def warn_unknown(config: Mapping[str, Any], known: Iterable[str], label: str) -> None:
-    """A JqWarning, once, for each key of a quantization_config that is not `known`; one that changed numbers would be an error."""
+    """A JqWarning, once, for each key of a quantization_config that is not `known`.
+
+    A key that changes numbers belongs to the known ones, and is read or refused.
+    """
     for key in sorted(map(str, config.keys() - set(known))):
         warn_once(label, f"quantization_config.{key} is not known and ignored")
 

@@ -17,6 +17,7 @@ E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fn
 
 
 def load_float8(prefix: str, parts: Parts, args: Args, options: Options) -> NarrowFloat:
+    """float-quantized and mxfp8-quantized: float8_e4m3fn rows [N, K]."""
     weight = take(parts, "weight", prefix)
     expect_dtype(weight, (E4M3,), f"{prefix}.weight")
     return float8_codes(prefix, parts, args, weight.view(np.uint8), weight.shape)
@@ -66,6 +67,7 @@ def _stored_scale(q: Any) -> np.ndarray:
 
 
 def dump_float8(q: Any) -> Parts:
+    """Inverse of `load_float8`."""
     parts = {"weight_scale": _stored_scale(q)}
     if not isinstance(q.codes, QTensor):
         parts["weight"] = np.asarray(q.codes).view(E4M3)
@@ -73,6 +75,7 @@ def dump_float8(q: Any) -> Parts:
 
 
 def load_small_float(prefix: str, parts: Parts, args: Args, options: Options) -> NarrowFloat:
+    """nvfp4-, mxfp4- and mxfp6-pack-quantized: codes of 4 or 6 bits in bytes, low bits first."""
     packed = take(parts, "weight_packed", prefix)
     b = args.num_bits
     if packed.ndim != 2 or b not in (4, 6) or packed.shape[1] * 8 % b:
@@ -104,6 +107,7 @@ def load_small_float(prefix: str, parts: Parts, args: Args, options: Options) ->
 
 
 def dump_small_float(q: Any) -> Parts:
+    """Inverse of `load_small_float`."""
     parts = {"weight_packed": np.asarray(q.codes).view(np.uint8), "weight_scale": _stored_scale(q)}
     if q.global_scale is not None:
         parts["weight_global_scale"] = np.asarray(q.global_scale)

@@ -27,6 +27,7 @@ from jq.qtensor import Affine, QTensor
 
 
 def load_packed(prefix: str, parts: Parts, args: Args, options: Options) -> Affine:
+    """pack-quantized: codes in int32 words of a row, dense or (before 0.13) whole codes in each word."""
     words = take(parts, "weight_packed", prefix)
     expect_dtype(words, (np.int32,), f"{prefix}.weight_packed")
     n, k = _packed_shape(prefix, parts, args)
@@ -74,6 +75,7 @@ def load_packed(prefix: str, parts: Parts, args: Args, options: Options) -> Affi
 
 
 def dump_packed(q: Any) -> Parts:
+    """Inverse of `load_packed`."""
     n, k = q.shape
     b = q.code_bits
     parts: Parts = {"weight_scale": scale_back(q, q.scales)}
@@ -150,6 +152,7 @@ def _before_dense(version: str) -> bool:
 
 
 def load_int8(prefix: str, parts: Parts, args: Args, options: Options) -> Affine:
+    """int-quantized: int8 rows [N, K]."""
     weight = take(parts, "weight", prefix)
     expect_dtype(weight, (np.int8,), f"{prefix}.weight")
     return int8_codes(prefix, parts, args, weight, weight.shape)
@@ -202,6 +205,7 @@ def _pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def dump_int8(q: Any) -> Parts:
+    """Inverse of `load_int8`."""
     parts = {"weight_scale": scale_back(q, q.scales)}
     if not isinstance(q.codes, QTensor):
         codes = np.asarray(q.codes)

@@ -8,8 +8,9 @@ Bit k % 8 (lowest first) of byte k // 8 of a mask row is set where the value is 
 What the mask of int8 codes lost when the file was written (abs(-128) overflows, so a code of -128 counts as smallest)
 is lost: the stored values are read.
 
-marlin-24 holds codes q + 2**(bits-1) of 4 or 8 bits of a 2:4 sparse weight, compressed to [K/2, N], in tiles of 16x16 whose 1024 elements
-are permuted for tensor cores, and the place of each kept value in its quad as CUTLASS' reordered 2-bit metadata.
+marlin-24 holds codes q + 2**(bits-1) of 4 or 8 bits of a 2:4 sparse weight, compressed to [K/2, N], in tiles of 16x16
+whose 1024 elements are permuted for tensor cores, and the place of each kept value in its quad as CUTLASS' reordered
+2-bit metadata.
 Source: compressed-tensors 0.10.2 (compressors/sparse_compressors, sparse_quantized_compressors/marlin_24.py).
 """
 
@@ -37,10 +38,12 @@ SUFFIXES = (*_MASKED, *(f"weight.{s}" for s in _MASKED), "scale_packed", "meta")
 
 
 def is_bitmask(parts: Mapping[str, Any]) -> bool:
+    """Whether a module's tensors are those of sparse-bitmask or sparse-24-bitmask."""
     return "compressed" in parts or "weight.compressed" in parts
 
 
 def is_marlin(parts: Mapping[str, Any]) -> bool:
+    """Whether they are those of marlin-24."""
     return "meta" in parts and "scale_packed" in parts
 
 
@@ -88,6 +91,7 @@ def load_bitmask(prefix: str, parts: Parts, scheme: Group | None) -> QTensor:
 
 
 def dump_bitmask(q: Any) -> Parts:
+    """Inverse of `load_bitmask`."""
     lead, dtype = q.source.get("lead", ""), q.source.get("dtype")
     values = np.asarray(q.values)
     return {
@@ -141,6 +145,7 @@ def load_marlin(prefix: str, parts: Parts, args: Args) -> Affine:
 
 
 def dump_marlin(q: Any) -> Parts:
+    """Inverse of `load_marlin`."""
     n, k = q.shape
     b = q.code_bits
     codes = np.asarray(_bits.unpack(np.asarray(q.codes.values), b, signed=True)) + (1 << (b - 1))  # [N, K/2]

@@ -7,8 +7,9 @@ Stored tensors of a linear layer [N, K] with b-bit codes and groups of G inputs 
     scales   [ceil(K/G), N]       float16, bfloat16 or float32
     g_idx    int32[K]             group of each input; may be missing (then k // G)
 
-Format "marlin" is `jq.formats.marlin`. Format "gptq_p" is planar: per 32 codes b words, low bits of all codes first (`gptq_config.PLANES`). The weight is
-`scales[g, n] * (code - zero)` with one rounding in the dtype of scales (GPT-QModel nn_modules/qlinear/torch.py).
+Format "marlin" is `jq.formats.marlin`. Format "gptq_p" is planar: per 32 codes b words, low bits of all codes first
+(`gptq_config.PLANES`). The weight is `scales[g, n] * (code - zero)` with one rounding in the dtype of scales (GPT-QModel
+nn_modules/qlinear/torch.py).
 
 The "minus one" of v1: GPT-QModel adds and subtracts it on whole words, so a zero point of 0 borrows from the next
 field; AutoGPTQ works per field. `meta.quantizer` tells which wrote a file. 3-bit fields are always separate.

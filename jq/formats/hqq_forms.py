@@ -65,6 +65,7 @@ class Form:
 
 
 def read_form(prefix: str, parts: Parts, context: Context) -> Form:
+    """A module's tensors and attributes in one form, whichever of hqq's two ways of saving wrote them."""
     stored = take(parts, "W_q", prefix)
     objects = _objects_below(prefix, context)
     if "packing" in parts or not objects:

@@ -13,10 +13,13 @@ from jq.formats.base import Context
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How one tensor of a layer is quantized; names as in the config.
+    """How one tensor of a layer is quantized; names as in the config, and:
 
-    wide: dynamic scales are formed in float32, not in the input's dtype. element: dtype of the numbers in an "mx" container. scales: how the scales themselves are quantized (a list of two
-    stages, the second with is_scale_quant). first: what the tensor was rounded to before (two stages of values).
+    Fields:
+      wide: dynamic scales are formed in float32, not in the input's dtype.
+      element: dtype of the numbers in an "mx" container.
+      scales: how the scales themselves are quantized (a list of two stages, the second with is_scale_quant).
+      first: what the tensor was rounded to before (two stages of values).
     """
 
     dtype: str

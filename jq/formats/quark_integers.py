@@ -28,6 +28,7 @@ SHIFTS = {True: (0, 16, 4, 20, 8, 24, 12, 28), False: (0, 4, 8, 12, 16, 20, 24, 
 
 
 def load_integers(prefix: str, parts: Parts, spec: Spec, reorder: bool, fields: dict[str, Any]) -> Affine:
+    """A module of integers, int32 words or int8 rows, with scales and zero points as the settings group them."""
     bits, signed = INTEGERS[spec.dtype]
     last = "_2" if spec.first is not None else ""
     scale = take(parts, f"weight_scale{last}", prefix)
@@ -135,6 +136,7 @@ def repacked(codes: np.ndarray, kind: str, reorder: bool, dtype: str) -> np.ndar
 
 
 def group_of(prefix: str, spec: Spec, k: int) -> int:
+    """Inputs that share a scale: the settings' group size, checked against K."""
     if spec.qscheme == "per_group" and (spec.group_size < 1 or k % spec.group_size):
         raise FormatError(f"{prefix}: in_features {k} are no multiple of group_size {spec.group_size}")
     return spec.group_size

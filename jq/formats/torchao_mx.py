@@ -28,6 +28,7 @@ _ROWS, _COLUMNS = 128, 4
 
 
 def load_mx(stored: Stored) -> NarrowFloat:
+    """MXTensor: codes uint8 or float8 with E8M0 scales of blocks, weight = value * scale in the tensor's own dtype."""
     qdata = stored.take("qdata")
     element = dtype_name(stored.attributes.get("elem_dtype"))
     if element not in _ELEMENTS:
@@ -37,6 +38,7 @@ def load_mx(stored: Stored) -> NarrowFloat:
 
 
 def load_nvfp4(stored: Stored) -> NarrowFloat:
+    """NVFP4Tensor: two e2m1 codes a byte, e4m3 scales of 16, maybe one more scale for all."""
     qdata = stored.take("qdata")
     return _load(
         stored, qdata, "e2m1", 2, E4M3, "e4m3", "global_product" if "per_tensor_scale" in stored.parts else "f32"
@@ -84,6 +86,7 @@ def _load(
 
 
 def dump_mx(q: NarrowFloat) -> Parts:
+    """Inverse of `load_mx` and `load_nvfp4`."""
     source = q.source
     assert source is not None
     codes = np.asarray(q.unpack()).astype(np.uint8)

@@ -110,6 +110,7 @@ def _matrix(stored: Stored, part: str) -> np.ndarray:
 
 
 def load_int8(stored: Stored) -> Affine:
+    """Int8Tensor: int8 codes [N, K] with scales and maybe zero points of blocks."""
     qdata = _matrix(stored, "qdata")
     expect_dtype(qdata, (np.int8,), f"{stored.name}: qdata")
     n, k = qdata.shape
@@ -121,6 +122,7 @@ def load_int8(stored: Stored) -> Affine:
 
 
 def load_intx(stored: Stored) -> Affine:
+    """IntxUnpackedToInt8Tensor: codes of 1 to 8 bits, one in each int8 of [N, K]."""
     qdata = _matrix(stored, "qdata")
     expect_dtype(qdata, (np.int8,), f"{stored.name}: qdata")
     n, k = qdata.shape
@@ -160,6 +162,7 @@ def _integers(
 
 
 def dump_integers(q: Affine) -> Parts:
+    """Inverse of `load_int8` and `load_intx`."""
     parts: Parts = {"qdata": np.asarray(q.unpack()).astype(np.int8), "scale": np.asarray(q.scales)}
     if q.zeros is not None:
         parts["zero_point"] = np.asarray(q.zeros)
@@ -167,6 +170,7 @@ def dump_integers(q: Affine) -> Parts:
 
 
 def load_float8(stored: Stored) -> NarrowFloat:
+    """Float8Tensor: float8 codes [N, K] with float32 scales of blocks."""
     qdata = _matrix(stored, "qdata")
     expect_dtype(qdata, tuple(FLOAT8), f"{stored.name}: qdata")
     n, k = qdata.shape
@@ -183,11 +187,13 @@ def load_float8(stored: Stored) -> NarrowFloat:
 
 
 def dump_float8(q: NarrowFloat) -> Parts:
+    """Inverse of `load_float8`."""
     dtype = next(d for d, kind in FLOAT8.items() if kind == q.kind)
     return {"qdata": np.asarray(q.codes).view(dtype), "scale": np.asarray(q.scales)}
 
 
 def load_int4(stored: Stored) -> Affine:
+    """Int4Tensor: two signed codes a byte, [N, K/2], scales and float zeros [K/G, N]."""
     qdata, (n, k) = _matrix(stored, "qdata"), stored.shape()
     expect_dtype(qdata, (np.int8, np.uint8), f"{stored.name}: qdata")
     expect_shape(qdata, (n, k // 2), f"{stored.name}: qdata", f"two codes a byte of ({n}, {k})")
@@ -208,6 +214,7 @@ def load_int4(stored: Stored) -> Affine:
 
 
 def dump_int4(q: Affine) -> Parts:
+    """Inverse of `load_int4`."""
     packed = np.ascontiguousarray(np.asarray(q.codes)).view(np.int8)
     return {"qdata": packed, "scale": _columns(q.scales), "zero_point": _columns(q.zeros)}
 
@@ -256,10 +263,12 @@ def load_plain_int32(stored: Stored) -> Affine:
 
 
 def dump_plain_int32(q: Affine) -> Parts:
+    """Inverse of `load_plain_int32`."""
     return {**dump_int4(q), "qdata": np.asarray(q.codes).view(np.int32)}
 
 
 def load_tile(stored: Stored) -> Affine:
+    """Int4TilePackedTo4dTensor: tinygemm's tiles of (8, 128) codes, sizes padded to whole tiles."""
     qdata, both = stored.take("qdata"), stored.take("scale_and_zero")
     n, k = stored.shape()
     if qdata.ndim != 4 or qdata.shape[2:] != (32, 4):
@@ -297,6 +306,7 @@ def load_tile(stored: Stored) -> Affine:
 
 
 def dump_tile(q: Affine) -> Parts:
+    """Inverse of `load_tile`; what lies in the padding is carried."""
     n, k = q.shape
     source = q.source
     assert source is not None

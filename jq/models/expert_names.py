@@ -3,9 +3,10 @@
 Mixtral's own files say `block_sparse_moe.experts.0.w1`. Libraries that take the fused experts of transformers 5 apart save
 the names that they made: GPT-QModel `mlp.experts.0.gate_proj`, AutoRound `block_sparse_moe.experts.0.gate_proj`.
 
-Dense experts may be fused: transformers 5 holds the experts of a layer as `mlp.experts.gate_up_proj` [E, 2 * width, hidden] (rows of gate, then of up)
-and `mlp.experts.down_proj` [E, hidden, width]. Its own `save_pretrained` writes them one by one, as files always had them;
-libraries that save a `state_dict` (Quanto, AQLM, ...) write these tensors. The decoders here know single experts.
+Dense experts may be fused: transformers 5 holds the experts of a layer as `mlp.experts.gate_up_proj`
+[E, 2 * width, hidden] (rows of gate, then of up) and `mlp.experts.down_proj` [E, hidden, width]. Its own
+`save_pretrained` writes them one by one, as files always had them; libraries that save a `state_dict` (Quanto, AQLM, ...)
+write these tensors. The decoders here know single experts.
 """
 
 from __future__ import annotations
