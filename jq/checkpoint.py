@@ -257,7 +257,7 @@ def replacing(target: Path) -> Iterator[Path]:
     target = target.expanduser().absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target}: is a file, a directory is written there")
+        raise CheckpointError(f"{target}: is a file, and a directory is to be written there; give another path")
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         os.chmod(temporary, 0o755)

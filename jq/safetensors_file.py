@@ -200,7 +200,7 @@ def write(
     end = 0
     for name, (dtype, shape), _ in items:
         if dtype not in NAMES:
-            raise UnsupportedError(f"{path}: {name}: dtype {dtype} has no safetensors name")
+            raise UnsupportedError(f"{path}: {name}: dtype {dtype} has no safetensors name; cast it before saving")
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

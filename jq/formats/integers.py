@@ -89,7 +89,11 @@ def integers_of(q: QTensor, name: str) -> Integers:
     if q.grouping.kind != "block" or q.grouping.rows not in (0, 1):
         raise UnsupportedError(f"{name}: scales cover {q.grouping}; integer formats have groups along in_features")
     q = q.to_numpy()
+    if q.formula == "cast_sub_mul" and not isinstance(q.scales, QTensor):  # its casts, done once: HQQ, Gemma
+        q = q.replace(scales=q.scales.astype(q.dtype), formula="sub_mul")
     zeros = q.group_zeros()
+    if zeros is not None and zeros.dtype.kind not in "iu":
+        zeros = zeros.astype(q.dtype)
     if zeros is not None and zeros.dtype.kind not in "iu":
         wide = np.asarray(zeros, np.float32)
         if q.formula != "sub_mul" or not np.array_equal(wide, np.rint(wide)):  # HQQ rounds them to integers on request
@@ -111,7 +115,9 @@ def integers_of(q: QTensor, name: str) -> Integers:
     if q.signed:
         codes, zeros = codes + (1 << (q.code_bits - 1)), zeros + (1 << (q.code_bits - 1))
     if zeros.min() < 0 or zeros.max() >= 1 << q.code_bits:
-        raise UnsupportedError(f"{name}: zero points {zeros.min()}..{zeros.max()} are beyond {q.code_bits} bits")
+        raise UnsupportedError(
+            f"{name}: zero points {zeros.min()}..{zeros.max()} are beyond {q.code_bits} bits, and no integer format stores such"
+        )
     return Integers(name, codes, zeros, scales, q.code_bits, size, q.g_idx)
 
 

@@ -44,7 +44,7 @@ class LowRank(OnBase):
         if self.down.shape[-1] != k or self.up.shape != (*self.up.shape[:-2], n, self.down.shape[-2]):
             raise FormatError(
                 f"{name}: a low-rank product of {tuple(self.up.shape)} and {tuple(self.down.shape)} for a weight of "
-                f"({n}, {k})"
+                f"({n}, {k}); the file is damaged"
             )
         check_finite(self.down, f"{name}: low-rank factor")
         check_finite(self.up, f"{name}: low-rank factor")

@@ -48,7 +48,9 @@ class WithOutliers(OnBase):
         n, k = self.shape[-2:]
         offsets, entries = np.asarray(self.offsets), np.asarray(self.entries)
         if offsets.shape[-1] * self.rows != n + self.rows:
-            raise FormatError(f"{name}: {offsets.shape[-1]} row offsets do not fit {n} rows in runs of {self.rows}")
+            raise FormatError(
+                f"{name}: {offsets.shape[-1]} row offsets do not fit {n} rows in runs of {self.rows}; the file is damaged"
+            )
         if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] > entries.shape[-1]:
             raise FormatError(
                 f"{name}: row offsets must rise from 0 to at most {entries.shape[-1]} outliers, found "

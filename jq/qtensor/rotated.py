@@ -43,10 +43,14 @@ class Rotated(OnBase):
     def check(self, name: str = "weight") -> None:
         """Raises `FormatError` where the block does not divide the inputs or the matrix has another size."""
         if self.block < 1 or self.shape[-1] % self.block:
-            raise FormatError(f"{name}: {self.shape[-1]} inputs are no multiple of the rotation's {self.block}")
+            raise FormatError(
+                f"{name}: {self.shape[-1]} inputs are no multiple of the rotation's {self.block}; check its size in the config"
+            )
         if self.rotation is None:
             if self.block & (self.block - 1):
-                raise FormatError(f"{name}: a Hadamard rotation of {self.block} inputs is no power of two")
+                raise FormatError(
+                    f"{name}: a Hadamard rotation of {self.block} inputs is no power of two; check its size in the config"
+                )
         elif tuple(self.rotation.shape[-2:]) != (self.block, self.block):
             raise FormatError(f"{name}: rotation of shape {tuple(self.rotation.shape)}, expected {self.block} square")
 

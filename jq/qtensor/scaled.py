@@ -39,9 +39,13 @@ class Scaled(OnBase):
     def check(self, name: str = "weight") -> None:
         """Raises `FormatError` where the scale has another length than the inputs, or is not finite."""
         if self.column_scale.shape[-1] != self.shape[-1]:
-            raise FormatError(f"{name}: {self.column_scale.shape[-1]} scales for {self.shape[-1]} inputs")
+            raise FormatError(
+                f"{name}: {self.column_scale.shape[-1]} scales for {self.shape[-1]} inputs; the file is damaged"
+            )
         if self._tall and self.shape[-2] % self.column_scale.shape[-2]:
-            raise FormatError(f"{name}: scales of {self.column_scale.shape[-2]} tiles for {self.shape[-2]} outputs")
+            raise FormatError(
+                f"{name}: scales of {self.column_scale.shape[-2]} tiles for {self.shape[-2]} outputs; the file is damaged"
+            )
         check_finite(self.column_scale, f"{name}: scales of inputs")
 
     @property

@@ -68,7 +68,9 @@ def layer_errors(
         if advance is not None:
             advance(i + 1, len(names), module_of(name))
     if not found:
-        raise CheckpointError(f"{model}: has no quantized weight")
+        raise CheckpointError(
+            f"{model}: has no quantized weight; the quantized checkpoint comes first, the float one second"
+        )
     return found
 
 
