@@ -164,7 +164,7 @@ def _block(size: int, count: int) -> int:
 def _activation(options: FloatOptions, extras: Parts) -> Activation | None:
     if not options.inputs:
         return None
-    if options.inputs.startswith("mx_fp"):
+    if options.inputs.startswith(("mx_fp", "mx_int")):  # 0.16.1 takes e2m1 elements for inputs of "mx_int", too
         element = "float8_e4m3fn" if options.input_bits == 8 else "float4_e2m1fn_x2"
         return Activation("auto_round_mx", (), (("element", element),))
     if options.inputs.startswith("nv_fp") and "input_global_scale" in extras:
