@@ -43,13 +43,13 @@ def microseconds(call: Any, wait: Any, rounds: int = 30, calls: int = 5) -> floa
     return round(best * 1e6, 1)
 
 
-def host_microseconds(call: Any, rounds: int = 10, calls: int = 100) -> float:
+def host_microseconds(call: Any, rounds: int = 40, calls: int = 100) -> float:
     """Time until a call returns, measured while the GPU sleeps, so that no call waits for it."""
     best = float("inf")
     for _ in range(rounds):
         call()
         torch.cuda.synchronize()
-        torch.cuda._sleep(20_000_000)  # clock cycles, about 10 ms
+        torch.cuda._sleep(6_000_000)  # clock cycles, about 3 ms
         start = time.perf_counter()
         for _ in range(calls):
             call()
@@ -80,7 +80,7 @@ def layer_of(method: Any, n: int, k: int) -> JqLinear:
 def measure(n: int, k: int, tokens: int, method: Any, device: str) -> dict[str, float]:
     layer = layer_of(method, n, k)
     q = layer.qtensor()
-    layer.to(device)
+    layer.to(device)  # into the kernels' order, where there is a GPU
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x = torch.randn(tokens, k, device=device, dtype=dtype)
     dense = torch.nn.Linear(k, n, bias=False, device=device, dtype=dtype)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,11 +75,13 @@ def array_of(tensor: torch.Tensor) -> np.ndarray:
 
 
 def tensor_of(array: Any) -> torch.Tensor:
-    """A torch tensor in aligned memory with the values and the dtype of a numpy or JAX array.
+    """A torch tensor in aligned memory with the values and the dtype of a numpy or JAX array, on a JAX array's GPU.
 
-    Aligned, dense, writable memory is shared, anything else is copied.
+    Aligned, dense, writable memory of the host is shared, anything else is copied.
     """
     if isinstance(array, jax.Array):
+        if array.size and next(iter(array.devices())).platform == "gpu":
+            return from_jax(array)
         array = np.asarray(array)
     dtype = torch_dtype(array.dtype)
     if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
@@ -175,9 +178,32 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
         return jax.dlpack.from_dlpack(tensor)
 
 
+@contextlib.contextmanager
+def borrowed(array: jax.Array) -> Iterator[torch.Tensor]:
+    """A torch tensor on a JAX array's memory, for torch operations within a `with` block; waits until it is computed.
+
+    XLA gives memory that Python has let go of to its next program at once, while torch's stream may still read it (seen
+    on an H100: nearly every call of a chain of large layers read the next one's weight). So on a GPU the array is held
+    until torch has passed the end of the block.
+    """
+    tensor = torch.utils.dlpack.from_dlpack(array)
+    yield tensor
+    if tensor.is_cuda:
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(tensor.device))
+        _lent.append((done, tensor))
+        while len(_lent) > _UNDER_WAY:
+            _lent.popleft()[0].synchronize()
+
+
+_lent: deque[tuple[Any, torch.Tensor]] = deque()  # of XLA's memory, with when torch has read it
+_UNDER_WAY = 2
+
+
 def from_jax(array: jax.Array) -> torch.Tensor:
-    """A torch tensor on a JAX array's memory; waits until the array is computed."""
-    return torch.utils.dlpack.from_dlpack(array)
+    """A torch tensor with a JAX array's numbers: on the CPU on its memory, on a GPU a copy (see `borrowed`)."""
+    with borrowed(array) as tensor:
+        return tensor.clone() if tensor.is_cuda else tensor
 
 
 @functools.cache

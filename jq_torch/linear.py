@@ -9,6 +9,10 @@ Packed tensors are parameters, not buffers, and always integers:
 - an integer parameter has no gradient, no optimizer takes it, `.to(dtype)`, autocast and peft's preparation for k-bit
   training leave it alone. Float scales are held as the integers of their bits for that reason.
 `num_parameters()` counts the weights that they stand for (`jq_torch.takeover`).
+
+On a GPU whose kernels take the weight, its arrays lie in the kernels' order, and only there: `arrange` brings them there
+when the layer comes to the GPU and back when it leaves it. Their names say so (`q_mma16_codes`), so that a state dict of
+one order loads into a layer of the other.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from jq import activations
 from jq_torch import bridge, ops
+
+ORDERED = "mma16_"  # in the names of parameters that lie in the kernels' order
 
 
 class Packed(nn.Module):
@@ -45,10 +51,11 @@ class Packed(nn.Module):
 
     def put(self, role: str, tensor: Any, device: Any = "cpu") -> None:
         """Takes a QTensor in; its arrays become parameters named `<role>_<path in the tensor>`."""
+        skeleton, tensors = ops.skeleton_of(tensor)  # before the old parameters go, whose memory XLA may still read
         self.remove(role)
-        skeleton, tensors = ops.skeleton_of(tensor)
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(skeleton)[0]]
-        names = tuple(f"{role}_{_name(path)}" for path in paths)
+        start = f"{role}_{ORDERED}" if skeleton.layout else f"{role}_"
+        names = tuple(start + _name(path) for path in paths)
         for name, value in zip(names, tensors, strict=True):
             parameter = nn.Parameter(value.to(device), requires_grad=False)
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -60,7 +67,7 @@ class Packed(nn.Module):
         slim = arithmetic_part(self._skeletons[role], self.quantize_activations)
         self._operands[role] = tuple(self._packed[role][leaf.index] for leaf in jax.tree.leaves(slim))
         active = getattr(slim, "activation", None) is not None
-        self._spec[role] = ops.spec_of(slim, activation=active, kernels=self.kernels)
+        self._spec[role] = ops.spec_of(slim, activation=active)
 
     def reserve(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Room for a stored tensor, on the meta device, for the loader to fill."""
@@ -77,16 +84,60 @@ class Packed(nn.Module):
     def use(self, *, quantize_activations: bool, kernels: bool) -> None:
         """How to multiply: with activations quantized where the tensor says so, with GPU kernels where they fit."""
         self.quantize_activations, self.kernels = quantize_activations, kernels
-        for role in self._skeletons:
+        for role in list(self._skeletons):
             self._name_operands(role)
+            self.arrange(role)
 
     def qtensor(self, role: str = "q") -> Any:
-        """The QTensor, with numpy arrays that share the parameters' memory on the CPU."""
+        """The QTensor in its own order, with numpy arrays that share the parameters' memory on the CPU."""
         leaves, tree = jax.tree.flatten(self._skeletons[role])
         tensors = [getattr(self, name) for name in self._packed[role]]
-        return jax.tree.unflatten(
-            tree, [bridge.numpy_leaf(t, leaf.kind) for t, leaf in zip(tensors, leaves, strict=True)]
-        )
+        arrays = [bridge.numpy_leaf(t, leaf.kind) for t, leaf in zip(tensors, leaves, strict=True)]
+        tensor = jax.tree.unflatten(tree, arrays)
+        if not tensor.layout:
+            return tensor
+        import pallas_kernels
+
+        return pallas_kernels.restore(tensor).to_numpy()
+
+    def takes_kernels(self, role: str) -> bool:
+        """Whether GPU kernels may multiply, as far as the layer's settings and state go."""
+        return self.kernels and not ops.quantizes_activations(self._spec[role])
+
+    @bridge.device_kept()
+    def arrange(self, role: str = "q", *, ordered: bool | None = None) -> None:
+        """Brings the arrays into the order of the GPU kernels or back to their own.
+
+        Args:
+          ordered: which of the two; None: the kernels' where the layer is on a GPU whose kernels take it.
+        """
+        tensors = [getattr(self, name) for name in self._packed[role]]
+        device, skeleton = tensors[0].device, self._skeletons[role]
+        if device.type == "meta" or type(tensors[0].data) is not torch.Tensor:  # without numbers, or a part of them
+            return
+        if ordered is None:
+            ordered = self.takes_kernels(role) and ops.kernels_run(device)
+        if ordered and not skeleton.layout:
+            found = ops.in_kernels_order(tensors, skeleton)
+            if found is not None:
+                self.put(role, found, device)
+        elif skeleton.layout and not ordered:
+            self.put(role, self.qtensor(role), device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for role in list(self._packed):
+            self.arrange(role)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for role in list(self._packed):
+            found = [n.removeprefix(f"{prefix}{role}_") for n in state_dict if n.startswith(f"{prefix}{role}_")]
+            if found:
+                self.arrange(role, ordered=found[0].startswith(ORDERED))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for role in list(self._packed):
+            self.arrange(role)
 
     def packed_names(self) -> list[str]:
         """Parameters that hold packed bits, all but the float ones that the model itself knows."""
@@ -121,7 +172,17 @@ def arithmetic_part(tensor: Any, quantize_activations: bool = True) -> Any:
     """
     if not quantize_activations and getattr(tensor, "activation", None) is not None:
         tensor = activations.without_quantization(tensor)
-    return tensor.without_extras().replace(source=None)
+    slim = tensor.without_extras().replace(source=None)
+    return slim.replace(extras=slim.extras | held) if (held := _halves(tensor)) else slim
+
+
+def _halves(tensor: Any) -> dict[str, Any]:
+    """What of a tensor in the kernels' order is arithmetic, although it lies in `extras`."""
+    if not tensor.layout:
+        return {}
+    from pallas_kernels.tensors import LOW
+
+    return {k: v for k, v in tensor.extras.items() if k == LOW}
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -130,24 +191,21 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 class _Held:
-    """The kernel's form of a layer's weight, or None where no kernel takes it, with what it was made for."""
+    """The kernel of a layer's weight, or None where no kernel takes it, with what it was made for."""
 
-    __slots__ = ("_dtype", "_first", "_name", "_pointer", "_version", "kernel")
+    __slots__ = ("_dtype", "_first", "_name", "_pointer", "kernel")
 
     def __init__(self, name: str, first: torch.Tensor | None, kernel: Any, dtype: torch.dtype) -> None:
         self._name, self._first, self.kernel, self._dtype = name, first, kernel, dtype
-        self._pointer, self._version = (0, -1) if first is None else bridge.state_of(first)
+        self._pointer = 0 if first is None else first.data_ptr()
 
     def holds(self, dtype: torch.dtype, parameters: dict[str, Any]) -> bool:
-        """Whether the layer still has the numbers that this was made of; see `bridge.state_of`."""
+        """Whether the layer's arrays still lie where the kernel reads them."""
         first = self._first
         return (
             dtype is self._dtype
             and parameters.get(self._name) is first
-            and (
-                first is None
-                or (first.data_ptr() == self._pointer and (self._version < 0 or first._version == self._version))
-            )
+            and (first is None or first.data_ptr() == self._pointer)
         )
 
 
@@ -233,7 +291,12 @@ class JqLinear(Packed, nn.Linear):
 
     def keep_dense(self) -> None:
         """Keeps the dequantized weight from the first use on (`enable(packed=False)`)."""
-        self._keep_dense, self._held = True, None
+        self._keep_dense = True
+        for role in list(self._packed):
+            self.arrange(role)
+
+    def takes_kernels(self, role: str) -> bool:
+        return not self._keep_dense and super().takes_kernels(role)
 
     def operands(self, role: str = "q") -> tuple[list[torch.Tensor], str]:
         if self.is_packed:
@@ -303,7 +366,7 @@ class JqLinear(Packed, nn.Linear):
 
     def _hold(self, dtype: torch.dtype) -> _Held:
         first = self._parameters.get(self._first)
-        if first is None or self._keep_dense or ops.quantizes_activations(self._spec["q"]):
+        if first is None or not self._skeletons["q"].layout:
             return _Held("", None, None, dtype)
         return _Held(self._first, first, ops.cuda_weight(*self.operands(), dtype), dtype)
 

@@ -42,23 +42,21 @@ class Static:
     tree: Any
     kinds: tuple[bridge.Kind, ...]
     activation: bool
-    kernels: bool = False
 
 
 _specs: dict[Static, str] = {}
 _statics: dict[str, Static] = {}
 
 
-def spec_of(skeleton: Any, *, activation: bool, kernels: bool = False) -> str:
+def spec_of(skeleton: Any, *, activation: bool) -> str:
     """The spec of a QTensor whose arrays are `Leaf`s; equal QTensors of different layers get the same one.
 
     Args:
       skeleton: QTensor with `Leaf` in place of arrays; only the tree and the kinds count.
       activation: quantize the activations as the tensor says.
-      kernels: use the GPU kernels where they fit.
     """
     leaves, tree = jax.tree.flatten(skeleton)
-    static = Static(tree, tuple(leaf.kind for leaf in leaves), activation, kernels)
+    static = Static(tree, tuple(leaf.kind for leaf in leaves), activation)
     spec = _specs.get(static)
     if spec is None:
         spec = _specs[static] = f"{type(skeleton).__name__}-{len(_specs)}"
@@ -106,43 +104,77 @@ def _leaves(packed: list[torch.Tensor], spec: str) -> list[Any]:
 def dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> torch.Tensor:
     """The dequantized weight [*stack, N, K], rounded as the original library rounds, then cast to `dtype`."""
     with bridge.device_kept(packed[0]):
-        return bridge.from_jax(_dense_program(spec, bridge.dtype_name(dtype))(_leaves(packed, spec)))
+        return bridge.from_jax(_dense(packed, spec, dtype))
 
 
-_kernels: Any = WeakTensorKeyDictionary()  # first packed tensor -> (state, kernel's form, how often it was made)
-_MADE_OFTEN = 3
+def _dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> jax.Array:
+    return _dense_program(spec, bridge.dtype_name(dtype))(_leaves(packed, spec))
+
+
+_kernels: Any = WeakTensorKeyDictionary()  # first packed tensor -> (pointers, kernel)
 
 
 def cuda_weight(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> Any:
-    """The GPU kernel's form of a weight, made at its first use (a second packed copy), or None where none fits.
+    """The GPU kernel of a weight in the kernels' order (`in_kernels_order`), None where there is none for it.
 
-    Also None for numbers that are others at each use, as FSDP's are, which gathers them anew: dequantizing costs less.
+    It points at the packed tensors; where they lie elsewhere later (FSDP gathers them anew) it is made again.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or not _ordered(spec):
         return None
-    found, state = _kernels.get(packed[0]), bridge.state_of(packed[0])
-    if found is None or found[0] != state:
-        made = 0 if found is None else found[2]
-        if made == _MADE_OFTEN:
-            _log.info("%s: other numbers for the fourth time: no kernel from now on", spec)
-        form = _cuda_weight(packed, spec) if made < _MADE_OFTEN else None
-        found = _kernels[packed[0]] = (state, form, made + 1)
+    pointers = tuple(t.data_ptr() for t in packed)
+    found = _kernels.get(packed[0])
+    if found is None or found[0] != pointers:
+        found = _kernels[packed[0]] = (pointers, _cuda_weight(packed, spec))
     return found[1]
+
+
+@functools.cache
+def _ordered(spec: str) -> bool:
+    static = _statics[spec]
+    return bool(getattr(jax.tree.unflatten(static.tree, static.kinds), "layout", "")) and not static.activation
 
 
 def _cuda_weight(packed: list[torch.Tensor], spec: str) -> Any:
     from pallas_kernels import torch as kernels
 
     static = _statics[spec]
-    leaves = [bridge.numpy_leaf(t, d) for t, d in zip(packed, static.kinds, strict=True)]
-    tensor = jax.tree.unflatten(static.tree, leaves)
-    reason = kernels.available() or kernels.refusal(tensor)
+    if kernels.available() is not None:  # brought here from another GPU
+        return None
+    structs = [
+        jax.ShapeDtypeStruct(() if kind.scalar else tuple(t.shape), kind.dtype)
+        for t, kind in zip(packed, static.kinds, strict=True)
+    ]
+    held = [t.detach() for t in packed]  # `packed[0]` is a weak key: its value must not keep it
+    made = (jax.tree.unflatten(static.tree, leaves) for leaves in (structs, held))
+    # The first use may be the warm-up of a CUDA graph, whose pool takes what this thread allocates and must end empty
+    with ThreadPoolExecutor(1) as outside:
+        return outside.submit(kernels.TorchWeight.over, *made).result()
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Whether tensors on this device can be multiplied by the GPU kernels."""
+    if device.type != "cuda":
+        return False
+    from pallas_kernels import torch as kernels
+
+    return kernels.available() is None
+
+
+def in_kernels_order(packed: list[torch.Tensor], skeleton: Any) -> Any:
+    """A QTensor with its arrays in the order of the GPU kernels, as JAX arrays; None where no kernel takes it.
+
+    Args:
+      packed: the integer tensors of `skeleton`'s leaves.
+    """
+    from pallas_kernels import torch as kernels
+
+    leaves, tree = jax.tree.flatten(skeleton)
+    there = packed[0].device.type == "cuda" and jax.default_backend() == "gpu"
+    convert = bridge.jax_leaf if there else bridge.numpy_leaf
+    tensor = jax.tree.unflatten(tree, [convert(t, leaf.kind) for t, leaf in zip(packed, leaves, strict=True)])
+    reason = kernels.refusal(tensor)
     if reason is None:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{tensor!r}: no kernel's form of it is made yet: call the layer once before capturing")
-        # The first use may be the warm-up of a CUDA graph, whose pool takes what this thread allocates and must end empty
-        with ThreadPoolExecutor(1) as outside:
-            return outside.submit(kernels.TorchWeight, tensor, packed[0].device).result()
+        return kernels.prepare(tensor, packed[0].device)
     _log.info("%r: no kernel: %s; dequantized at each call", tensor, reason)
     return None
 
@@ -152,10 +184,11 @@ def _linear(
 ) -> torch.Tensor:
     """The bias belongs in here: libraries add it before they round the product, or before they quantize the output."""
     if not _statics[spec].activation:
-        kernel = cuda_weight(packed, spec, x.dtype) if x.is_cuda and _statics[spec].kernels else None
+        kernel = cuda_weight(packed, spec, x.dtype) if x.is_cuda else None
         if kernel is not None:
             return kernel(x) if bias is None else kernel(x) + bias
-        return torch.nn.functional.linear(x, dense(packed, spec, x.dtype), bias)
+        with bridge.device_kept(packed[0]), bridge.borrowed(_dense(packed, spec, x.dtype)) as weight:
+            return torch.nn.functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     tokens = rows.shape[0]
     if tokens == 0:
@@ -168,7 +201,8 @@ def _linear(
 
 
 def _linear_dx(dy: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int) -> torch.Tensor:
-    return torch.matmul(dy, dense(packed, spec, dy.dtype))
+    with bridge.device_kept(packed[0]), bridge.borrowed(_dense(packed, spec, dy.dtype)) as weight:
+        return torch.matmul(dy, weight)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,6 +222,11 @@ def _experts(
     x: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int
 ) -> torch.Tensor:
     """Row s of the result is x[s] times the weight of expert[s]; rows of an expert that is not there are zero."""
+    kernel = cuda_weight(packed, spec, x.dtype) if x.is_cuda else None
+    if kernel is not None:
+        from pallas_kernels import torch_stack
+
+        return torch_stack.matmul(kernel, x, expert)
     y = x.new_zeros((x.shape[0], out_features))
     leaves = _leaves(packed, spec)
     active, name = _statics[spec].activation, bridge.dtype_name(x.dtype)
@@ -199,7 +238,8 @@ def _experts(
             padded = torch.nn.functional.pad(x[rows], (0, 0, 0, bucket(len(rows)) - len(rows)))
             y[rows] = bridge.from_jax(_expert_matmul_program(spec)(bridge.to_jax(padded), leaves, e))[: len(rows)]
         else:
-            y[rows] = torch.nn.functional.linear(x[rows], bridge.from_jax(_expert_program(spec, name)(leaves, e)))
+            with bridge.borrowed(_expert_program(spec, name)(leaves, e)) as weight:
+                y[rows] = torch.nn.functional.linear(x[rows], weight)
     return y
 
 
@@ -212,7 +252,8 @@ def _experts_dx(
     for e in torch.unique(expert).tolist():
         if 0 <= e < packed[0].shape[0]:
             rows = torch.nonzero(expert == e).flatten()
-            dx[rows] = dy[rows] @ bridge.from_jax(_expert_program(spec, name)(leaves, e))
+            with bridge.borrowed(_expert_program(spec, name)(leaves, e)) as weight:
+                dx[rows] = dy[rows] @ weight
     return dx
 
 

@@ -294,6 +294,16 @@ class Plan:
             found[name] = target
         return found
 
+    def renamed_dtypes(self) -> dict[str, Any]:
+        """{parameter: its dtype in the model} of float tensors that the file holds whole under another name."""
+        found = {}
+        for name in self.loose:
+            target, pattern = self.resolve(name)
+            dtype = self._meta[target].dtype if target in self._meta and target != name and pattern is None else None
+            if dtype is not None and dtype.is_floating_point:
+                found[target] = dtype
+        return found
+
     @functools.cached_property
     def kept_dtypes(self) -> set[str]:
         """Parameters that keep the stored dtype."""

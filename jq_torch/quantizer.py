@@ -189,14 +189,20 @@ class JqQuantizer(HfQuantizer):
             if isinstance(module, Packed):
                 self._pack_one(model, path, module)
 
+    def _cast_renamed(self, model: Any) -> None:
+        """5.17 leaves float tensors of a quantized file as they are stored where the model calls them otherwise."""
+        if hasattr(HfQuantizer, "get_new_dtype") or self.plan is None:
+            return
+        kept = {*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+        for name, wanted in self.plan.renamed_dtypes().items():
+            module = model.get_submodule(name.rpartition(".")[0])
+            tensor = getattr(module, name.rpartition(".")[2])
+            if tensor.dtype != wanted and not tensor.is_meta and not any(k in name for k in kept):
+                tensor.data = tensor.data.to(wanted)
+
     def _pack_one(self, model: Any, path: str, module: Packed) -> None:
         if module.is_packed or any(p.device.type == "meta" for p in module.parameters(recurse=False)):
             return  # already done, or on disk: then every call packs what the hooks bring
-        if any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):  # DTensors
-            raise UnsupportedError(
-                f"{path}: sharded while loading (DistributedConfig); packed layers are sharded after it: load the model "
-                "whole, then torch.distributed.fsdp.fully_shard"
-            )
         if not isinstance(module, JqLinear):
             module.pack()
         else:
@@ -219,6 +225,7 @@ class JqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.method is None:
             self.pack(model)
+            self._cast_renamed(model)
         else:
             onthefly.finish(self, model)
         for module in model.modules():
@@ -283,6 +290,20 @@ class JqQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def refuse_sharding(model: Any) -> None:
+    """FSDP while loading would shard the stored tensors, of which no part can be packed.
+
+    Raises:
+      UnsupportedError: the model has packed layers.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, Packed):
+            raise UnsupportedError(
+                f"{path}: to be sharded while loading (DistributedConfig); packed layers are sharded after it: load the "
+                "model whole, then torch.distributed.fsdp.fully_shard"
+            )
 
 
 def _check_devices(device_map: Any) -> None:

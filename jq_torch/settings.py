@@ -14,8 +14,8 @@ class Settings:
       quantize_activations: False computes with float activations where the checkpoint quantizes them.
       packed: False dequantizes every layer once, at its first use, and keeps the dense weight beside the packed one
         (no work at each call, the memory of the float model on top).
-      kernels: GPU kernels on torch's current stream where they fit (4-bit layers, compute capability 9.0, jax 0.11), at
-        the memory of a second packed copy; False dequantizes at each call.
+      kernels: GPU kernels on torch's current stream where they fit (4-bit layers, compute capability 9.0, jax 0.11);
+        False dequantizes at each call.
     """
 
     quantize_activations: bool = True
@@ -24,9 +24,9 @@ class Settings:
 
     def apply(self, module: Any) -> None:
         """Tells a packed layer or experts module."""
-        module.use(quantize_activations=self.quantize_activations, kernels=self.kernels)
         if not self.packed:
             module.keep_dense()
+        module.use(quantize_activations=self.quantize_activations, kernels=self.kernels)
 
 
 _current = Settings()

@@ -15,7 +15,7 @@ from jq.errors import UnsupportedError
 from jq.formats import by_method, table
 from jq_torch import configs, lora, settings, sources
 from jq_torch.linear import Packed
-from jq_torch.quantizer import JqQuantizer
+from jq_torch.quantizer import JqQuantizer, refuse_sharding
 
 _MISSING = object()
 
@@ -84,8 +84,8 @@ def enable(*names: str, quantize_activations: bool = True, packed: bool = True, 
       names: methods to take over, as `methods()` lists them ("bitsandbytes" means both of its kinds); none: all.
       quantize_activations: False computes with float activations where a checkpoint quantizes them (weight-only).
       packed: False keeps a dequantized copy of each weight from its first use on, at the memory of the float model.
-      kernels: on a GPU of compute capability 9.0, multiply 4-bit layers by the project's kernels, which keep a second
-        packed copy of them; False dequantizes at each call.
+      kernels: on a GPU of compute capability 9.0, hold 4-bit layers in the order of the project's kernels and multiply
+        by these; False dequantizes at each call.
 
     Returns:
       An object to use in a `with` statement, which ends the takeover; without one it lasts until `disable()`.
@@ -180,9 +180,18 @@ def _count_weights() -> None:
 
 
 def _patch_models(state: Enabled) -> None:
-    """Layers are packed before transformers attaches offload hooks, which take note of each parameter."""
+    """Layers are packed before transformers attaches offload hooks, which take note of each parameter; not sharded."""
     _count_weights()
     sources.patch_saving(JqQuantizer)
+    distribute = modeling_utils.PreTrainedModel.maybe_distribute_model
+
+    def whole_or_refused(cls: Any, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes = [getattr(distributed_config, name, None) for name in ("fsdp_size", "dp_replicate_size")]
+        if any((size or 1) > 1 for size in sizes):
+            refuse_sharding(model)
+        return distribute.__func__(cls, model, distributed_config, *args, **kwargs)
+
+    state.patch(modeling_utils.PreTrainedModel, "maybe_distribute_model", classmethod(whole_or_refused))
     dispatch = getattr(modeling_utils, "accelerate_dispatch", None)
     if dispatch is not None:
 

@@ -18,11 +18,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 from pallas_kernels import api, select, tensors
 from pallas_kernels.form import Packed
+from pallas_kernels.torch_launch import Key, Launcher, arrays_of, launcher_of, private, skeleton_of, with_arrays
 
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
 _TORCH |= {"uint8": torch.uint8, "int8": torch.int8}
@@ -39,7 +41,7 @@ def available() -> str | None:
     if capability not in select.ARCHITECTURES:
         return f"compute capability {capability}: kernels are there for {', '.join(select.ARCHITECTURES)}"
     try:
-        _private()
+        private()
     except (ImportError, AttributeError, OSError) as e:
         return f"this jax has other private parts than 0.11: {e}"
     return None
@@ -49,81 +51,12 @@ def refusal(w: Any) -> str | None:
     """Why no kernel takes a QTensor, or None; the device is `available`'s business."""
     if reason := tensors.refusal(w):
         return reason
-    if w.ndim != 2 or w.in_features % 8 or w.out_features % 8:
-        return f"a weight of {tuple(w.shape)}; from torch kernels take [N, K] in multiples of 8"
+    if w.ndim > 3 or w.in_features % 8 or w.out_features % 8:
+        return f"a weight of {tuple(w.shape)}; from torch kernels take [N, K] and [E, N, K] in multiples of 8"
+    g_idx = getattr(w, "g_idx", None)
+    if w.ndim == 3 and g_idx is not None and np.any(np.asarray(g_idx) != np.arange(w.in_features) // w.group_size):
+        return "an act-order stack; from torch kernels take the given order"
     return None
-
-
-def arrays_of(w: Packed) -> dict[str, Any]:
-    """The arrays that a kernel takes beside x, by name, scalars as one element."""
-    named = {"codes": w.codes, "scales": w.scales, "zeros": w.zeros, "perm": w.perm, **w.tables}
-    return {n: _one_axis(a) for n, a in named.items() if a is not None}
-
-
-def _one_axis(a: Any) -> Any:
-    if a.shape:
-        return a
-    return jax.ShapeDtypeStruct((1,), a.dtype) if isinstance(a, jax.ShapeDtypeStruct) else a.reshape(1)
-
-
-def with_arrays(w: Packed, arrays: dict[str, Any]) -> Packed:
-    """A packed weight with other arrays under the same names."""
-    fields = {n: arrays.get(n) for n in ("codes", "scales", "zeros", "perm")}
-    return w.replace(**fields, tables={n: arrays[n] for n in w.tables})
-
-
-def lower(w: Packed, rows: int, dtype: str, choice: select.Choice) -> Any:
-    """The lowered program of one kernel for x [rows, K] of a 16-bit dtype: a single Mosaic call."""
-    structs = arrays_of(skeleton_of(w))
-    x = jax.ShapeDtypeStruct((rows, w.shape[1]), dtype)
-
-    def run(x: jax.Array, *values: jax.Array) -> jax.Array:
-        packed = with_arrays(w, dict(zip(structs, values, strict=True)))
-        return select.KERNELS[choice.kernel].matmul(x, packed, choice.config)
-
-    return jax.jit(run).trace(x, *structs.values()).lower(lowering_platforms=("cuda",))
-
-
-def _private() -> tuple[Any, Any]:
-    """JAX's finder of the kernel in a lowered program, and the library with Mosaic's compiler."""
-    from jax._src.pallas.mosaic_gpu.torch import _find_mgpu_call_in_module
-
-    try:
-        import jax_plugins.xla_cuda13 as plugin
-    except ImportError:
-        import jax_plugins.xla_cuda12 as plugin
-    return _find_mgpu_call_in_module, ctypes.CDLL(plugin._get_library_path())
-
-
-class _Launcher:
-    """A compiled kernel: device pointers in, work on a stream out."""
-
-    def __init__(self, lowered: Any) -> None:
-        import jax.experimental.mosaic.gpu as mgpu
-        from jax._src.lib.mlir import passmanager
-
-        find, library = _private()
-        module = lowered.compiler_ir()
-        with module.context:
-            mgpu.dialect.register_inliner_extensions(module.context)
-            passmanager.PassManager.parse("builtin.module(inline{default-pipeline=})").run(module.operation)
-            call, _, _, _ = find(module)
-            code = call.attributes["mhlo.backend_config"]["module"].value_bytes
-        torch.cuda.init()
-        library.MosaicGpuCompile.argtypes = [ctypes.c_char_p, ctypes.c_int]
-        library.MosaicGpuCompile.restype = ctypes.POINTER(ctypes.c_void_p)
-        compiled = library.MosaicGpuCompile(code, len(code))
-        if not compiled:
-            raise RuntimeError("Mosaic could not compile the kernel")
-        self._context = compiled[0]
-        # PYFUNCTYPE keeps the interpreter's lock: the call only enqueues, giving the lock away would cost more
-        kind = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
-        self._launch = kind(compiled[1])
-
-    @property
-    def parts(self) -> tuple[Any, int]:
-        """(C function (context, stream, pointers), context)."""
-        return self._launch, self._context
 
 
 class TorchWeight:
@@ -142,21 +75,41 @@ class TorchWeight:
         Raises:
           ValueError: no kernel takes the tensor.
         """
-        if reason := refusal(q):
-            raise ValueError(f"TorchWeight: {q!r}: {reason}")
-        self.shape = q.shape
-        plain = q.replace(extras={}, activation=None, source=None)
-        with jax.default_device(_workplace(torch.device(device))):
-            packed = tensors.packed(tensors.prepare(plain.to_jax()))
-            many = api.expand_scales(packed) if packed.form.scale == "u8" else packed
-        self.tensors = {name: _tensor(np.asarray(a)).to(device) for name, a in arrays_of(packed).items()}
-        self._few, self._many = skeleton_of(packed), skeleton_of(many)
-        if many is not packed:  # nested scales, expanded for the kernel of many rows
-            self.tensors["scales many"] = _tensor(np.asarray(many.scales)).to(device)
+        made = prepare(q.replace(activation=None, source=None), torch.device(device)).replace(extras={})
+        structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), made)
+        self._take(structs, jax.tree.map(lambda a: _tensor(np.asarray(a)).to(device), made))
+
+    @classmethod
+    def over(cls, structs: Any, held: Any) -> TorchWeight:
+        """Kernels on memory that somebody else holds; nothing is copied.
+
+        Args:
+          structs: a prepared QTensor [N, K] with shapes and types in place of arrays.
+          held: the same with torch tensors of these bits (whatever their own dtype, scalars as one element) on a GPU.
+        """
+        made = cls.__new__(cls)
+        made._take(structs, held)
+        return made
+
+    def _take(self, structs: Any, held: Any) -> None:
+        self.shape = structs.shape[-2:]
+        self._few, self._many = _skeletons(structs)
+        self.tensors: dict[str, torch.Tensor] = _named(held)
         self._device = self.tensors["codes"].device
+        if "offset" in self._few.tables and "offset" not in self.tensors:
+            self.tensors["offset"] = torch.zeros(self._few.tables["offset"].shape, device=self._device)
+        if self._many.form != self._few.form:  # nested scales, expanded for the kernel of many rows
+            self.tensors["scales many"] = self._expanded()
         self._index: int = self.tensors["codes"].get_device()
         self._ready: dict[tuple[int, torch.dtype], _Call] = {}
         self._direct: dict[tuple[Any, torch.dtype], Callable[[torch.Tensor], torch.Tensor]] = {}
+
+    def _expanded(self) -> torch.Tensor:
+        structs = arrays_of(self._few)
+        small = {n: jnp.asarray(self.tensors[n].cpu().numpy().view(structs[n].dtype)) for n in structs if n != "codes"}
+        named = {n: a.reshape(structs[n].shape) for n, a in small.items()}
+        made = api.expand_scales(with_arrays(self._few, {"codes": structs["codes"], **named}))
+        return _tensor(np.asarray(made.scales)).to(self._device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] bfloat16 or float16 on the weight's device -> [..., N], summed in float32.
@@ -173,7 +126,7 @@ class TorchWeight:
         if rows == 0:
             return x.new_empty((*x.shape[:-1], n))
         padded = bucket(rows)
-        call = self._ready.get((padded, x.dtype)) or self._prepare(padded, x.dtype)
+        call = self.ready(padded, x.dtype)
         if padded == rows and call.perm is None:  # nothing to lay out
             if len(self._direct) >= _SHAPES:
                 self._direct.clear()
@@ -192,6 +145,10 @@ class TorchWeight:
             raise ValueError(f"x of {x.dtype}; kernels take bfloat16 and float16")
         if x.device != self._device:
             raise ValueError(f"x is on {x.device}, the weight on {self._device}")
+
+    def ready(self, rows: int, dtype: torch.dtype) -> _Call:
+        """The kernel for so many rows, one of the numbers that `bucket` gives."""
+        return self._ready.get((rows, dtype)) or self._prepare(rows, dtype)
 
     def _prepare(self, rows: int, dtype: torch.dtype) -> _Call:
         """What a call with so many rows needs; equal weights of a model share the compiled kernel.
@@ -212,7 +169,7 @@ class TorchWeight:
         expanded = skeleton.form != self._few.form
         found = [self.tensors["scales many" if n == "scales" and expanded else n] for n in arrays_of(skeleton)]
         with torch.cuda.device(index):
-            launcher = _launcher(_Key(skeleton), rows, name, choice, index)
+            launcher = launcher_of(Key(skeleton), rows, name, choice, index)
         call = _Call(launcher, found, self.tensors["perm"] if permute else None)
         self._ready[rows, dtype] = call
         return call
@@ -225,10 +182,16 @@ class _Call:
       perm: order of the columns of x that the kernel takes, None for the given one.
     """
 
-    def __init__(self, launcher: _Launcher, weight: list[torch.Tensor], perm: torch.Tensor | None) -> None:
+    def __init__(self, launcher: Launcher, weight: list[torch.Tensor], perm: torch.Tensor | None) -> None:
         self.perm = perm
         self._launcher, self._index = launcher, weight[0].get_device()
         self._weight = [t.data_ptr() for t in weight]
+
+    def at(self, x: int, which: int, y: int) -> None:
+        """The call for one weight of a stack, by the addresses of x, of an int32 that says which weight, and of the result."""
+        (start, context), weight = self._launcher.parts, self._weight
+        pointers = (ctypes.c_void_p * (len(weight) + 3))(x, *weight, which, y)
+        start(context, torch._C._cuda_getCurrentRawStream(self._index), ctypes.addressof(pointers))
 
     def direct(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
         """The call for contiguous tensors of one shape -> a new tensor of `shape`; everything else is made beforehand.
@@ -237,18 +200,24 @@ class _Call:
         """
         (start, context), index, weight = self._launcher.parts, self._index, self._weight
         kind, last = ctypes.c_void_p * (len(weight) + 2), len(weight) + 1
-        free: list[Any] = []
+        free: list[tuple[memoryview, int]] = []  # a view and an address: ctypes' own ways to both cost more
         empty, strides, stream = _empty(index), _strides(shape), torch._C._cuda_getCurrentRawStream
+
+        def pointers() -> tuple[memoryview, int]:
+            made = kind(0, *weight)
+            return memoryview(made).cast("B").cast("Q"), ctypes.addressof(made)
 
         def launch(x: torch.Tensor) -> torch.Tensor:
             y = empty(shape, strides, dtype)
             try:
-                pointers = free.pop()
+                held = free.pop()
             except IndexError:
-                pointers = kind(0, *weight)
-            pointers[0], pointers[last] = x.data_ptr(), y.data_ptr()
-            start(context, stream(index), pointers)
-            free.append(pointers)
+                held = pointers()
+            view, address = held
+            view[0] = x.data_ptr()
+            view[last] = y.data_ptr()
+            start(context, stream(index), address)
+            free.append(held)
             return y
 
         if torch.cuda.device_count() == 1:
@@ -275,6 +244,47 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+def prepare(q: Any, device: torch.device) -> Any:
+    """A QTensor [N, K] in the kernels' order, its arrays JAX's; `pallas_kernels.restore` is the inverse.
+
+    Args:
+      q: with numpy arrays, or JAX arrays on the device that JAX works on for `device`.
+
+    Raises:
+      ValueError: no kernel takes the tensor.
+    """
+    if reason := refusal(q):
+        raise ValueError(f"{q!r}: {reason}")
+    with jax.default_device(_workplace(device)):
+        return tensors.prepare(q.to_jax())
+
+
+def _named(w: Any) -> dict[str, Any]:
+    """The arrays of a prepared QTensor by the names that `arrays_of` gives those of its `Packed`."""
+    if hasattr(w, "table"):
+        nested = hasattr(w.absmax, "codes")
+        found = {"codes": w.codes, "scales": w.absmax.codes if nested else w.absmax, "table": w.table}
+        if nested:
+            found |= {"table2": w.absmax.table, "absmax2": w.absmax.absmax, "offset": w.absmax.offset}
+    else:
+        found = {"codes": w.codes, "scales": w.scales, "zeros": w.zeros, "perm": w.g_idx}
+    return {name: a for name, a in found.items() if a is not None}
+
+
+def _skeletons(structs: Any) -> tuple[Packed, Packed]:
+    """The kernels' view of a prepared QTensor of shape structs: for few rows, and for many."""
+    leaves, tree = jax.tree.flatten(structs)
+    return _skeletons_of(tree, tuple((tuple(a.shape), np.dtype(a.dtype)) for a in leaves))
+
+
+@functools.lru_cache(maxsize=512)
+def _skeletons_of(tree: Any, shapes: tuple[tuple[tuple[int, ...], np.dtype], ...]) -> tuple[Packed, Packed]:
+    structs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*s) for s in shapes])
+    few = jax.eval_shape(tensors.packed, structs)
+    many = jax.eval_shape(api.expand_scales, few) if few.form.scale == "u8" else few
+    return skeleton_of(few), skeleton_of(many)
+
+
 def _workplace(device: torch.device) -> Any:
     """Where weights are brought into the kernels' order: the GPU they are for, tens of times faster, where JAX has it."""
     found = jax.local_devices()
@@ -283,37 +293,10 @@ def _workplace(device: torch.device) -> Any:
     return found[min(device.index or 0, len(found) - 1)]
 
 
-def skeleton_of(w: Packed) -> Packed:
-    """A packed weight with shapes in place of arrays."""
-    return with_arrays(w, {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays_of(w).items()})
-
-
-class _Key:
-    """A packed skeleton by value: two layers of equal shapes, dtypes and form are one key."""
-
-    def __init__(self, skeleton: Packed) -> None:
-        self.skeleton = skeleton
-        shapes = tuple((n, tuple(a.shape), str(a.dtype)) for n, a in arrays_of(skeleton).items())
-        self.value = (skeleton.form, skeleton.shape, shapes)
-
-    def __hash__(self) -> int:
-        return hash(self.value)
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Key) and self.value == other.value
-
-
 @functools.cache
 def _device(index: int) -> tuple[str, int]:
     found = torch.cuda.get_device_properties(index)
     return select.device_key(found.name), found.multi_processor_count
-
-
-@functools.lru_cache(maxsize=512)
-def _launcher(key: _Key, rows: int, dtype: str, choice: select.Choice, device: int) -> _Launcher:
-    lowered = lower(key.skeleton, rows, dtype, choice)
-    with torch.cuda.device(device):  # XLA may have left another one current
-        return _Launcher(lowered)
 
 
 def bucket(rows: int) -> int:
@@ -326,6 +309,8 @@ def bucket(rows: int) -> int:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == np.uint32:  # codes: the kernels take words of either sign
+        array = array.view(np.int32)
     name = array.dtype.name
     if name == "bfloat16":
         return torch.from_numpy(np.ascontiguousarray(array).view(np.int16).copy()).view(torch.bfloat16)

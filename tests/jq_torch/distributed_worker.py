@@ -43,19 +43,25 @@ def losses(model: Any, rank: int, world: int, steps: int = 4) -> list[torch.Tens
     return found
 
 
-def fsdp(folder: str, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def fsdp(folder: str, device: str, dtype: torch.dtype = torch.float32, *, whole: bool = False) -> dict[str, Any]:
+    """whole: every process holds all packed tensors, only float ones are sharded."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = adapted(folder, device, dtype)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     mesh = init_device_mesh(device.partition(":")[0], (world,))
+    ignored = {p for p in model.parameters() if whole and not p.is_floating_point()}
     for layer in model.base_model.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    held = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+        fully_shard(layer, mesh=mesh, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
+    held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in model.parameters())
     found = torch.stack(losses(model, rank, world)).float()
     dist.all_reduce(found)
-    full = {n: p.full_tensor() for n, p in model.named_parameters() if n in before}
+    full = {
+        n: p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        for n, p in model.named_parameters()
+        if n in before
+    }
     same = len(full) == len(before) and all(torch.equal(full[n], before[n]) for n in before)
     return {"losses": (found / world).tolist(), "held": held / total, "same": same}
 
@@ -63,6 +69,10 @@ def fsdp(folder: str, device: str, dtype: torch.dtype = torch.float32) -> dict[s
 def half(folder: str, device: str) -> dict[str, Any]:
     """In bfloat16, which on a GPU the kernels compute."""
     return fsdp(folder, device, torch.bfloat16)
+
+
+def whole(folder: str, device: str) -> dict[str, Any]:
+    return fsdp(folder, device, whole=True)
 
 
 def tensor(folder: str, device: str) -> dict[str, Any]:
@@ -94,7 +104,7 @@ def main() -> None:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    known = {"fsdp": fsdp, "half": half, "tensor": tensor, "refused": refused}
+    known = {"fsdp": fsdp, "half": half, "whole": whole, "tensor": tensor, "refused": refused}
     print(json.dumps({mode: known[mode](folder, device) for mode in modes.split(",")}), flush=True)
     dist.destroy_process_group()
 

@@ -65,12 +65,30 @@ def test_saved_from_the_gpu_byte_for_byte(folder, tmp_path):
     assert want.keys() == got.keys() and all(same(want[n], got[n]) for n in want)
 
 
+def test_a_packed_weight_is_held_once(folder):
+    """In the kernels' order on the GPU, in its own elsewhere; a state dict of either place loads into both."""
+    host, model = load(folder / "nf4", "cpu"), load(folder / "nf4")
+    want, total = logits(host), sum(p.nbytes for p in host.parameters())
+    found, before = logits(model), torch.cuda.memory_allocated()
+    assert sum(p.nbytes for p in model.parameters()) == total
+    assert any("q_mma16_codes" in n for n in model.state_dict())
+    twin = copy.deepcopy(model)
+    assert torch.cuda.memory_allocated() - before < 1.05 * total + 2**20
+    assert torch.equal(logits(twin), found)
+    moved = twin.to("cpu")
+    assert torch.equal(logits(moved), want) and not any("mma16" in n for n in moved.state_dict())
+    host.load_state_dict(model.state_dict())
+    assert torch.equal(logits(host), want)
+    model.load_state_dict(moved.state_dict())
+    assert torch.equal(logits(model), found) and torch.equal(logits(host.to("cuda")), found)
+
+
 def test_other_numbers_in_the_same_layer(folder):
     model, other = load(folder / "nf4"), load(folder / "nf4")
     want = logits(model)
     state = {n: t.clone() for n, t in model.state_dict().items()}
     for name, parameter in other.named_parameters():
-        if "q_codes" in name:
+        if name.endswith("_codes"):
             parameter.data.zero_()
     assert error(logits(other), want) > 0.1
     other.load_state_dict(state)
@@ -147,6 +165,28 @@ def test_without_a_kernel_jax_computes_on_the_gpu(method):
     layer.to("cuda")
     found = layer(x.cuda())
     assert found.is_cuda and error(found.float().cpu(), want.float()) < 0.02
+
+
+def test_a_chain_of_large_layers_without_a_kernel():
+    """Each dequantized weight is XLA's memory, which its next program may take while torch still reads it."""
+    import numpy as np
+
+    layers, size = [], 4096
+    for seed in range(4):
+        weight = np.random.default_rng(seed).standard_normal((size, size), np.float32) * 0.02
+        layer = JqLinear(size, size)
+        layer.put("q", jq.RTN(bits=8, group_size=128).quantize(weight))
+        layer.use(quantize_activations=True, kernels=True)
+        layers.append(layer.to("cuda"))
+    x = torch.randn(16384, size, device="cuda", dtype=torch.bfloat16)
+    want = []
+    with torch.no_grad():
+        for layer in layers:
+            want.append(layer(x))
+            torch.cuda.synchronize()
+        for _ in range(5):
+            found = [layer(x) for layer in layers]
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def test_gradient_through_the_kernel(folder):

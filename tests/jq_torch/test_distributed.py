@@ -59,7 +59,7 @@ GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDI
 def ran(request, tmp_path_factory):
     """(device, folder, what each process found in every mode): the processes start once."""
     folder = packed(tmp_path_factory.mktemp("two"), bnb_4bit_use_double_quant=True)
-    return request.param, folder, two(f"{'fsdp,half,' if SHARDS else ''}tensor,refused", request.param, folder)
+    return request.param, folder, two(f"{'fsdp,half,' if SHARDS else ''}whole,tensor,refused", request.param, folder)
 
 
 @pytest.mark.skipif(not SHARDS, reason="fully_shard takes integer parameters from torch 2.13 on")
@@ -73,6 +73,17 @@ def test_two_processes_train_as_one(ran, mode, limit):
     for row in rows:
         torch.testing.assert_close(row[mode]["losses"], alone, rtol=limit, atol=1e-5)
         assert row[mode]["held"] < 0.55 and row[mode]["same"]
+
+
+def test_adapters_are_sharded_beside_whole_packed_layers(ran):
+    """`ignored_params`: what torch before 2.13 needs."""
+    import distributed_worker
+
+    device, folder, rows = ran
+    alone = [loss.item() for loss in distributed_worker.losses(distributed_worker.adapted(folder, device), 0, 1)]
+    for row in rows:
+        torch.testing.assert_close(row["whole"]["losses"], alone, rtol=1e-4, atol=1e-5)
+        assert row["whole"]["same"]
 
 
 def test_a_tensor_parallel_plan_leaves_packed_layers_whole(ran):

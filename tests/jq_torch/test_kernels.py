@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+from copy import deepcopy
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import jq
+from jq.qtensor import stack
 
 METHODS = {
     "rtn": lambda: jq.RTN(group_size=128),
@@ -34,7 +37,7 @@ def weight(name: str):
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_a_kernel_is_one_mosaic_call(name, rows):
     from pallas_kernels import api, select, tensors
-    from pallas_kernels import torch as kernels
+    from pallas_kernels.torch_launch import lower, skeleton_of
 
     packed = tensors.packed(tensors.prepare(weight(name).replace(extras={}, activation=None, source=None).to_jax()))
     choice = select.choose(rows, N, K, packed.form, "h100", 132, packed.perm is not None and rows == 1)
@@ -42,9 +45,43 @@ def test_a_kernel_is_one_mosaic_call(name, rows):
         packed = api.expand_scales(packed)
     if rows > 1:  # permuted before the kernel
         packed = packed.replace(perm=None)
-    text = kernels.lower(kernels.skeleton_of(packed), rows, "bfloat16", choice).as_text()
+    text = lower(skeleton_of(packed), rows, "bfloat16", choice).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
     assert set(re.findall(r"stablehlo\.(\w+)", text)) == {"custom_call"}
+
+
+def layer_of(q):
+    from jq_torch.linear import JqLinear
+
+    layer = JqLinear(K, N)
+    layer.put("q", q)
+    layer.use(quantize_activations=True, kernels=True)
+    return layer
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_kernels_order_holds_the_same_bits_once(name):
+    q = weight(name)
+    layer, x = layer_of(q), torch.randn(3, K)
+    before, want, own = {n: p.clone() for n, p in layer.named_parameters()}, layer(x), layer.state_dict()
+    layer.arrange(ordered=True)
+    assert sum(p.nbytes for p in layer.parameters()) == sum(p.nbytes for p in before.values())
+    assert all(n.startswith("q_mma16_") for n, _ in layer.named_parameters())
+    assert torch.equal(layer(x), want)
+    assert all(torch.equal(copy(layer)(x), want) for copy in (deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
+    ordered = layer.state_dict()
+    for state in (ordered, own):  # either order loads, into either
+        for start in (True, False):
+            other = layer_of(weight(name))
+            other.arrange(ordered=start)
+            for name_of, parameter in other.named_parameters():
+                parameter.data.mul_("g_idx" in name_of)  # without its groups a layer has no order
+            other.load_state_dict(state)
+            assert torch.equal(other(x), want)
+            assert not other.to("cpu")._skeletons["q"].layout  # away from the GPU the own order
+    layer.to("cpu")
+    after = dict(layer.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
 
 
 def test_without_a_gpu_the_reason_is_said():
@@ -77,6 +114,38 @@ def test_numbers_of_the_kernel(name, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["rtn", "hqq", "nf4", "nf4-double"])
+def test_a_stack_of_experts(name):
+    """Few rows and many, none for some experts, rows of the expert that is not there, in a CUDA graph."""
+    from pallas_kernels import torch as kernels
+    from pallas_kernels import torch_stack
+
+    count, rng = 5, np.random.default_rng(0)
+    weights = [METHODS[name]().quantize(rng.standard_normal((N, K)).astype(np.float32) * 0.05) for _ in range(count)]
+    held = kernels.TorchWeight(stack(weights))
+    dense = torch.stack([torch.from_numpy(np.array(w.dequantize("float32"))) for w in weights]).cuda()
+    dense = torch.cat([dense, torch.zeros_like(dense[:1])])
+
+    def expected(x, which):
+        return torch.einsum("sk,snk->sn", x.float(), dense[which])
+
+    for rows in (0, 1, 6, 16, 17, 200):
+        x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
+        which = torch.from_numpy(rng.integers(0, count + 1 if rows < 17 else count - 1, rows)).cuda()
+        got, want = torch_stack.matmul(held, x, which), expected(x, which)
+        assert got.shape == want.shape and (got.float() - want).norm() <= 5e-3 * want.norm(), rows
+    x, which = torch.randn(6, K, device="cuda", dtype=torch.bfloat16), torch.arange(6, device="cuda") % count
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch_stack.matmul(held, x, which)
+    which.copy_(torch.tensor([4, 4, 0, 5, 1, 2]))
+    graph.replay()
+    torch.cuda.synchronize()
+    want = expected(x, which)
+    assert (captured.float() - want).norm() <= 5e-3 * want.norm()
+
+
+@pytest.mark.gpu
 def test_on_the_current_stream_and_in_a_cuda_graph():
     from pallas_kernels import torch as kernels
 
@@ -102,13 +171,9 @@ def test_on_the_current_stream_and_in_a_cuda_graph():
 @pytest.mark.gpu
 def test_a_packed_layer_takes_the_kernel():
     from jq_torch import ops
-    from jq_torch.linear import JqLinear
 
     q = weight("nf4")
-    layer = JqLinear(K, N)
-    layer.put("q", q)
-    layer.use(quantize_activations=True, kernels=True)
-    layer.to("cuda")
+    layer = layer_of(q).to("cuda")
     x = torch.randn(2, 5, K, device="cuda", dtype=torch.bfloat16)
     packed, spec = layer.operands()
     assert ops.cuda_weight(packed, spec, x.dtype) is not None
