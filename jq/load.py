@@ -13,7 +13,7 @@ import numpy as np
 from jq.errors import CheckpointError
 from jq.formats import gguf, table, torchao
 from jq.formats.compressed_tensors_attention import Attentions
-from jq.models import expert_names, family_of, kv_cache
+from jq.models import expert_names, kv_cache, spec_of
 from jq.models.causal_lm import CausalLM
 from jq.models.decoder import Decoder
 from jq.models.origin import Origin
@@ -27,6 +27,8 @@ ATTENTION = (
     ".prob_scale",
     *(f".{which}_{part}" for which in "qkv" for part in ("scale", "zero_point", "global_scale")),
 )
+
+COMPUTE = ("float32", "bfloat16", "float16")  # dtypes that models compute in
 
 
 def load(
@@ -56,6 +58,7 @@ def load(
       The model; `model(ids)`, `model.generate(...)`, `model.stream(...)`, `model.tokenizer`, `jq.save(model, path)`.
 
     Raises:
+      ValueError: a dtype that models do not compute in.
       UnsupportedError: a model family that has no decoder here (`jq.load_state` reads any architecture).
       CheckpointError: tensors missing, left over, or of a wrong shape. No weight is ever made up.
       FormatError: quantized tensors that do not fit their config.
@@ -81,10 +84,14 @@ def build(
       spec: in place of what config.json describes.
     """
     label = str(state.path or "state")
-    spec = spec or family_of(state.config, label).spec(state.config)
+    spec = spec or spec_of(state.config, label)
     state, spec = expert_names.as_stored(state, spec, label)
     on_cpu = jax.default_backend() == "cpu"
-    compute = np.dtype(dtype) if dtype is not None else np.dtype(np.float32) if on_cpu else _own_dtype(state.config)
+    compute = (
+        np.dtype(dtype) if dtype is not None else np.dtype(np.float32) if on_cpu else _own_dtype(state.config, label)
+    )
+    if compute.name not in COMPUTE:
+        raise ValueError(f"jq.load: dtype is {compute}, expected {', '.join(COMPUTE)}")
     read = Reader(
         state,
         spec,
@@ -158,6 +165,8 @@ def _cache_dtype(state: State, asked: str | None, compute: np.dtype, quantize_ac
     return own or kv_cache.dtype_name(compute)
 
 
-def _own_dtype(config: Mapping[str, Any]) -> np.dtype:
+def _own_dtype(config: Mapping[str, Any], label: str) -> np.dtype:
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return np.dtype(jnp.dtype(name))
+    if name not in (*COMPUTE, "float64"):
+        raise CheckpointError(f"{label}: config.json: dtype is {name!r:.80}, expected {', '.join(COMPUTE)}")
+    return np.dtype(jnp.dtype("float32" if name == "float64" else name))

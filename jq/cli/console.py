@@ -6,10 +6,26 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from jq.errors import JqError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _dtype(name: str | None) -> str | None:
+    if name is not None and name not in DTYPES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(DTYPES)}")
+    return name
+
+
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="Compute dtype: float32, bfloat16 or float16; default by device.", callback=_dtype),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -30,6 +46,21 @@ def emit(result: dict[str, Any], text: Any, *, as_json: bool) -> None:
 def say(text: str) -> None:
     """A line for the person who waits, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def read_text(path: Path) -> str:
+    """A text file that an option names.
+
+    Raises:
+      JqError: it is no text, or empty.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise JqError(f"{path}: is no UTF-8 text (byte {e.start})") from e
+    if not text.strip():
+        raise JqError(f"{path}: holds no text")
+    return text
 
 
 # advance(done, total, note): called by whatever runs long.

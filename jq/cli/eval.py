@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jq.cli.console import JsonOption, emit, progress, say
+from jq.cli.console import DtypeOption, JsonOption, emit, progress, read_text, say
 
 
 def run(
@@ -21,7 +21,7 @@ def run(
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows to take from the start of the text; 0 for all.", min=0)] = 32,
     window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 1024,
-    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "float32",
+    dtype: DtypeOption = "float32",
     packed: Annotated[
         bool | None, typer.Option("--packed/--dense", help="Keep codes packed, or dequantize once at load.")
     ] = None,
@@ -38,7 +38,7 @@ def run(
     start = time.perf_counter()
     loaded = jq.load(model, dtype=dtype, packed=packed, quantize_activations=not weight_only)
     load_s = time.perf_counter() - start
-    ids = tokens_of(loaded.tokenizer, bundled_text() if text is None else text.read_text("utf-8"))
+    ids = tokens_of(loaded.tokenizer, bundled_text() if text is None else read_text(text))
     if windows:
         ids = ids[: windows * window]
     if len(ids) < window:

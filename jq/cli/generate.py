@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jq.cli.console import JsonOption, emit, say
+from jq.cli.console import DtypeOption, JsonOption, emit, say
+from jq.errors import JqError
 
 
 def run(
@@ -24,15 +25,17 @@ def run(
     ] = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0)] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.", min=0)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens of this probability.", min=0.0, max=1.0)
+    ] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Drop tokens less likely than this part of the likeliest.")
+        float | None, typer.Option(help="Drop tokens less likely than this part of the likeliest.", min=0.0, max=1.0)
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes used tokens less likely.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends the text; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="Compute dtype; default by device.")] = None,
+    dtype: DtypeOption = None,
     packed: Annotated[
         bool | None, typer.Option("--packed/--dense", help="Keep codes packed, or dequantize once at load.")
     ] = None,
@@ -62,15 +65,20 @@ def run(
         "seed": seed,
     }
     start = time.perf_counter()
-    if len(asked) == 1 and not as_json:
-        answer = ""
-        for piece in loaded.stream(asked[0], max_new_tokens, **options):
-            answer += piece
-            print(piece, end="", flush=True)
-        print()
-        answers = [answer]
-    else:
-        answers = loaded.generate(asked, max_new_tokens, **options)
+    try:
+        if len(asked) == 1 and not as_json:
+            answer = ""
+            for piece in loaded.stream(asked[0], max_new_tokens, **options):
+                answer += piece
+                print(piece, end="", flush=True)
+            print()
+            answers = [answer]
+        else:
+            answers = loaded.generate(asked, max_new_tokens, **options)
+    except JqError:
+        raise
+    except ValueError as error:  # an option or a prompt that generation refuses
+        raise typer.BadParameter(str(error)) from error
     seconds = time.perf_counter() - start
     count = sum(len(loaded.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers)
     result = {

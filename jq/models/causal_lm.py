@@ -87,11 +87,11 @@ class CausalLM(nnx.Module):
         Args:
           prompts: a text, a conversation ([{"role": ..., "content": ...}]), token ids (a list or an array [T] or
             [B, T]), or a list of such. Rows of different length are padded on the left and do not see each other.
-          max_new_tokens: default from generation_config.json, else 256.
+          max_new_tokens: default from generation_config.json (also from its max_length), else 256.
           do_sample: greedy or sampling; default from generation_config.json, or sampling where an option of it is given.
           temperature, top_k, top_p, min_p, repetition_penalty: as in transformers.
           eos_token_id: token or tokens that end a row.
-          stop: strings that end a row; the text is cut before them.
+          stop: strings that end a row; the text is cut before them. Default from generation_config.json (stop_strings).
           seed: of the random numbers; row b uses seed + b.
           attention_mask: of padded token arrays [B, T].
 
@@ -101,7 +101,7 @@ class CausalLM(nnx.Module):
           list of token lists for lists of different length.
         """
         rows, form = self._rows(prompts, attention_mask)
-        chosen = self._plan(locals())
+        chosen = self._plan(locals(), rows)
         answers = Rows(chosen, len(rows), self._decode)
         chunk = STOP_CHUNK if chosen.stop else None
         for _ in self._answers(rows, chosen, chunk, answers):
@@ -117,9 +117,9 @@ class CausalLM(nnx.Module):
         unknown = set(options) - set(_OPTIONS)
         if unknown:
             raise TypeError(f"stream: unknown options {', '.join(sorted(unknown))}")
-        chosen = self._plan(named)
+        chosen = self._plan(named, rows)
         answers = Rows(chosen, 1, self._decode)
-        pieces, given = tokenizer.TextStream(), 0
+        pieces, given = tokenizer.TextStream(chosen.stop), 0
         for last in self._answers(rows, chosen, STREAM_CHUNK, answers):
             if form.text:
                 piece = pieces.push(answers.text(0), last)
@@ -150,10 +150,11 @@ class CausalLM(nnx.Module):
         except StopIteration:
             return
 
-    def _plan(self, arguments: dict[str, Any]) -> Plan:
+    def _plan(self, arguments: dict[str, Any], rows: list[list[int]]) -> Plan:
         keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         return plan(
             self.generation_config,
+            longest=max(map(len, rows), default=0),
             max_new_tokens=arguments["max_new_tokens"],
             do_sample=arguments["do_sample"],
             eos_token_id=arguments["eos_token_id"],

@@ -53,7 +53,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     elif not config.get("layer_types"):
         period = 2 if kind == "gemma2" else config.get("sliding_window_pattern") or 6
         config["layer_types"] = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
-    made = common(config, defaults)
+    ropes = {"rope_parameters": None, "rope_scaling": None} if kind == "gemma3_text" else {}  # `_two_ropes` reads them
+    made = common({**config, **ropes}, defaults)
     made = made.replace(
         activation="gelu_pytorch_tanh",
         norm_offset=1.0,

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jq.models import functional, steps
+from jq.models import functional, generation_config, steps
 from jq.models.sampling import Settings, Switches
 
 STREAM_CHUNK = 4  # tokens a call while streaming
@@ -53,6 +53,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 def plan(
     defaults: Mapping[str, Any],
     *,
+    longest: int = 0,
     max_new_tokens: int | None,
     do_sample: bool | None,
     eos_token_id: int | Sequence[int] | None,
@@ -63,9 +64,24 @@ def plan(
     """Merges a call's arguments with generation_config.json (`defaults`).
 
     `do_sample` decides between greedy and sampling; where the call does not say, naming a sampling option means
-    sampling, and else the file decides. A temperature of 0 is greedy.
+    sampling, and else the file decides. A temperature of 0 is greedy. `longest` is the length of the longest prompt, which
+    the file's `max_length` counts in.
+
+    Raises:
+      ValueError: an option whose value makes no sense.
     """
     given = {k: v for k, v in options.items() if v is not None}
+    try:
+        for name, value in given.items():
+            generation_config.check(name, value)
+        if max_new_tokens is not None:
+            generation_config.check("max_new_tokens", max_new_tokens)
+        ends = generation_config.tokens(
+            "eos_token_id", defaults.get("eos_token_id") if eos_token_id is None else eos_token_id
+        )
+        stops = generation_config.strings("stop", defaults.get("stop_strings") if stop is None else stop)
+    except ValueError as e:
+        raise ValueError(f"generate: {e}") from None
     if do_sample is None:
         do_sample = any(k in given for k in _SAMPLING) or bool(defaults.get("do_sample", False))
     values = {k: given.get(k, defaults.get(k)) for k in (*_SAMPLING, "repetition_penalty")}
@@ -74,20 +90,13 @@ def plan(
     if do_sample and values["temperature"] is not None and values["temperature"] <= 0:
         do_sample = False
     penalty = float(values["repetition_penalty"] or 1.0)
-    if penalty <= 0:
-        raise ValueError(f"generate: repetition_penalty must be positive, got {penalty}")
-    limit = max_new_tokens if max_new_tokens is not None else int(defaults.get("max_new_tokens") or 256)
-    if limit < 1:
-        raise ValueError(f"generate: max_new_tokens must be at least 1, got {limit}")
-    eos = eos_token_id if eos_token_id is not None else defaults.get("eos_token_id")
-    ends = () if eos is None else (int(eos),) if isinstance(eos, int | np.integer) else tuple(map(int, eos))
     pad = defaults.get("pad_token_id")
     top_p = values["top_p"]
     return Plan(
-        max_new_tokens=limit,
+        max_new_tokens=_limit(defaults, longest, max_new_tokens),
         eos=ends,
         pad=int(pad if isinstance(pad, int) and pad >= 0 else ends[0] if ends else 0),
-        stop=() if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
+        stop=stops,
         switches=Switches(sample=bool(do_sample), penalty=penalty != 1.0),
         temperature=float(1.0 if values["temperature"] is None else values["temperature"]) if do_sample else 1.0,
         top_k=int(values["top_k"] or 0),
@@ -96,6 +105,19 @@ def plan(
         repetition_penalty=penalty,
         seed=seed,
     )
+
+
+def _limit(defaults: Mapping[str, Any], longest: int, asked: int | None) -> int:
+    """New tokens to make: what the call asks for, else the file's max_new_tokens, else what its max_length leaves, else 256."""
+    if asked is not None or "max_new_tokens" in defaults:
+        return int(defaults["max_new_tokens"] if asked is None else asked)
+    left = int(defaults.get("max_length", longest + 256)) - longest
+    if left < 1:
+        raise ValueError(
+            f"generate: the prompt has {longest} tokens, generation_config.json allows {defaults['max_length']} in all "
+            "(max_length); give max_new_tokens"
+        )
+    return left
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:

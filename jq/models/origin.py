@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from jq.models import tokenizer as _tokenizer
+from jq.models.generation_config import TOKENS, checked
 from jq.nn import FusedLinear, quantized
+from jq.safetensors_file import parse_json
 from jq.state import State
+
+FILE = "generation_config.json"
 
 
 class Origin:
@@ -61,10 +65,10 @@ class Origin:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        base = {k: self.config[k] for k in keys if self.config.get(k) is not None}
-        raw = self.shell.side_files.get("generation_config.json")
-        return base | {k: v for k, v in json.loads(raw).items() if v is not None} if raw else base
+        label = self.shell.path or Path("checkpoint")
+        base = checked({name: self.config.get(name) for name in TOKENS}, str(label / "config.json"))
+        file, raw = label / FILE, self.shell.side_files.get(FILE)
+        return base if raw is None else base | checked(parse_json(raw, file, "file"), str(file))
 
     @cached_property
     def tokenizer(self) -> Any:

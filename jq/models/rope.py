@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq.errors import UnsupportedError
+from jq.errors import CheckpointError, UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,17 @@ class Rope:
         value = dict(self.options).get(key)
         return default if value is None else value
 
+    def need(self, key: str) -> float:
+        """A parameter that must be a positive number.
+
+        Raises:
+          ValueError: it is missing or something else.
+        """
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{key} is {value!r:.80}, expected a positive number")
+        return float(value)
+
 
 def read(config: Mapping[str, Any], head_dim: int, *, theta: float = 10000.0, layer_type: str | None = None) -> Rope:
     """The rotary embedding that a config.json describes.
@@ -54,21 +65,50 @@ def read(config: Mapping[str, Any], head_dim: int, *, theta: float = 10000.0, la
     Raises:
       UnsupportedError: a `rope_type` that is not in `KINDS`.
     """
-    params = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"config.json: rope_parameters is {found!r:.80}, expected an object")
+    params = dict(found)
     if layer_type in params:
         params = dict(params[layer_type] or {})
     kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
     params.pop("type", None)
     base = params.pop("rope_theta", None) or config.get("rope_theta") or theta
     partial = params.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    max_positions = int(config.get("max_position_embeddings") or 2048)
+    max_positions = config.get("max_position_embeddings") or 2048
     original = config.get("original_max_position_embeddings")
     if original is not None:
         params["original_max_position_embeddings"] = original
     if kind not in KINDS:
         raise UnsupportedError(f"config.json: rope_type {kind!r} is not known here; known: {', '.join(KINDS)}")
     options = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in params.items()))
-    return Rope(kind, float(base), int(head_dim * partial), max_positions, options)
+    rope = Rope(kind, float(base), int(head_dim * partial), int(max_positions), options)
+    _check(rope, head_dim)
+    return rope
+
+
+def _check(rope: Rope, head_dim: int) -> None:
+    """Computes the frequencies once, so that a wrong parameter is an error here and no NaN among the logits.
+
+    Raises:
+      CheckpointError: parameters that are missing, of a wrong type, or give frequencies that are not finite.
+    """
+    what = (
+        f"config.json: rope of type {rope.kind!r} over {rope.dim} of {head_dim} dimensions, {dict(rope.options)!r:.200}"
+    )
+    for key, value in rope.options:  # an object would be the parameters of one kind of layers
+        if not all(isinstance(v, int | float | str | None) for v in (value if isinstance(value, tuple) else (value,))):
+            raise CheckpointError(f"{what}: {key} is neither a number nor a list of numbers")
+    if not 0 < rope.dim <= head_dim or rope.dim % 2:
+        raise CheckpointError(f"{what}: the dimensions must be an even part of the head")
+    try:
+        with np.errstate(all="ignore"), jax.ensure_compile_time_eval():
+            frequencies, scale = KINDS[rope.kind](rope, jnp.int32(1))
+            good = bool(np.isfinite(np.asarray(frequencies)).all()) and math.isfinite(scale)
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise CheckpointError(f"{what}: a parameter is missing or wrong ({type(e).__name__}: {e})") from e
+    if not good or np.shape(frequencies) != (rope.dim // 2,):
+        raise CheckpointError(f"{what}: gives no finite frequency for each pair of dimensions")
 
 
 def tables(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,12 +148,12 @@ def _default(rope: Rope, length: Any) -> tuple[Any, float]:
 
 def _linear(rope: Rope, length: Any) -> tuple[Any, float]:
     del length
-    return np.float32(1.0) / _powers(rope) / np.float32(rope.get("factor", 1.0)), 1.0
+    return np.float32(1.0) / _powers(rope) / np.float32(rope.need("factor")), 1.0
 
 
 def _dynamic(rope: Rope, length: Any) -> tuple[Any, float]:
     """NTK scaling: the base grows with the longest position of the batch beyond `max_positions`."""
-    factor, dim = float(rope.get("factor", 1.0)), rope.dim
+    factor, dim = rope.need("factor"), rope.dim
     length = jnp.maximum(length, rope.max_positions).astype(jnp.float32)
     growth = (factor * length / rope.max_positions) - (factor - 1)
     base = rope.theta * growth ** (dim / (dim - 2))
@@ -165,7 +205,7 @@ def _longrope(rope: Rope, length: Any) -> tuple[Any, float]:
 def _llama3(rope: Rope, length: Any) -> tuple[Any, float]:
     del length
     frequencies = np.float32(1.0) / _powers(rope)
-    factor, low, high = (np.float32(rope.get(k)) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    factor, low, high = (np.float32(rope.need(k)) for k in ("factor", "low_freq_factor", "high_freq_factor"))
     original = np.float32(rope.get("original_max_position_embeddings", rope.max_positions))
     wavelengths = np.float32(2 * math.pi) / frequencies
     slow = np.where(wavelengths > original / low, frequencies / factor, frequencies)

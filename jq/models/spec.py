@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from jq.errors import CheckpointError
+from jq.errors import CheckpointError, UnsupportedError
 from jq.models.rope import Rope, read
 
 
@@ -117,36 +118,61 @@ def common(config: Mapping[str, Any], defaults: Mapping[str, Any], *, theta: flo
     """
     merged = {**defaults, **{k: v for k, v in config.items() if v is not None or k in ("sliding_window",)}}
 
-    def need(key: str) -> int:
-        value = merged.get(key)
-        if not isinstance(value, int) or value <= 0:
-            raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer")
-        return value
-
-    hidden, heads = need("hidden_size"), need("num_attention_heads")
-    kv_heads = merged.get("num_key_value_heads") or heads
+    hidden, heads = size_of(merged, "hidden_size"), size_of(merged, "num_attention_heads")
+    kv_heads = size_of(merged, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
-    head_dim = merged.get("head_dim") or hidden // heads
-    layers = layer_windows(merged, need("num_hidden_layers"))
+    head_dim = size_of(merged, "head_dim", hidden // heads)
+    max_positions = size_of(merged, "max_position_embeddings", 2048)
+    layers = layer_windows(merged, size_of(merged, "num_hidden_layers"))
     return DecoderSpec(
         family=str(merged.get("model_type")),
-        vocab_size=need("vocab_size"),
+        vocab_size=size_of(merged, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=need("intermediate_size"),
+        intermediate_size=size_of(merged, "intermediate_size"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         layers=tuple(LayerSpec(window=w) for w in layers),
         ropes=(read(merged, head_dim, theta=theta),),
-        norm_eps=float(merged.get("rms_norm_eps", 1e-6)),
+        norm_eps=number_of(merged, "rms_norm_eps", 1e-6),
         activation=str(merged.get("hidden_act") or merged.get("hidden_activation") or "silu"),
-        max_positions=int(merged.get("max_position_embeddings", 2048)),
-        tied=bool(merged.get("tie_word_embeddings", False)),
-        attention_bias=bool(merged.get("attention_bias", False)),
-        output_bias=bool(merged.get("attention_bias", False)),
-        mlp_bias=bool(merged.get("mlp_bias", False)),
+        max_positions=max_positions,
+        tied=flag_of(merged, "tie_word_embeddings"),
+        attention_bias=flag_of(merged, "attention_bias"),
+        output_bias=flag_of(merged, "attention_bias"),
+        mlp_bias=flag_of(merged, "mlp_bias"),
     )
+
+
+def size_of(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive integer of a config.json.
+
+    Raises:
+      CheckpointError: it is missing and has no default, or is something else.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < 2**31:
+        raise CheckpointError(f"config.json: {key} is {value!r:.80}, expected a positive integer")
+    return value
+
+
+def number_of(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A finite number of a config.json, at least 0; `CheckpointError` where it is something else."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+        raise CheckpointError(f"config.json: {key} is {value!r:.80}, expected a number")
+    return float(value)
+
+
+def flag_of(config: Mapping[str, Any], key: str) -> bool:
+    """A true or false of a config.json (absent: false); `CheckpointError` where it is something else."""
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise CheckpointError(f"config.json: {key} is {value!r:.80}, expected true or false")
+    return bool(value)
 
 
 def layer_windows(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
@@ -155,13 +181,20 @@ def layer_windows(config: Mapping[str, Any], count: int) -> tuple[int | None, ..
     `layer_types` decides where it is given; else `use_sliding_window` with `max_window_layers` (Qwen: the first
     layers attend fully); else `sliding_window` holds for all layers (Mistral).
     """
-    window = config.get("sliding_window")
     types = config.get("layer_types")
-    if config.get("use_sliding_window") is False or not window:
-        return (None,) * count
     if types is not None:
-        if len(types) < count:
-            raise CheckpointError(f"config.json: layer_types has {len(types)} entries, num_hidden_layers is {count}")
+        if not isinstance(types, list | tuple) or len(types) < count:
+            found = f"has {len(types)} entries" if isinstance(types, list | tuple) else f"is {types!r:.80}"
+            raise CheckpointError(f"config.json: layer_types {found}, num_hidden_layers is {count}")
+        for kind in types[:count]:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UnsupportedError(
+                    f"config.json: layer_types holds {kind!r:.80}; known here: full_attention, sliding_attention"
+                )
+    if not config.get("sliding_window") or not flag_of({"use_sliding_window": True, **config}, "use_sliding_window"):
+        return (None,) * count
+    window = size_of(config, "sliding_window")
+    if types is not None:
         return tuple(window if t == "sliding_attention" else None for t in types[:count])
-    first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
+    first = number_of(config, "max_window_layers", 0) if "use_sliding_window" in config else 0
     return tuple(window if i >= first else None for i in range(count))

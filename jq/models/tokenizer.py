@@ -47,14 +47,25 @@ def encode(tokenizer: Any, prompt: Any) -> list[int]:
 
 
 class TextStream:
-    """Turns growing token lists into pieces of text; holds back what may still change (half a character)."""
+    """Turns growing token lists into pieces of text; holds back what may still change or go.
 
-    def __init__(self) -> None:
-        self.given = ""
+    That is half a character, and an end that may become one of the stop strings `stop`.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.given, self.stop = "", stop
 
     def push(self, text: str, last: bool) -> str:
         """The new part of `text`, the decoded answer so far."""
-        if not last and text.endswith("\ufffd"):
-            return ""
-        piece, self.given = text[len(self.given) :], text
+        if not last:
+            if text.endswith("\ufffd"):
+                return ""
+            text = text[: len(text) - self._beginning_of_stop(text)]
+        piece = text[len(self.given) :]
+        self.given += piece
         return piece
+
+    def _beginning_of_stop(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        lengths = (n for s in self.stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
+        return max(lengths, default=0)

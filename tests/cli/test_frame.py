@@ -112,3 +112,37 @@ def test_progress_on_a_terminal_tells_the_time_left(monkeypatch):
         advance(1, 2, "half")
     shown = terminal.getvalue()
     assert "work" in shown and "left" in shown
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (["--top-k", "-1"], "--top-k"),
+        (["--top-p", "1.5"], "--top-p"),
+        (["--min-p", "-0.5"], "--min-p"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--dtype", "float7"], "float32, bfloat16"),
+        (["--dtype", "int8"], "float32, bfloat16"),
+        (["--repetition-penalty", "0"], "repetition_penalty"),
+        (["--stop", ""], "stop"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+    ],
+)
+def test_wrong_options_of_generation_are_wrong_use(jaxq, tiny, words, hint):
+    ran = jaxq("generate", tiny, "The light", *words)
+    assert (ran.code, ran.out) == (2, "")
+    assert hint in ran.err and ran.err.count("\n") == 1
+
+
+def test_an_empty_prompt_is_wrong_use(jaxq, tiny):
+    ran = jaxq("generate", tiny, "", "-n", "2")
+    assert ran.code == 2
+    assert "at least one token" in ran.err and ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("raw, said", [(b"\xff\xfe\x00", "is no UTF-8 text"), (b" \n", "holds no text")])
+def test_texts_that_are_none(jaxq, tiny, tmp_path, raw, said):
+    (tmp_path / "text").write_bytes(raw)
+    ran = jaxq("eval", tiny, "--text", tmp_path / "text")
+    assert ran.code == 1
+    assert said in ran.err and "unexpected" not in ran.err and ran.err.count("\n") == 1

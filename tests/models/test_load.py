@@ -258,3 +258,18 @@ def test_joined_memory_ends_with_the_model(tmp_path: Path) -> None:
     del model
     gc.collect()
     assert len(joined._wholes) == before
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "float8_e4m3fn"])
+def test_dtypes_that_nothing_computes_in(dtype: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected float32, bfloat16, float16"):
+        jq.load(write(tmp_path, *tiny()), dtype=dtype)
+
+
+def test_the_checkpoints_own_dtype_is_checked() -> None:
+    from jq.load import _own_dtype
+
+    assert _own_dtype({"torch_dtype": "torch.float16"}, "DIR") == np.float16
+    assert _own_dtype({"dtype": "float64"}, "DIR") == np.float32
+    with pytest.raises(jq.errors.CheckpointError, match=r"DIR: config\.json: dtype is 'four'"):
+        _own_dtype({"dtype": "four"}, "DIR")
