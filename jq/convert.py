@@ -26,8 +26,8 @@ def convert(
 ) -> State:
     """Re-encodes a quantized checkpoint so that every dequantized weight stays the same to the bit.
 
-    GPTQ (v1, v2, planar), AWQ (gemm, gemv), compressed-tensors (pack-quantized), HQQ, torchao (intx), and for symmetric
-    bytes by channel quanto and EETQ, convert into each other wherever the target can store bits, groups, zero points
+    GPTQ (v1, v2, planar), AWQ (gemm, gemv), compressed-tensors (pack-quantized), HQQ, torchao (intx), quanto (8 bits, or integer
+    shifts) and EETQ (symmetric bytes by channel) convert into each other wherever the target can store bits, groups, zero points
     and order of the source. Each weight is compared before anything is written.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ml_dtypes
+import mutations
 import numpy as np
 import pytest
 
@@ -64,6 +65,36 @@ def test_symmetric_bytes_by_channel(to, tmp_path):
     same(state, jq.convert(made, None, jq.GPTQ()))
 
 
+@pytest.mark.parametrize("dtype", (np.float16, ml_dtypes.bfloat16))
+@pytest.mark.parametrize("bits", (2, 4))
+def test_quanto_holds_integer_shifts(bits, dtype, tmp_path):
+    """Where a group is the one that quanto takes for the row: optimum-quanto 0.2.7 loads these as `qint4`, `qint2`."""
+    state = state_of(bits, 128, dtype)
+    state.config |= {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 128}
+    same(state, jq.convert(state, tmp_path / "made", "quanto"))
+    made = jq.load_state(tmp_path / "made")
+    same(state, made)
+    assert made.config["quantization_config"]["weights"] == f"int{bits}"
+    for back in (jq.GPTQ(checkpoint_format="gptq_v2"), "hqq", "quanto"):
+        same(state, jq.convert(made, None, back))
+
+
+def test_gemma_becomes_integers(tmp_path):
+    """dt(code - 8) * dt(scale), with no ranges of activations, is an integer weight."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name in NAMES:
+        tensors[f"{name}.weight"] = rng.integers(0, 256, (64, 64), np.uint8)
+        tensors[f"{name}.weight_scale"] = rng.random((64, 1), np.float32)
+        for side in ("input", "output"):
+            tensors[f"{name}.{side}_activation_scale"] = np.zeros((), np.float32)
+    config = {"model_type": "llama", "dtype": "bfloat16", "hidden_size": 128, "num_attention_heads": 4}
+    mutations.write(tmp_path, tensors, config | {"quantization_config": {"quant_method": "gemma"}}, {}, {})
+    state = jq.load_state(tmp_path)
+    for to in (jq.GPTQ(), "awq", "compressed-tensors", "hqq", "torchao", "quanto"):
+        same(state, jq.convert(state, None, to))
+
+
 def test_modules_that_differ_are_named_in_the_config():
     mixed = {**state_of(4, 32, np.float16, names=NAMES[:2])}
     mixed |= state_of(8, 64, np.float16, names=NAMES[2:])
@@ -81,7 +112,10 @@ def test_modules_that_differ_are_named_in_the_config():
 @pytest.mark.parametrize(
     "state, to, text",
     (
-        (state_of(4, 32, np.float16), "quanto", r"q_proj: quanto stores symmetric 8-bit weights by output channel"),
+        (state_of(4, 32, np.float16), "quanto", r"q_proj: groups of 32; quanto has 128 for in_features 128"),
+        (state_of(8, 32, np.float16), "quanto", r"q_proj: quanto stores symmetric 8-bit weights by output channel"),
+        (state_of(3, 128, np.float16), "quanto", r"q_proj: 3 bits; quanto has 8, 4 and 2"),
+        (state_of(4, 128, np.float16), jq.Quanto("int8"), r"q_proj: has 4 bits, Quanto.* asks for qint8"),
         (state_of(8, 128, ml_dtypes.bfloat16, symmetric=True), "eetq", r"q_proj: scales are bfloat16, EETQ's are float16"),
         (state_of(5, 32, np.float16, names=NAMES[:1]), jq.HQQ(axis=0), r"q_proj: groups lie along in_features; HQQ axis 0"),
         (state_of(4, 32, np.float16), jq.HQQ(8, group_size=32), r"has 4 bits in groups of 32, HQQ asks for 8"),

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from jq.algorithms.quanto import group_size_of
 from jq.formats import eetq, hqq, quanto, torchao
-from jq.formats.base import Context
+from jq.formats.base import Context, Parts
 from jq.formats.integers import Integers, Summary, Target, need
+from jq.formats.slabs import pack_slabs
 from jq.formats.torchao_method import TorchAO
 from jq.qtensor import Affine, Grouping, QTensor
 
@@ -138,17 +140,42 @@ def _signed(w: Integers) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_quanto(to: Any, weights: list[Summary], source: Mapping[str, Any], source_format: str) -> Target:
-    """quanto's qint8 (its 4 and 2 bit weights subtract a float shift after the product, which rounds differently)."""
+    """quanto's qint8, and its qint4 and qint2 with integer shifts (float ones are subtracted after the product)."""
+    bits = sorted({w.bits for w in weights})
+    need(len(bits) == 1, f"{weights[0].name}: modules have {bits} bits; quanto's config says one width for all")
+    kind = f"int{bits[0]}"
+    asked = getattr(to, "qtype", f"q{kind}")
     for w in weights:
-        _symmetric_bytes(w, "quanto")
+        if w.bits == 8:
+            _symmetric_bytes(w, "quanto")
+        else:
+            need(w.bits in (4, 2), f"{w.name}: {w.bits} bits; quanto has 8, 4 and 2")
+            size = group_size_of(w.in_features) or w.in_features
+            need(
+                _group(w) == size,
+                f"{w.name}: groups of {_group(w)}; quanto has {size} for in_features {w.in_features}, and stores no other",
+            )
+            need(
+                not (w.bits == 4 and size == 128 and w.dtype == "bfloat16" and w.in_features > size),
+                f"{w.name}: bfloat16 weights of 4 bits in groups of 128, which quanto brings into tinygemm's layout when it "
+                "loads them, refusing integer zero points there",
+            )
+        need(asked == f"q{kind}", f"{w.name}: has {w.bits} bits, {to!r} asks for {asked}; convert changes no weight")
 
     def tensor(w: Integers) -> QTensor:
-        data, scale = _signed(w)
-        one = np.ones((), scale.dtype)
-        parts = {"weight._data": data, "weight._scale": scale, "input_scale": one, "output_scale": one}
-        return quanto.load(w.name, parts, quanto.Options({"": "qint8"}, {}), Context())
+        one = np.ones((), w.scales.dtype)
+        parts: Parts = {"input_scale": one, "output_scale": one}
+        if w.bits == 8:
+            parts["weight._data"], parts["weight._scale"] = _signed(w)
+        else:
+            codes = w.codes.reshape(-1, _group(w)).astype(np.uint8)
+            parts["weight._data._data"] = pack_slabs(codes, w.bits, 8 // w.bits, high_first=False)
+            parts["weight._scale"] = np.ascontiguousarray(w.scales).reshape(-1, 1)
+            parts["weight._shift"] = w.zeros.astype(np.uint8).reshape(-1, 1)
+        shape = Context(shapes={f"{w.name}.bias": (w.codes.shape[0],)})  # quanto stores no shape
+        return quanto.load(w.name, parts, quanto.Options({"": f"q{kind}"}, {}), shape)
 
-    return Target(tensor, quanto.Quanto("int8").config)
+    return Target(tensor, quanto.Quanto(kind).config)
 
 
 def to_eetq(to: Any, weights: list[Summary], source: Mapping[str, Any], source_format: str) -> Target:
