@@ -34,6 +34,8 @@ class Rotation:
       core: K of a Hadamard matrix.
       transposed: multiply by the transposed matrix.
       key: beginning of its arrays' names; "perm" int32[size] may be one of them: rows and columns are taken in that order.
+      sums: "exact", "steps" (each addition rounded to x's dtype, as where a library adds in place of a product) or
+        "single" (exact with 1 / sqrt(size) rounded to float32).
     """
 
     kind: str
@@ -42,6 +44,7 @@ class Rotation:
     transposed: bool = False
     key: str = ""
     permuted: bool = False
+    sums: str = "exact"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,6 +86,17 @@ def factors(matrix: np.ndarray) -> dict[str, np.ndarray] | None:
     return None
 
 
+def matrix_of(made: Rotation, arrays: Mapping[str, Array]) -> np.ndarray:
+    """The stored matrix of 1 and -1 that `held` took apart, int8[n, n]."""
+    bits = {name: np.asarray(arrays[f"{made.key}{name}"]) for name in ("signs", "core")}
+    count = {"signs": made.size, "core": made.core**2}
+    signs, core = (
+        1 - 2 * np.unpackbits(bits[name], count=count[name], bitorder="little").astype(np.int8) for name in bits
+    )
+    step = made.size // made.core
+    return signs[:, None] * np.kron(core.reshape(made.core, -1), hadamard(step).astype(np.int8))
+
+
 def rotate(x: jax.Array, rotation: Rotation, arrays: Mapping[str, Array]) -> jax.Array:
     """x [..., K] times the block-diagonal matrix, rounded to float32 and to x's dtype."""
     own = {name.removeprefix(rotation.key): jnp.asarray(arrays[name]) for name in rotation.names}
@@ -101,7 +115,11 @@ def _linear(rotation: Rotation, x: jax.Array, own: dict[str, jax.Array]) -> jax.
     else:
         k = rotation.core
         core = _signs(own["core"], k * k).reshape(k, k)
-        turned = _hadamard_product(blocks, _signs(own["signs"], rotation.size), core, rotation.transposed)
+        signs = _signs(own["signs"], rotation.size)
+        if rotation.sums == "steps":
+            turned = _by_steps(blocks * signs, core, x.dtype)
+        else:
+            turned = _hadamard_product(blocks, signs, core, rotation.transposed, single=rotation.sums == "single")
     if perm is not None:
         turned = jnp.take(turned, perm, axis=-1)
     return exact.rounded(turned.astype(x.dtype)).reshape(
@@ -128,7 +146,28 @@ def _signs(packed: jax.Array, count: int) -> jax.Array:
     return 1.0 - 2.0 * bits.reshape(-1)[:count].astype(jnp.float32)
 
 
-def _hadamard_product(x: jax.Array, sign: jax.Array, core: jax.Array, transposed: bool) -> jax.Array:
+def _by_steps(x: jax.Array, core: jax.Array, dtype: Any) -> jax.Array:
+    """x [..., n] (its signs changed) @ kron(core, H) / sqrt(n), each sum of two rounded to `dtype`; float32."""
+    n, k = x.shape[-1], core.shape[0]
+    shape, width = (*x.shape[:-1], k, n // k), 1
+
+    def kept(a: jax.Array) -> jax.Array:
+        return exact.cast(exact.rounded(a.astype(dtype)), jnp.float32)
+
+    x = x.reshape(shape)
+    while width < n // k:
+        first, second = jnp.moveaxis(x.reshape(*shape[:-1], n // k // (2 * width), 2, width), -2, 0)
+        x = jnp.stack([kept(first + second), kept(first - second)], axis=-2).reshape(shape)
+        width *= 2
+    if k > 1:
+        x = kept(jnp.einsum("...am,ac->...cm", x, core, precision="highest"))
+    root = np.sqrt(np.float32(n))
+    return exact.div(x, jnp.full_like(x, root)).reshape(*shape[:-2], n)
+
+
+def _hadamard_product(
+    x: jax.Array, sign: jax.Array, core: jax.Array, transposed: bool, *, single: bool = False
+) -> jax.Array:
     """x [..., n] @ diag(sign) kron(core, H) / sqrt(n), or its transpose; float32."""
     n, k = x.shape[-1], core.shape[0]
     if not transposed:
@@ -139,7 +178,7 @@ def _hadamard_product(x: jax.Array, sign: jax.Array, core: jax.Array, transposed
     high, low = (a.reshape(*a.shape[:-2], n) for a in pair)
     if transposed:
         high, low = high * sign, low * sign
-    return _divided(high, low, n)
+    return _divided(high, low, n, single)
 
 
 def _butterflies(pair: Pair) -> Pair:
@@ -173,10 +212,12 @@ def _add(a: Any, b: Any) -> Pair:
     return exact.two_sum(total, error + (a[1] + b[1]))
 
 
-def _divided(high: jax.Array, low: jax.Array, n: int) -> jax.Array:
+def _divided(high: jax.Array, low: jax.Array, n: int, single: bool) -> jax.Array:
     factor = 1.0 / np.sqrt(np.float64(n))
+    if single:
+        factor = np.float64(np.float32(factor))
     first = np.float32(factor)
-    if float(first) == factor:  # a power of two
+    if n & (n - 1) == 0 and n.bit_length() % 2:  # a power of two
         return (high + low) * first
     product, error = exact.two_product(high, jnp.full_like(high, first))
     rest = error + (high * np.float32(factor - float(first)) + low * first)

@@ -21,7 +21,8 @@ the first pattern of `layer_quant_config` that matches its name, else `layer_typ
 `global_quant_config`.
 
 Source: amd-quark 0.13 (torch/export/nn/modules, torch/utils/pack.py, torch/kernel/hw_emulation), which quantizes and
-exports on a CPU. Quantize: `jq.algorithms.quark`. Not read: quantized biases, online rotations; mx6, mx9, bfp16 and int16,
+exports on a CPU. Quantize: `jq.algorithms.quark`. input_rotation [n, n]: inputs are rotated at run time in blocks of n, by a Hadamard matrix
+(int8) or a trained one (floats). Not read: quantized biases, rotations that layers share, scaled inputs; mx6, mx9, bfp16 and int16,
 which Quark itself does not store; "amdfp4_global", whose block scales it stores as integers that have wrapped around.
 """
 
@@ -32,11 +33,12 @@ from typing import Any
 
 import numpy as np
 
-from jq.activations import Activation
+from jq import rotation
+from jq.activations import FLOAT, Activation
 from jq.algorithms import quark as algorithm
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, group_by_prefix, take
-from jq.formats.quark_config import Layer, Options, parse
+from jq.formats.base import Context, Format, Parts, expect_dtype, group_by_prefix, take
+from jq.formats.quark_config import Layer, Options, Spec, parse
 from jq.formats.quark_floats import (
     FLOAT8,
     SMALL,
@@ -60,7 +62,10 @@ from jq.qtensor import NarrowFloat, QTensor
 
 FLOATS = (np.float16, "bfloat16", np.float32)
 RANGES = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_scale_2", "output_scale_2")
-SUFFIXES = ("weight", "weight_scale", "weight_zero_point", "weight_scale_2", "weight_zero_point_2", *RANGES)
+SUFFIXES = (
+    *("weight", "weight_scale", "weight_zero_point", "weight_scale_2", "weight_zero_point_2", *RANGES),
+    *("input_rotation", "input_prescale"),
+)
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor | None:
@@ -74,8 +79,10 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
     if weight.dtype in [np.dtype(d) for d in FLOATS]:
         return None  # exported as fake-quantized weights
     layer = options.of(prefix)
-    if f"{prefix}.input_rotation" in context.shapes:
-        raise UnsupportedError(f"{prefix}: rotates its inputs at run time (input_rotation), which is not done here")
+    if "input_prescale" in parts:
+        raise UnsupportedError(
+            f"{prefix}.input_prescale: scales its inputs before they are rotated, which is not done here"
+        )
     if layer.why_not or layer.weight is None:
         raise UnsupportedError(
             f"{prefix}: {layer.why_not or 'stores codes, but the config does not quantize its weight'}; weights of one "
@@ -89,6 +96,12 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
         "extras": {s: parts[s] for s in RANGES if s in parts},
         "activation": _activation(layer, parts),
     }
+    made = _load_weight(prefix, parts, spec, options, fields)
+    return _with_rotation(prefix, made, parts["input_rotation"]) if "input_rotation" in parts else made
+
+
+def _load_weight(prefix: str, parts: Parts, spec: Spec, options: Options, fields: dict[str, Any]) -> Any:
+    weight = parts["weight"]
     if spec.dtype in INTEGERS:
         return load_integers(prefix, parts, spec, options.reorder, fields)
     if spec.dtype == "mx":
@@ -105,6 +118,33 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
     raise UnsupportedError(f"{prefix}.weight: Quark dtype {spec.dtype!r} is not read; {known} are")
 
 
+def _with_rotation(prefix: str, tensor: Any, matrix: np.ndarray) -> Any:
+    """The weight with the rotation of its inputs, which the file holds on every layer that has one.
+
+    Hadamard matrices are stored as int8. Over all inputs Quark applies them in steps that are rounded each, else as a
+    float64 product; trained matrices are floats.
+    """
+    name, k = f"{prefix}.input_rotation", tensor.shape[1]
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or 0 in matrix.shape or k % matrix.shape[0]:
+        raise FormatError(f"{name}: found shape {tuple(matrix.shape)}, expected a square that divides {k} inputs")
+    hadamard = matrix.dtype == np.int8
+    if not hadamard:
+        expect_dtype(matrix, (np.float64, *FLOATS), name)
+    made, arrays = rotation.held(matrix, scaled=hadamard)
+    if hadamard and made.kind != "hadamard":
+        raise FormatError(f"{name}: an int8 matrix that is no Hadamard matrix; the file is damaged")
+    made = dataclasses.replace(made, key="~", sums="steps" if matrix.shape[0] == k else "single")
+    arrays = {f"~{part}": array for part, array in arrays.items()}
+    activation = tensor.activation or Activation(FLOAT)
+    activation = dataclasses.replace(
+        activation,
+        parameters=(*activation.parameters, *arrays),
+        options=(*activation.options, ("prepare", "rotate"), ("rotate_input", (made,))),
+    )
+    kept = {} if hadamard else {"input_rotation": matrix}
+    return tensor.replace(extras={**tensor.extras, **arrays, **kept}, activation=activation)
+
+
 def _activation(layer: Layer, parts: Parts) -> Activation | None:
     if layer.inputs is None and layer.outputs is None:
         return None
@@ -114,7 +154,9 @@ def _activation(layer: Layer, parts: Parts) -> Activation | None:
 
 def dump(q: Any) -> Parts:
     """Stored tensors of a module."""
-    extras = {k: np.asarray(v) for k, v in q.extras.items()}
+    extras = {k: np.asarray(v) for k, v in q.extras.items() if not k.startswith("~")}
+    if "~signs" in q.extras:
+        extras["input_rotation"] = rotation.matrix_of(q.activation.get("rotate_input")[0], q.extras)
     if isinstance(q, NarrowFloat):
         return dump_floats(q, stored_scale(q), extras)
     return {**dump_integers(q), **extras}
@@ -227,13 +269,20 @@ class Quark:
 
 def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
     """Modules with a scale, and "mx" containers, which have none: {prefix: {suffix: stored name}}."""
+    shared = next((n for n in names if "shared_input_rotation_" in n), None)
+    if shared is not None:
+        raise UnsupportedError(f"{shared}: a rotation that layers share without saying which ones; it is not done here")
     found = group_by_prefix(names, ("weight_scale",), SUFFIXES)
     for name in names:
         prefix = name.removesuffix(".weight")
         if prefix != name and prefix not in found and np.dtype(context.dtypes[name]) == np.uint8:
             spec = options.of(prefix).weight
             if spec is not None and spec.dtype == "mx":
-                found[prefix] = {s: f"{prefix}.{s}" for s in ("weight", *RANGES) if f"{prefix}.{s}" in context.dtypes}
+                found[prefix] = {
+                    s: f"{prefix}.{s}"
+                    for s in ("weight", *RANGES, "input_rotation", "input_prescale")
+                    if f"{prefix}.{s}" in context.dtypes
+                }
     return found
 
 
