@@ -199,6 +199,12 @@ def pack_planar(codes: Array, planes: tuple[tuple[int, int], ...], bits: int) ->
     return words.reshape(*codes.shape[:-1], codes.shape[-1] // 32 * bits)
 
 
+def as_words(rows: np.ndarray) -> np.ndarray:
+    """Rows of packed bits, stored under any dtype, in the words that `pack` makes of them: uint32, or uint8."""
+    rows = np.ascontiguousarray(rows).view(np.uint8)
+    return rows.view(np.uint32) if rows.shape[-1] % 4 == 0 else rows
+
+
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 16:
         raise ValueError(f"bits must be 1..16, got {bits}")

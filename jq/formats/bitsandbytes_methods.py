@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jq import bits as _bits
 from jq.activations import Activation
 from jq.algorithms import codebook4, int8
 from jq.errors import UnsupportedError
@@ -23,11 +24,8 @@ _COMPUTE = ("float32", "bfloat16", "float16")
 
 def int8_tensor(codes: np.ndarray, scb: np.ndarray, threshold: float, pairs: tuple = (("kind", "int8"),)) -> Affine:
     """LLM.int8 weight of codes int8[N, K] and row maxima [N]."""
-    packed = np.ascontiguousarray(codes).view(np.uint8)
-    if codes.shape[1] % 4 == 0:
-        packed = packed.view(np.uint32)
     return Affine(
-        packed,
+        _bits.as_words(codes),
         scb.reshape(-1, 1),
         code_bits=8,
         signed=True,

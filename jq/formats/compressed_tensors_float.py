@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jq import bits as _bits
 from jq.errors import FormatError
 from jq.formats.base import Parts, expect_dtype, expect_one, take
 from jq.formats.compressed_tensors_config import FLOAT_KINDS, Args, Options
@@ -89,7 +90,7 @@ def load_small_float(prefix: str, parts: Parts, args: Args, options: Options) ->
     if whole is not None:
         expect_dtype(whole, (np.float32,), f"{prefix}.weight_global_scale")
         expect_one(whole, f"{prefix}.weight_global_scale")
-    codes = np.ascontiguousarray(packed).view(np.uint32 if packed.shape[1] % 4 == 0 else np.uint8)
+    codes = _bits.as_words(packed)
     made = NarrowFloat(
         codes,
         held,

@@ -174,7 +174,7 @@ def int8_codes(prefix: str, parts: Parts, args: Args, weight: Any, shape: tuple[
         fits = not weight.size or (weight.min() >= low and weight.max() <= high)
         b = args.num_bits if fits else 8
         if b == 8:
-            codes = np.ascontiguousarray(weight).view(np.uint32 if k % 4 == 0 else np.uint8)
+            codes = _bits.as_words(weight)
         else:
             codes = _pack_rows(weight, b)
             pad = _bits.capacity(codes, b) - k

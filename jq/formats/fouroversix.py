@@ -30,7 +30,17 @@ from jq import bits as _bits
 from jq.activations import Activation
 from jq.algorithms import fouroversix as algorithm
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_once
+from jq.formats.base import (
+    Context,
+    Format,
+    Parts,
+    expect_dtype,
+    expect_one,
+    expect_shape,
+    group_by_prefix,
+    take,
+    warn_unknown,
+)
 from jq.qtensor import Grouping, NarrowFloat, Source
 from jq.qtensor.affine import check_finite
 from jq.qtensor.narrow_float import check_bits
@@ -88,8 +98,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
       UnsupportedError: another dtype than nvfp4 and mxfp4.
     """
     label = f"{context.label}: quantization_config"
-    for key in config.keys() - KNOWN:
-        warn_once(context.label, f"quantization_config.{key} is not known to fouroversix; ignored")
+    warn_unknown(config, KNOWN, context.label)
     overrides = config.get("module_config_overrides") or {}
     if not isinstance(overrides, Mapping) or not all(isinstance(v, Mapping) for v in overrides.values()):
         raise FormatError(f"{label}.module_config_overrides must map modules to settings")
@@ -165,8 +174,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
     expect_dtype(amax, (np.float32,), f"{prefix}.{AMAX}")
     expect_dtype(metadata, (np.int32, np.int64), f"{prefix}.{METADATA}")
     expect_shape(metadata, (6,), f"{prefix}.{METADATA}", "sizes, padded sizes and flags")
-    if amax.size != 1:
-        raise FormatError(f"{prefix}.{AMAX}: found shape {tuple(amax.shape)}, expected one value")
+    expect_one(amax, f"{prefix}.{AMAX}")
     check_finite(amax, f"{prefix}.{AMAX}")
     n, k, rows, columns, _, blocked = (int(v) for v in metadata)
     if not (0 < n <= rows < 1 << 31 and 0 < k <= columns < 1 << 31) or rows % 128 or columns % (4 * block) or k % block:
@@ -179,12 +187,11 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Narro
         expect_shape(stored, (rows, columns // block), f"{prefix}.{SCALES}", f"padded sizes of the metadata, or {flat}")
     whole = np.ascontiguousarray(stored).view(np.uint8)
     grid = whole.reshape(rows, -1) if blocked != 1 else from_blocked(whole.reshape(-1), rows, columns // block)
-    codes = np.ascontiguousarray(values[:n, : k // 2])
     nv = scale_kind == "e4m3"
     if not nv:
         check_bits(grid[:n, : k // block], (255,), f"{prefix}.{SCALES}")
     made = NarrowFloat(
-        codes.view(np.uint32) if k % 8 == 0 else codes,
+        _bits.as_words(values[:n, : k // 2]),
         np.ascontiguousarray(grid[:n, : k // block]),
         amax if nv else None,
         {METADATA: metadata} if nv else {METADATA: metadata, AMAX: amax},

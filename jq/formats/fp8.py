@@ -34,10 +34,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jq import bits as _bits
 from jq.activations import Activation
 from jq.algorithms import narrow
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_unknown
 from jq.qtensor import Grouping, NarrowFloat, Source
 from jq.qtensor.narrow_float import check_bits
 
@@ -92,8 +93,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         ),
         *("desc_act", "sym", "lm_head", "dynamic", "meta", "pack_dtype"),
     }
-    for key in sorted(set(config) - known):
-        warn_once(label, f"key {key!r} is not known and ignored")
+    warn_unknown(config, known, context.label)
     semantics = config.get("weight_scale_semantics")
     _one_of(str(semantics or "inverse"), ("inverse",), f"{label}: weight_scale_semantics")
     scheme = str(config.get("activation_scheme") or "dynamic").lower()
@@ -236,7 +236,7 @@ def _codes(weight: np.ndarray, name: str) -> tuple[str, np.ndarray]:
     if weight.dtype in FLOAT8:
         return FLOAT8[weight.dtype], weight.view(np.uint8)
     expect_dtype(weight, (E4M3, np.int8, np.uint8), name)
-    return "e2m1", np.ascontiguousarray(weight).view(np.uint32 if weight.shape[-1] % 4 == 0 else np.uint8)
+    return "e2m1", _bits.as_words(weight)
 
 
 def _grid(

@@ -31,7 +31,7 @@ from jq import bits as _bits
 from jq.activations import Activation
 from jq.algorithms import fp_quant as algorithm
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Grouping, NarrowFloat, Plain, QTensor, Source
 from jq.qtensor.affine import check_divisor, check_finite
 from jq.qtensor.narrow_float import check_bits
@@ -71,8 +71,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     Raises:
       FormatError: an unknown dtype or method.
     """
-    for key in config.keys() - set(KNOWN):
-        warn_once(context.label, f"quantization_config.{key} is not known to FP-Quant; ignored")
+    warn_unknown(config, KNOWN, context.label)
     dtype, method = config.get("forward_dtype", "nvfp4"), config.get("forward_method", "abs_max")
     if dtype not in BLOCKS or method not in ("abs_max", *(("quest",) if dtype == "mxfp4" else ())):
         raise FormatError(f"{context.label}: forward_dtype {dtype!r} with forward_method {method!r} is not FP-Quant's")
@@ -171,9 +170,8 @@ def _packed(prefix: str, parts: Parts, whole: np.ndarray, block: int) -> tuple[N
         expect_shape(stored, exact, f"{prefix}.scales", f"blocks of {block}, or {padded} with the kernel's padding")
     if block == 32:
         check_bits(stored[:n, : k // block], (255,), f"{prefix}.scales")
-    codes = np.ascontiguousarray(weight)
     base = NarrowFloat(
-        codes.view(np.uint32) if k % 8 == 0 else codes,
+        _bits.as_words(weight),
         np.ascontiguousarray(stored[:n, : k // block]),
         whole,
         kind="e2m1",

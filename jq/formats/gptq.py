@@ -165,8 +165,7 @@ def codes_of(qweight: np.ndarray, o: Options) -> np.ndarray:
     columns = np.ascontiguousarray(qweight.T)
     if o.planes:
         return _bits.pack(_bits.unpack_planar(columns, o.planes, o.bits), o.bits)
-    rows = columns.view(np.uint8)
-    return rows.view(np.uint32) if rows.shape[1] % 4 == 0 else rows
+    return _bits.as_words(columns)
 
 
 def zeros_of(qzeros: np.ndarray, out_features: int, o: Options) -> np.ndarray:

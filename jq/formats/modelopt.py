@@ -120,7 +120,7 @@ def _nvfp4(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> N
     expect_dtype(whole, (np.float32,), f"{prefix}.weight_scale_2")
     expect_one(whole, f"{prefix}.weight_scale_2")
     return NarrowFloat(
-        np.ascontiguousarray(weight).view(np.uint32 if weight.shape[1] % 4 == 0 else np.uint8),
+        _bits.as_words(weight),
         scale.view(np.uint8),
         whole,
         kind="e2m1",
@@ -136,7 +136,7 @@ def _mxfp4(prefix: str, weight: np.ndarray, scale: np.ndarray, options: Options)
     n, k = weight.shape[0], 2 * weight.shape[1]
     expect_shape(scale, (n, -(-k // 32)), f"{prefix}.weight_scale", "one exponent for 32 inputs")
     return NarrowFloat(
-        np.ascontiguousarray(weight).view(np.uint32 if weight.shape[1] % 4 == 0 else np.uint8),
+        _bits.as_words(weight),
         scale,
         kind="e2m1",
         scale_kind="e8m0",
@@ -180,14 +180,14 @@ def _fp8(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Nar
 
 
 def _int8(prefix: str, parts: Parts, weight: np.ndarray, options: Options) -> Affine:
-    n, k = weight.shape
+    n = weight.shape[0]
     scale = take(parts, "weight_scale", prefix)
     expect_dtype(scale, (np.float32, ml_dtypes.bfloat16, np.float16), f"{prefix}.weight_scale")
     if scale.size not in (1, n) or scale.shape not in ((), (1,), (n,), (n, 1)):
         raise FormatError(f"{prefix}.weight_scale: found shape {scale.shape}, expected ({n},): one for each output")
     each = scale.size == n and n > 1
     return Affine(
-        np.ascontiguousarray(weight).view(np.uint32 if k % 4 == 0 else np.uint8),
+        _bits.as_words(weight),
         scale.reshape(-1, 1),
         code_bits=8,
         signed=True,

@@ -25,7 +25,7 @@ import numpy as np
 from jq import bits as _bits
 from jq.algorithms import narrow
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_once
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Grouping, NarrowFloat, Source
 from jq.qtensor.narrow_float import check_bits
 
@@ -39,8 +39,7 @@ class Options:
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
-    for key in sorted(set(config) - {"quant_method", "modules_to_not_convert", "dequantize"}):
-        warn_once(f"{context.label}: quantization_config", f"key {key!r} is not known and ignored")
+    warn_unknown(config, ("quant_method", "modules_to_not_convert", "dequantize"), context.label)
     return Options()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Parts, warn_once
+from jq.formats.base import Context, Parts, warn_once, warn_unknown
 
 KNOWN = ("quant_method", "config_for_layers", "shared_layer_config", "enable_proxy_error", "modules_to_not_convert")
 LAYER_KEYS = (
@@ -85,8 +85,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
       FormatError: a setting that is missing or of the wrong kind.
       UnsupportedError: vectors along inputs, outliers with a residual.
     """
-    for key in config.keys() - set(KNOWN):
-        warn_once(context.label, f"quantization_config.{key} is not known to VPTQ; ignored")
+    warn_unknown(config, KNOWN, context.label)
     tables = []
     for key in ("config_for_layers", "shared_layer_config"):
         table = config.get(key) or {}
