@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 
+from jq.algorithms.codebook4 import NF4
 from jq.load import build
 from jq.models import decoder, functional, llama, steps
 from jq.models.generate import plan
@@ -59,24 +60,6 @@ CONFIG = {
     "dtype": "bfloat16",
 }
 ROOFLINE_GBS = {"h100": 3110.0}  # plain CUDA read of 4 GiB
-NF4 = (
-    -1.0,
-    -0.6962,
-    -0.5251,
-    -0.3949,
-    -0.2844,
-    -0.1848,
-    -0.0911,
-    0.0,
-    0.0796,
-    0.1609,
-    0.2461,
-    0.3379,
-    0.4407,
-    0.5626,
-    0.723,
-    1.0,
-)
 
 
 @functools.partial(jax.jit, static_argnums=1)
