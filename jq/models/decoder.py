@@ -85,10 +85,20 @@ class Attention(nnx.Module):
         cache: tuple[kv_cache.Buffer, kv_cache.Buffer] | None = None,
         slot: Any = None,
     ) -> tuple[jax.Array, jax.Array, Any]:
-        """Attention of norm(x + delta): x [B, T, hidden] -> (its output [B, T, hidden], x + delta, new cache).
+        """Attention of norm(x + delta).
 
-        Without a slot the T tokens are a whole sequence (written to slots 0..T-1 of a cache, where there is one). With
-        a slot they follow what the cache holds before it.
+        Args:
+          norm: of the input; None: none.
+          x: [B, T, hidden], the residual.
+          delta: what the layer before adds to it, None for nothing.
+          tables: cos and sin of each rope of the spec.
+          starts: int32[B], first slot of each row that is no padding; None: all.
+          cache: keys and values of the slots before, or None.
+          slot: None: the T tokens are a whole sequence, written to slots 0..T-1 of a cache, where there is one. Else the
+            slot of the first of them; they follow what the cache holds before it.
+
+        Returns:
+          (output [B, T, hidden], x + delta, new cache).
         """
         spec, length = self.spec, x.shape[1]
         step = slot is not None and length == 1
