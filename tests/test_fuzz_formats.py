@@ -147,3 +147,13 @@ def test_scales_that_are_not_numbers_are_named(name: str, tmp_path: Path) -> Non
         tried += 1
     if not tried:
         pytest.skip("holds no scales of 16 bits or more")
+
+
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "linear_weights_not_to_quantize", "ignored_layers"])
+@pytest.mark.parametrize("value", [3, "lm_head", {"lm_head": 1}, ["lm_head", 3]])
+def test_lists_of_names_hold_names(key: str, value: Any, tmp_path: Path) -> None:
+    tensors, config, sides, metadata = _gemma()
+    config["quantization_config"][key] = value
+    mutations.write(tmp_path, tensors, config, sides, metadata)
+    with pytest.raises(JqError, match=f"{tmp_path.name}.*{key} is .*expected a list of names"):
+        jq.load_state(tmp_path)

@@ -90,6 +90,7 @@ def detect(checkpoint: Any) -> tuple[Format, dict] | None:
                 method = found.get("quant_method") or found.get("method")
                 if method is None:
                     method = _method_without_name(key, found)
+                _check_names(found, f"{checkpoint.label}: {key}")
                 return by_method(str(method), f"{checkpoint.label}: {key}"), dict(found)
     for fmt in table().values():
         if fmt.detect is not None:
@@ -97,6 +98,24 @@ def detect(checkpoint: Any) -> tuple[Format, dict] | None:
             if found is not None:
                 return fmt, found
     return None
+
+
+# Keys of any method that list modules or parameters by name.
+_NAMES = (
+    "modules_to_not_convert",
+    "modules_to_convert",
+    "ignored_layers",
+    "skip_modules",
+    "linear_weights_not_to_quantize",
+)
+
+
+def _check_names(config: Mapping[str, Any], label: str) -> None:
+    """Raises `FormatError` where a list of names is something else."""
+    for key in _NAMES:
+        found = config.get(key)
+        if found and not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+            raise FormatError(f"{label}.{key} is {found!r:.60}, expected a list of names")
 
 
 def _method_without_name(key: str, config: Mapping[str, Any]) -> str:

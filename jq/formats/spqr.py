@@ -36,7 +36,9 @@ KNOWN = ("quant_method", "bits", "beta1", "beta2", "shapes", "modules_to_not_con
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """SpQR's settings have one value each."""
+    """SpQR's settings have one value each, but for the lengths of stored tensors ("<module>.<tensor>.shape")."""
+
+    shapes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -51,7 +53,12 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
             raise UnsupportedError(
                 f"{context.label}: quantization_config.{key} is {config[key]!r}; SpQR has only {only}"
             )
-    return Options()
+    shapes = config.get("shapes") or {}
+    if not isinstance(shapes, Mapping):
+        raise FormatError(
+            f"{context.label}: quantization_config.shapes must map tensors to lengths, found {shapes!r:.60}"
+        )
+    return Options(shapes)
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> WithOutliers:
@@ -70,6 +77,12 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> WithO
     for name, array in (("dense_weights", words), ("row_offsets", offsets), ("col_vals", entries)):
         if array.ndim != 1:
             raise FormatError(f"{prefix}.{name}: found shape {tuple(array.shape)}, expected one axis")
+    for name, array in parts.items():
+        said = options.shapes.get(f"{prefix}.{name}.shape")
+        if said is not None and said not in (array.size, [array.size]):
+            raise FormatError(
+                f"{prefix}.{name}: found {array.size} values, expected {said!r:.40} (quantization_config.shapes)"
+            )
     perm = _perm(prefix, parts)
     n, k, rows = _sizes(prefix, words, offsets, entries, perm, context)
     tiles = np.ascontiguousarray(words).view(np.uint64).reshape(n // TILE, -(-k // TILE), TILE)

@@ -123,6 +123,19 @@ def test_damage_is_named(change: Any, message: str) -> None:
         spqr.load("m.q_proj", parts, spqr.Options(), Context(config={"hidden_size": 32}))
 
 
+def test_lengths_of_the_config_are_those_of_the_tensors() -> None:
+    parts, want = checkpoint(0, 16, 32, interleaved=False, perm=True, outliers=5)
+    context = Context(config={"hidden_size": 32}, label="test")
+    shapes = {f"m.q_proj.{name}.shape": len(array) for name, array in parts.items()}
+    q = spqr.load("m.q_proj", parts, spqr.parse({"shapes": shapes}, context), context)
+    np.testing.assert_array_equal(np.asarray(q.dequantize()), want)
+    options = spqr.parse({"shapes": shapes | {"m.q_proj.col_vals.shape": 6}}, context)
+    with pytest.raises(FormatError, match=r"m\.q_proj\.col_vals: found 5 values, expected 6"):
+        spqr.load("m.q_proj", parts, options, context)
+    with pytest.raises(FormatError, match="shapes must map tensors to lengths"):
+        spqr.parse({"shapes": [1]}, context)
+
+
 def test_other_sizes() -> None:
     with pytest.raises(UnsupportedError, match="beta1 is 8; SpQR has only 16"):
         spqr.parse({"beta1": 8}, Context())
