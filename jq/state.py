@@ -89,6 +89,20 @@ class State(Mapping[str, Any]):
         config = self.config if config is None else config
         return State(tensors, config, path=self.path, side_files=self.side_files, shared=self.shared)
 
+    def with_tensors(self, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> State:
+        """The same checkpoint, its shards, metadata and order included, with these tensors (and config)."""
+        return State(
+            tensors,
+            self.config if config is None else config,
+            path=self.path,
+            files=self.files,
+            metadata=self.metadata,
+            side_files=self.side_files,
+            container=self.container,
+            order=self.order,
+            shared=self.shared,
+        )
+
     def stored(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor as it is written: (name, numpy array), QTensors through their format's dump."""
         for name in self:

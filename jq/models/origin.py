@@ -41,17 +41,7 @@ class Origin:
     ) -> None:
         self.config = dict(state.config)
         self.names = list(state)
-        self.shell = State(
-            {},
-            state.config,
-            path=state.path,
-            files=state.files,
-            metadata=state.metadata,
-            side_files=state.side_files,
-            container=state.container,
-            order=state.order,
-            shared=state.shared,
-        )
+        self.shell = state.with_tensors({})
         self.stored, self.kept, self.extra = dict(stored), dict(kept), dict(extra)
 
     def __eq__(self, other: object) -> bool:
@@ -92,18 +82,7 @@ class Origin:
             if name not in found and name not in joined:
                 found[name] = self._restored(name, variable.get_value())
         order = [n for n in self.names if n in found] + [n for n in found if n not in self.names]
-        shell = self.shell
-        return State(
-            {n: found[n] for n in order},
-            self.config,
-            path=shell.path,
-            files=shell.files,
-            metadata=shell.metadata,
-            side_files=shell.side_files,
-            container=shell.container,
-            order=shell.order,
-            shared=shell.shared,
-        )
+        return self.shell.with_tensors({n: found[n] for n in order}, self.config)
 
     def _restored(self, name: str, array: Any) -> Any:
         """A dense tensor in its stored dtype: the stored array where the value is still the loaded one."""
