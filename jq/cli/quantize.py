@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from jq.cli.console import JsonOption, emit, progress, say
+from jq.cli.console import JsonOption, emit, progress
+from jq.errors import JqError
 
 
 def run(
@@ -56,10 +57,15 @@ def run(
     from jq.inspect import inspect as summary_of
 
     start = time.perf_counter()
-    with progress("quantize") as advance:
-        made = jq.quantize(jq.load_state(source, lazy=True), scheme, skip=skip or None, advance=advance)
-    say(f"writing {target}")
-    jq.save(made, target)
+    try:
+        with progress("quantize") as advance:
+            made = jq.quantize(jq.load_state(source, lazy=True), scheme, skip=skip or None, advance=advance)
+    except JqError:
+        raise
+    except ValueError as error:  # weights that the method cannot take, nothing left to quantize
+        raise JqError(str(error)) from error
+    with progress(f"write {target}"):
+        jq.save(made, target)
     summary = summary_of(target)
     seconds = time.perf_counter() - start
     text = f"{summary.headline()}\nquantized and written in {seconds:.1f} s; look at it: jaxq inspect {target}"

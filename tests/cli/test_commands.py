@@ -51,6 +51,27 @@ def test_quantize_settings_and_skip(jaxq, tiny, tmp_path):
     assert "block 128" in ran.out and "double quant" in ran.out
 
 
+def test_quantize_says_why_not_and_nothing_else(jaxq, tiny, tmp_path):
+    state = jq.load_state(tiny)
+    weight = np.array(state["model.layers.0.mlp.up_proj.weight"])
+    weight[3, 5] = np.nan
+    jq.save(state.replace({**state, "model.layers.0.mlp.up_proj.weight": weight}), tmp_path / "nan")
+    for source, words, said in (
+        (tiny, ("--skip", "*"), "no linear layer to quantize"),
+        (tmp_path / "nan", (), "model.layers.0.mlp.up_proj"),
+        (tmp_path / "nan", ("--method", "rtn", "--group-size", "32"), "model.layers.0.mlp.up_proj"),
+    ):
+        ran = jaxq("quantize", source, tmp_path / "out", *words)
+        assert (ran.code, ran.out) == (1, "")
+        assert said in ran.err and "unexpected" not in ran.err and ran.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantize_is_quiet_where_nobody_watches(jaxq, tiny, tmp_path):
+    ran = jaxq("quantize", tiny, tmp_path / "out")
+    assert (ran.code, ran.err) == (0, "")
+
+
 def test_quantize_lists_methods(jaxq):
     ran = jaxq("quantize", "--list")
     assert ran.code == 0

@@ -146,3 +146,12 @@ def test_texts_that_are_none(jaxq, tiny, tmp_path, raw, said):
     ran = jaxq("eval", tiny, "--text", tmp_path / "text")
     assert ran.code == 1
     assert said in ran.err and "unexpected" not in ran.err and ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [("inspect", "MODEL", "--json"), ("formats",)])
+def test_a_reader_that_goes_away_is_no_error(tiny, words):
+    command = [sys.executable, "-m", "jq", *(str(tiny) if w == "MODEL" else w for w in words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(), said) == (0, b"")
