@@ -285,9 +285,11 @@ class JqLinear(Packed, nn.Linear):
         """[(name, array)] as the file had them, under the layer's path in the model."""
         origin = self.origin
         if not self.is_packed:
-            return [(origin.moved(suffix, path), array) for suffix, array in self._stored_parts().items()]
+            own = [(origin.moved(suffix, path), array) for suffix, array in self._stored_parts().items()]
+            return own + origin.beside(path)
         parts = origin.format.dump(self.qtensor())
-        return [(origin.format.join(path, suffix), np.asarray(array)) for suffix, array in parts.items()]
+        own = [(origin.format.join(path, suffix), np.asarray(array)) for suffix, array in parts.items()]
+        return own + origin.beside(path)
 
     def keep_dense(self) -> None:
         """Keeps the dequantized weight from the first use on (`enable(packed=False)`)."""

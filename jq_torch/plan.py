@@ -45,6 +45,7 @@ class Origin:
       names: {suffix: stored name}.
       stored: {suffix: parameter name in the module while it holds the stored tensors}.
       options, context: what `format.load` takes; None after pickling, when only `dump` is needed.
+      shared: {suffix: array} of tensors of several modules, which are read once and stay in numpy.
     """
 
     format: Format
@@ -53,13 +54,14 @@ class Origin:
     stored: Mapping[str, str]
     options: Any = None
     context: Context | None = None
+    shared: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def load(self, parts: Mapping[str, np.ndarray]) -> Any:
         """The QTensor of the module, None where the format says that it is not quantized after all."""
         if self.context is None:
             raise RuntimeError(f"{self.prefix}: unpickled while it held stored tensors; load the model again")
         try:
-            return self.format.load(self.prefix, dict(parts), self.options, self.context)
+            return self.format.load(self.prefix, {**parts, **self.shared}, self.options, self.context)
         except JqError as e:
             raise type(e)(f"{self.context.label}: {e}") from e
 
@@ -67,15 +69,22 @@ class Origin:
         """A stored name, with the prefix that the module has in the model in place of the file's."""
         return prefix + self.names[suffix][len(state.module_of(self.prefix)) :]
 
+    def beside(self, prefix: str) -> list[tuple[str, np.ndarray]]:
+        """(stored name, array) of the shared tensors that lie on this module in the file."""
+        own = {s: a for s, a in self.shared.items() if self.names[s].startswith(f"{self.prefix}.")}
+        return [(self.moved(suffix, prefix), array) for suffix, array in own.items()]
+
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
 
     def __reduce__(self) -> Any:
-        return _unpickle, (self.format.name, self.prefix, dict(self.names), dict(self.stored))
+        return _unpickle, (self.format.name, self.prefix, dict(self.names), dict(self.stored), dict(self.shared))
 
 
-def _unpickle(name: str, prefix: str, names: dict[str, str], stored: dict[str, str]) -> Origin:
-    return Origin(table()[name], prefix, names, stored)
+def _unpickle(
+    name: str, prefix: str, names: dict[str, str], stored: dict[str, str], shared: dict[str, np.ndarray]
+) -> Origin:
+    return Origin(table()[name], prefix, names, stored, shared=shared)
 
 
 class JqRenaming(WeightRenaming):
@@ -128,6 +137,7 @@ class Plan:
       experts: {path of fused experts: {(parameter, part): {expert: Origin}}}; expert None for tensors stored stacked.
       table: {stored name: parameter path} for the loader.
       carried: {module path: {name: stored name}} of tensors that are only kept.
+      shared: {stored name: array} of tensors that linear layers share; no parameter takes them.
       biases: {module path: stored name} of biases for layers that the model builds without one.
       metadata: safetensors metadata of the file.
     """
@@ -146,6 +156,7 @@ class Plan:
         self.table: dict[str, str] = {}
         self.carried: dict[str, dict[str, str]] = {}
         self.biases: dict[str, str] = {}
+        self.shared: dict[str, np.ndarray] = {}
         self._meta = model.state_dict()
         self._paths = dict(model.named_modules())
         transforms = get_model_conversion_mapping(model)
@@ -161,6 +172,12 @@ class Plan:
         grouped = {name for stored in groups.values() for name in stored.values()}
         self.loose = [name for name in names if name not in grouped]  # everything that is an ordinary tensor
         state.check_dense(ckpt, self.loose)
+        transforms = getattr(self.options, "transforms", None)
+        inside = [name for name in self.loose if transforms is not None and name in transforms.tensors]
+        if inside:
+            raise UnsupportedError(
+                f"{self.label}: {inside[0]}: rotates queries or keys, which is not done behind transformers; jq.load does it"
+            )
         for prefix, stored in groups.items():
             self._place(prefix, stored)
         self._place_loose()
@@ -202,9 +219,15 @@ class Plan:
                 f"{self.label}: {next(iter(stored.values()))}: the model ({type(self.model).__name__}) has no module "
                 f"{path!r} to take it; config.json and the weights disagree"
             )
-        self.modules[path] = origin
-        for suffix, name in stored.items():
-            self.table[name] = f"{path}.{origin.stored[suffix]}"
+        shared = {suffix: name for suffix, name in stored.items() if suffix.startswith(BORROWED)}
+        for name in shared.values():
+            if name not in self.shared:
+                self.shared[name] = np.asarray(self.ckpt.read(name))
+        own = {suffix: parameter for suffix, parameter in origin.stored.items() if suffix not in shared}
+        arrays = {suffix: self.shared[name] for suffix, name in shared.items()}
+        self.modules[path] = origin = dataclasses.replace(origin, stored=own, shared=arrays)
+        for suffix, parameter in own.items():
+            self.table[stored[suffix]] = f"{path}.{parameter}"
 
     def _is_experts(self, path: str) -> bool:
         module = self._paths.get(path)
@@ -245,7 +268,10 @@ class Plan:
         owned = tuple("." + s for s in self.format.suffixes if s not in ("weight", "bias", ""))
         for name in self.loose:
             target, pattern = self.resolve(name)
-            if target in self._meta or pattern is not None or self._ignored(name):
+            if self._ignored(name):
+                continue
+            self._check_float(name, target)
+            if target in self._meta or pattern is not None:
                 continue
             path, _, last = target.rpartition(".")
             if path not in self._paths and f"{self.model.base_model_prefix}.{path}" in self._paths:
@@ -263,6 +289,17 @@ class Plan:
                     f"{self.label}: {name}: belongs to a {self.format.name} module, but no module of the model takes "
                     f"it, or the tensors that go with it ({', '.join(self.format.markers)}) are missing"
                 )
+            elif path in self.modules:
+                raise UnsupportedError(
+                    f"{self.label}: {name}: lies beside a packed layer, and {self.format.name} has no such tensor; the "
+                    "layer's numbers would be others without it"
+                )
+
+    def _check_float(self, name: str, target: str) -> None:
+        """Codes in place of a float tensor: the loader would take them for its numbers."""
+        meta, stored = self._meta.get(target), self.entry(name)[1]
+        if stored.kind in "iu" and (meta.is_floating_point() if meta is not None else target.endswith(".bias")):
+            raise CheckpointError(f"{self.label}: {name}: found dtype {stored}, expected a float tensor")
 
     def _scales_of_activation(self, path: str, last: str) -> bool:
         """AWQ's `act.scales`: the input of the layer after an activation function is divided by them."""

@@ -8,6 +8,7 @@ the same format for the stored tensors again.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,6 +125,9 @@ class JqQuantizer(HfQuantizer):
         if torchao.head_is_embedding(ckpt.config, plan.metadata, ckpt.entries):
             model.all_tied_weights_keys["lm_head.weight"] = "model.embed_tokens.weight"
         self._replace_linears(model, plan)
+        if plan.shared:  # which layers have taken already
+            known = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = known | {f"^{re.escape(name)}$" for name in plan.shared}
         if plan.experts:
             from jq_torch import experts
 
