@@ -19,7 +19,6 @@ from pallas_kernels.skeletons import gemm, stream
 
 TABLES = Path(__file__).parent / "tuned"
 KERNELS: dict[str, Any] = {"stream": stream, "gemm": gemm}
-M_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 # Architectures (compute capability) with kernels, and multiprocessors to assume where no device can be asked.
 ARCHITECTURES = {"9.0": 132}
