@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jq.errors import UnsupportedError
-from jq.formats import awq
+from jq.formats import awq, gguf
 from jq.formats.integer_targets import target_of
 from jq.formats.integers import Summary, integers_of
 from jq.qtensor import QTensor, Source
@@ -28,7 +28,8 @@ def convert(
 
     GPTQ (v1, v2, planar), AWQ (gemm, gemv), compressed-tensors (pack-quantized), HQQ, torchao (intx), quanto (8 bits, or integer
     shifts) and EETQ (symmetric bytes by channel) convert into each other wherever the target can store bits, groups, zero points
-    and order of the source. Each weight is compared before anything is written.
+    and order of the source. A GGUF's Q4_0, Q5_0 and Q8_0 become HQQ, torchao or compressed-tensors in float32. Each weight is
+    compared before anything is written.
 
     Args:
       src: directory, file, hub id, or a State.
@@ -45,6 +46,8 @@ def convert(
     """
     state = src if isinstance(src, State) else load_state(src, lazy=True)
     label = str(state.path or "state")
+    if state.container == "gguf":
+        state = _model_of_gguf(state)
     keys = [key for key in state if isinstance(state[key], QTensor)]
     if not keys:
         raise UnsupportedError(f"{label}: holds no quantized weights; jq.quantize makes them")
@@ -82,6 +85,19 @@ def convert(
     if dst is not None:
         save(made, dst)
     return made
+
+
+def _model_of_gguf(state: State) -> State:
+    """The model of a GGUF under Hugging Face's names, with the tables of tokens as arrays: other formats' readers want them so."""
+    model = gguf.model_state(state)
+    tables = ("embed_tokens.weight", "lm_head.weight")
+    tensors = {
+        key: np.asarray(value.dequantize())
+        if isinstance(value := model[key], QTensor) and key.endswith(tables)
+        else value
+        for key in model
+    }
+    return State(tensors, {**model.config, "torch_dtype": "float32"}, path=state.path, side_files=model.side_files)
 
 
 def _summary(q: Any, name: str) -> Summary:

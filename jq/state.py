@@ -318,9 +318,9 @@ def _state_of_model(model: Any) -> State:
 
 def _check_writable(state: State) -> None:
     if state.container == "gguf":
-        raise UnsupportedError(
-            f"{state.path}: GGUF is read, not written. jq.convert(src, dst, to=...) writes a Hugging Face checkpoint of it"
-        )
+        from jq.formats.gguf import INSTEAD
+
+        raise UnsupportedError(f"{state.path}: GGUF is read, not written; {INSTEAD}")
 
 
 def write_state(state: State, folder: Path) -> None:

@@ -37,6 +37,12 @@ class Options:
     """A GGUF has no options: each tensor names its own type."""
 
 
+INSTEAD = (
+    "jq.convert(src, dst, to='hqq') writes a Hugging Face checkpoint of Q4_0, Q5_0 and Q8_0 weights, "
+    "jq.quantize(jq.load_state(src), method) one of any others, rounded anew"
+)
+
+
 def _parse(config: Mapping[str, Any], ctx: Context) -> Options:
     return Options()
 
@@ -51,7 +57,7 @@ def _load(prefix: str, parts: Parts, options: Options, ctx: Context) -> QTensor:
 
 
 def _dump(q: QTensor) -> Parts:
-    raise UnsupportedError("GGUF is read, not written; jq.convert(src, dst, to=...) writes a Hugging Face checkpoint")
+    raise UnsupportedError(f"GGUF is read, not written; {INSTEAD}")
 
 
 def _detect(checkpoint: Any) -> dict | None:

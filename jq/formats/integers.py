@@ -91,6 +91,8 @@ def integers_of(q: QTensor, name: str) -> Integers:
     q = q.to_numpy()
     if q.formula == "cast_sub_mul" and not isinstance(q.scales, QTensor):  # its casts, done once: HQQ, Gemma
         q = q.replace(scales=q.scales.astype(q.dtype), formula="sub_mul")
+    if q.formula == "f32" and q.dtype == "float32" and not isinstance(q.scales, QTensor):  # GGUF
+        q = q.replace(scales=q.scales.astype(np.float32))
     zeros = q.group_zeros()
     if zeros is not None and zeros.dtype.kind not in "iu":
         zeros = zeros.astype(q.dtype)

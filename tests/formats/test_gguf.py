@@ -132,6 +132,32 @@ def test_a_model_runs_as_its_dense_weights_do(tmp_path: Path, arch: str, kind: s
         jq.save(model, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("Q8_0", ("hqq", "torchao", "compressed-tensors")),
+        ("Q5_0", ("hqq", "torchao")),
+        ("Q4_0", ("hqq", "compressed-tensors")),
+    ],
+)
+def test_blocks_with_a_scale_become_integers(tmp_path: Path, kind: str, targets: tuple[str, ...]) -> None:
+    dense = write_model(tmp_path / "model.gguf", kind, tied=False)
+    for to in targets:
+        jq.convert(tmp_path / "model.gguf", tmp_path / to, to)
+        state = jq.load_state(tmp_path / to)
+        assert len(jq.quantized(state)) == 14 and state.keys() == dense.keys()
+        for name, w in dense.items():
+            got = np.asarray(state[name].dequantize()) if name.endswith("proj.weight") else np.asarray(state[name])
+            np.testing.assert_array_equal(got.astype(np.float32), w.astype(np.float32), err_msg=name)
+        assert jq.load(tmp_path / to).tokenizer("abc")["input_ids"] == [9]
+
+
+def test_blocks_with_a_minimum_do_not(tmp_path: Path) -> None:
+    write_model(tmp_path / "model.gguf", "Q5_1")
+    with pytest.raises(UnsupportedError, match="q_proj: zero points are floats"):
+        jq.convert(tmp_path / "model.gguf", None, "hqq")
+
+
 def test_a_state_has_the_names_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     write_model(file)
