@@ -1,6 +1,6 @@
 """Layers as the original libraries stored and computed them (tests/recorded/layers): read, written, dequantized, run.
 
-A file holds the tensors of a module `m`, the library's `dequantized` weight and, where inputs are quantized, an `input`
+A file holds the tensors of a module `m` (or what its metadata calls it), the library's `dequantized` weight and, where inputs are quantized, an `input`
 with the library's `output`; in its metadata the format, the quantization_config, config.json, and how it was made. A new
 file is a new case without code.
 """
@@ -26,7 +26,8 @@ def test_reads_what_the_library_stores(file: Path, cell) -> None:
     arrays = {name: array(entry) for name, entry in tensors.items()}
     fmt = jq.formats()[meta["format"]]
     cell(fmt.name, "read", "write", "identical dequantize")
-    stored = {name: a for name, a in arrays.items() if name.startswith("m.")}
+    module = meta.get("module", "m")
+    stored = {name: a for name, a in arrays.items() if name.startswith(f"{module}.")}
     context = Context(
         config=json.loads(meta.get("model", "{}")),
         shapes={name: a.shape for name, a in stored.items()},
@@ -37,14 +38,14 @@ def test_reads_what_the_library_stores(file: Path, cell) -> None:
     options = fmt.parse(json.loads(meta["config"]), context)
     names = list(stored)
     groups = fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
-    assert set(groups) == {"m"}, groups
-    q = fmt.load("m", {suffix: stored[name] for suffix, name in groups["m"].items()}, options, context)
+    assert set(groups) == {module}, groups
+    q = fmt.load(module, {suffix: stored[name] for suffix, name in groups[module].items()}, options, context)
     assert q is not None
     back = fmt.dump(q.to_jax())
-    own = {name for suffix, name in groups["m"].items() if not suffix.startswith("~")}  # others stay entries of their own
-    assert {fmt.join("m", suffix) for suffix in back} == own
+    names = {s: name for s, name in groups[module].items() if not s.startswith("~")}  # others stay entries of their own
+    assert {fmt.join(module, suffix) for suffix in back} == set(names.values())
     for suffix, got in back.items():
-        want = stored[groups["m"][suffix]]
+        want = stored[names[suffix]]
         assert (got.dtype, got.shape, got.tobytes()) == (want.dtype, want.shape, want.tobytes()), suffix
     dense = np.asarray(q.dequantize(arrays["dequantized"].dtype))
     assert np.array_equal(bits(dense), bits(arrays["dequantized"]))

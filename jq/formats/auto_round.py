@@ -107,6 +107,8 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
     """One module's tensors, through the format whose storage they have."""
     if options.floats is not None:
         return load_floats(prefix, parts, options.floats, context)
+    if prefix.rpartition(".")[2] in gptq.EMBEDDINGS:
+        raise UnsupportedError(f"{prefix}: a quantized embedding; AutoRound's packings have linear layers alone")
     o = options.of(prefix)
     if o.storage == "awq":
         return awq.load(prefix, parts, awq.Options(o.bits, o.group_size, "gemm", o.sym), context)

@@ -7,6 +7,8 @@ Stored tensors of a linear layer [N, K] with b-bit codes and groups of G inputs 
     scales   [ceil(K/G), N]       float16, bfloat16 or float32
     g_idx    int32[K]             group of each input; may be missing (then k // G)
 
+A quantized embedding (GPT-QModel) is stored as a layer from the vocabulary to the embedding: its table is the transpose.
+
 Format "marlin" is `jq.formats.marlin`. Format "gptq_p" is planar: per 32 codes b words, low bits of all codes first
 (`gptq_config.PLANES`). The weight is `scales[g, n] * (code - zero)` with one rounding in the dtype of scales (GPT-QModel
 nn_modules/qlinear/torch.py).
@@ -29,7 +31,7 @@ from jq.errors import FormatError, UnsupportedError
 from jq.formats import marlin
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take
 from jq.formats.gptq_config import Options, config_of, detect, parse, with_block_list
-from jq.qtensor import Affine, Grouping, Source
+from jq.qtensor import Affine, Grouping, Source, Transposed
 from jq.qtensor.affine import check_finite, check_indices, pack_zeros
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -38,18 +40,19 @@ FLOATS = (np.float16, "bfloat16", np.float32)
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 
 
-def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affine:
-    """One module's tensors as an `Affine`.
+def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affine | Transposed:
+    """One module's tensors as an `Affine`; of an embedding, whose codes run along the vocabulary, transposed.
 
     Raises:
       FormatError: missing tensors; shapes, dtypes or g_idx that disagree with the config or with each other.
-      UnsupportedError: a quantized embedding.
     """
-    if prefix.rpartition(".")[2] in EMBEDDINGS:
-        raise UnsupportedError(
-            f"{prefix}: GPT-QModel's quantized embeddings (codes along the vocabulary) are not read; quantize again with the "
-            "embedding left in float"
-        )
+    made = _load(prefix, parts, options, context)
+    if prefix.rpartition(".")[2] not in EMBEDDINGS:
+        return made
+    return Transposed(made, dtype=made.dtype, source=made.source)
+
+
+def _load(prefix: str, parts: Parts, options: Options, context: Context) -> Affine:
     o = options.of(prefix)
     if o.marlin:
         return marlin.load(prefix, parts, o.group_size, MARLIN, Source("gptq", (("marlin", True),)))
@@ -188,8 +191,10 @@ def _ones(dtype: np.dtype, bits: int) -> np.ndarray:
     return np.array(sum(1 << i for i in range(0, 8 * dtype.itemsize, bits)), dtype)
 
 
-def dump(q: Affine) -> Parts:
+def dump(q: Affine | Transposed) -> Parts:
     """The stored tensors of a GPTQ module, from the arrays of `q`."""
+    if isinstance(q, Transposed):
+        return dump(q.base)
     q = q.to_numpy()
     assert q.source is not None
     src = dict(q.source.options)

@@ -15,4 +15,5 @@ from jq.qtensor.rotated import Rotated as Rotated
 from jq.qtensor.scaled import Scaled as Scaled
 from jq.qtensor.scaled import Tiles as Tiles
 from jq.qtensor.sparse import Sparse as Sparse
+from jq.qtensor.transposed import Transposed as Transposed
 from jq.qtensor.vector_codebook import VectorCodebook as VectorCodebook
