@@ -11,15 +11,17 @@ import dataclasses
 import math
 import os
 import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jq.checkpoint import Checkpoint, open_checkpoint
-from jq.errors import JqError
 from jq.formats import detect
 from jq.formats.base import group_by_prefix
 from jq.qtensor import QTensor
 
+NUMBER = r"(?<![^.])\d+(?![^.])"  # a whole word between points
 READ_ALL_BYTES = 256 * 2**20  # quantized modules up to this sum are all read: seconds
 
 
@@ -28,7 +30,8 @@ class Row:
     """Tensors of one name pattern that are alike.
 
     Fields:
-      name: module path with `*` for numbers, e.g. "model.layers.*.mlp.up_proj".
+      name: module path with `*` for numbers, e.g. "model.layers.*.mlp.up_proj"; where rows of one name differ, the
+        layers of each: "model.layers.{0,2-5}.mlp.up_proj".
       count: how many there are.
       shape: of each: [out_features, in_features] of a quantized weight, else the stored shape.
       kind: e.g. "int4 asym, group 64", or the stored dtype of a dense tensor.
@@ -211,21 +214,22 @@ def _file_of(ckpt: Checkpoint, name: str) -> Path:
 
 def _pattern(name: str) -> str:
     """The name with each number that is a whole word replaced by `*`."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    return re.sub(NUMBER, "*", name)
 
 
 def _quantized_rows(ckpt: Checkpoint) -> tuple[str, list[Row], set[str]]:
     """(method, a row per sort of quantized module, stored names that they take)."""
-    from jq.state import context_of
+    from jq.state import context_of, format_errors
 
     found = detect(ckpt)
     if found is None:
         return "", [], set()
     fmt, quantization = found
     context = context_of(ckpt)
-    options = fmt.parse(quantization, context)
     names = list(ckpt.entries)
-    groups = fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
+    with format_errors(ckpt, fmt, "quantization config"):
+        options = fmt.parse(quantization, context)
+        groups = fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
     size = sum(ckpt.entry(name).nbytes for stored in groups.values() for name in stored.values())
     alike: dict[tuple, list[str]] = {}
     for prefix, stored in groups.items():
@@ -233,14 +237,13 @@ def _quantized_rows(ckpt: Checkpoint) -> tuple[str, list[Row], set[str]]:
         shapes = tuple((suffix, e.shape, str(e.dtype), e.kind) for suffix, e in entries)
         alike.setdefault((prefix if size <= READ_ALL_BYTES else _pattern(prefix), shapes), []).append(prefix)
     rows: dict[tuple, Row] = {}
+    members: dict[tuple, list[str]] = {}
     taken: set[str] = set()
     for prefixes in alike.values():
         first = groups[prefixes[0]]
         parts = {suffix: ckpt.read(name) for suffix, name in first.items()}
-        try:
+        with format_errors(ckpt, fmt, prefixes[0]):
             tensor = fmt.load(prefixes[0], parts, options, context)
-        except JqError as error:
-            raise type(error)(f"{ckpt.label}: {error}") from error
         if tensor is None:
             continue
         stored_names = [name for prefix in prefixes for name in groups[prefix].values()]
@@ -251,8 +254,32 @@ def _quantized_rows(ckpt: Checkpoint) -> tuple[str, list[Row], set[str]]:
             tensor,
             sum(ckpt.entry(name).nbytes for name in stored_names),
         )
-        _add(rows, row)
-    return str(quantization.get("quant_method") or fmt.name), list(rows.values()), taken
+        members.setdefault(_add(rows, row), []).extend(prefixes)
+    return str(quantization.get("quant_method") or fmt.name), _told_apart(rows, members), taken
+
+
+def _told_apart(rows: Mapping[tuple, Row], members: Mapping[tuple, list[str]]) -> list[Row]:
+    """The rows; where several have one name, with the layers of each in it: "model.layers.{0,2-5}.mlp.up_proj"."""
+    many = {name for name, count in Counter(row.name for row in rows.values()).items() if count > 1}
+    made = []
+    for key, row in rows.items():
+        first = [re.findall(NUMBER, prefix) for prefix in members[key]]
+        if row.name in many and all(len(numbers) == 1 for numbers in first):
+            layers = _ranges(sorted(int(numbers[0]) for numbers in first))
+            row = dataclasses.replace(row, name=row.name.replace("*", f"{{{layers}}}"))
+        made.append(row)
+    return made
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 2, 3, 4] -> "0,2-4"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _row(pattern: str, count: int, tensor: QTensor, nbytes: int) -> Row:
@@ -260,14 +287,15 @@ def _row(pattern: str, count: int, tensor: QTensor, nbytes: int) -> Row:
     return Row(pattern, count, tuple(tensor.shape), tensor.describe(), kind, _bits(nbytes, count, tensor.shape), nbytes)
 
 
-def _add(rows: dict[tuple, Row], row: Row) -> None:
-    """Adds a row, or its count and bytes to the row of the same name, shape and kind."""
+def _add(rows: dict[tuple, Row], row: Row) -> tuple:
+    """Adds a row, or its count and bytes to the row of the same name, shape and kind; returns where it is."""
     key = (row.name, row.shape, row.kind, row.tensor)
     have = rows.get(key)
     if have is not None:
         count, nbytes = have.count + row.count, have.nbytes + row.nbytes
         row = dataclasses.replace(have, count=count, nbytes=nbytes, bits_per_weight=_bits(nbytes, count, row.shape))
     rows[key] = row
+    return key
 
 
 def _bits(nbytes: int, count: int, shape: tuple[int, ...]) -> float:

@@ -172,7 +172,7 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
         fmt, quantization = found
         context = context_of(ckpt)
         names = list(ckpt.entries)
-        with _format_errors(ckpt, fmt, "quantization config"):
+        with format_errors(ckpt, fmt, "quantization config"):
             options = fmt.parse(quantization, context)
             groups = (
                 fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
@@ -227,7 +227,7 @@ def _module_loader(
 ) -> Callable[[], QTensor | None]:
     def load() -> QTensor | None:
         parts = {suffix: ckpt.read(name) for suffix, name in stored.items()}
-        with _format_errors(ckpt, fmt, prefix):
+        with format_errors(ckpt, fmt, prefix):
             tensor = fmt.load(prefix, parts, options, context)
         return None if tensor is None else tensor.arrays(_hold)
 
@@ -235,7 +235,7 @@ def _module_loader(
 
 
 @contextmanager
-def _format_errors(ckpt: Checkpoint, fmt: Format, what: str) -> Iterator[None]:
+def format_errors(ckpt: Checkpoint, fmt: Format, what: str) -> Iterator[None]:
     """Names the file in what a format raises; what it did not foresee is a FormatError too, with its cause."""
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mutations
 import pytest
 from reference_dirs import directories
 
@@ -61,3 +62,16 @@ def test_sizes():
         "5.0 MiB",
         "3072.0 GiB",
     ]
+
+
+def test_rows_of_one_name_say_their_layers():
+    names = {row.name for row in jq.inspect(directories()["quanto-mixed-f16"]).rows}
+    assert {"model.layers.{0}.mlp.down_proj", "model.layers.{1}.mlp.down_proj", "model.layers.*.mlp.up_proj"} <= names
+
+
+def test_a_bad_config_is_named_with_its_file(tmp_path):
+    tensors, config, sides, metadata = mutations.seed_of(directories()["aqlm-2x8"])
+    config["quantization_config"]["num_codebooks"] = [2]
+    mutations.write(tmp_path, tensors, config, sides, metadata)
+    with pytest.raises(jq.errors.FormatError, match=f"{tmp_path.name}.*num_codebooks is \\[2\\]"):
+        jq.inspect(tmp_path)
