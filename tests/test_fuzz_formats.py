@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import ml_dtypes
 import mutations
 import numpy as np
 import pytest
-from reference_dirs import directories, stored
+import reference_dirs
+from reference_dirs import directories, raw, stored
 
 import jq
 from jq.errors import JqError, JqWarning
@@ -64,7 +66,15 @@ def _spqr() -> Seed:
     return {f"{AT}.{k}": v for k, v in parts.items()}, {**SHAPE, "quantization_config": settings}, {}, {}
 
 
-# Formats of which no file of the original library is at hand.
+def _recorded(name: str) -> Seed:
+    """The layer of a file in tests/recorded/layers, as a checkpoint."""
+    tensors, meta = raw(Path(__file__).parent / "recorded" / "layers" / f"{name}.safetensors")
+    stored = {f"{AT}.{k.removeprefix('m.')}": reference_dirs.array(v) for k, v in tensors.items() if k.startswith("m.")}
+    settings = {"quantization_config": json.loads(meta["config"]), **json.loads(meta["model"])}
+    return stored, {**SHAPE, **settings}, {}, {}
+
+
+# Formats, and variants, of which no file of the original library is at hand.
 MADE: dict[str, Callable[[], Seed]] = {
     "higgs": lambda: _made(jq.HIGGS(group_size=64, hadamard_size=64)),
     "fp_quant-nvfp4": lambda: _made(jq.FPQuant()),
@@ -74,6 +84,9 @@ MADE: dict[str, Callable[[], Seed]] = {
     "sinq-8": lambda: _made(jq.SINQ(8)),
     "gemma": _gemma,
     "spqr": _spqr,
+    "qqq": lambda: _recorded("qqq-group"),
+    "ct-rotated": lambda: _recorded("ct-rotated-permuted"),
+    "quark-rotated": lambda: _recorded("quark-rotated-block"),
 }
 
 

@@ -32,6 +32,7 @@ _MODULES = (
     "bitnet",
     "gguf",
     "quark",
+    "qqq",
     "spqr",
     "higgs",
     "fp_quant",

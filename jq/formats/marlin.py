@@ -43,19 +43,21 @@ def tile_order(bits: int, *, sparse: bool = False) -> np.ndarray:
     return np.array(order).reshape(-1, len(within))[:, within].reshape(-1)
 
 
-def untile(words: np.ndarray, rows: int, n: int, bits: int, *, sparse: bool = False) -> np.ndarray:
-    """int32 [rows/16, N*bits/2] -> codes int32 [rows, N], as they are stored."""
-    order = tile_order(bits, sparse=sparse)
+def untile(
+    words: np.ndarray, rows: int, n: int, bits: int, *, sparse: bool = False, order: np.ndarray | None = None
+) -> np.ndarray:
+    """int32 [rows/16, N*bits/2] -> codes int32 [rows, N], as they are stored; `order` in place of Marlin's."""
+    order = tile_order(bits, sparse=sparse) if order is None else order
     shuffled = _bits.unpack_words(words, tuple(range(0, 32, bits)), bits).reshape(-1, order.size)
     flat = np.empty_like(shuffled)
     flat[:, order] = shuffled
     return flat.reshape(rows // 16, n // 16, 16, 16).transpose(0, 2, 1, 3).reshape(rows, n)
 
 
-def tile(codes: np.ndarray, bits: int, *, sparse: bool = False) -> np.ndarray:
+def tile(codes: np.ndarray, bits: int, *, sparse: bool = False, order: np.ndarray | None = None) -> np.ndarray:
     """Inverse of `untile`."""
     rows, n = codes.shape
-    order = tile_order(bits, sparse=sparse)
+    order = tile_order(bits, sparse=sparse) if order is None else order
     flat = codes.reshape(rows // 16, 16, n // 16, 16).transpose(0, 2, 1, 3).reshape(-1, order.size)
     return _bits.pack_words(flat[:, order].reshape(rows // 16, -1), tuple(range(0, 32, bits)), bits, np.int32)
 

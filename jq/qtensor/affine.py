@@ -265,6 +265,13 @@ def _f32_twice(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array
     return (first * zero.astype(np.float32)).astype(dtype)
 
 
+def _int8_twice(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
+    """dtype(int8(float32(code) * scale) * a second scale, which `zero` holds): QQQ's groups, whose weights are int8."""
+    xp = namespace(code, scale)
+    first = xp.clip(xp.round(_f32(code, scale, np.int32(0), np.dtype(np.float32))), -128, 127)
+    return (first * zero.astype(np.float32)).astype(dtype)
+
+
 def _f32_e4m3(code: Array, scale: Array, zero: Array, dtype: np.dtype) -> Array:
     """`_f32` without a zero point, then rounded to e4m3 under a second scale, which `zero` holds (ModelOpt's W4A8).
 
@@ -325,6 +332,7 @@ FORMULAS: dict[str, Formula] = {
     "f32": _f32,
     "f32_e4m3": _f32_e4m3,
     "f32_twice": _f32_twice,
+    "int8_twice": _int8_twice,
     "f32_mul_add": _f32_mul_add,
     "mul_sub": _mul_sub,
     "mul_add": _mul_add,
