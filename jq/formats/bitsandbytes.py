@@ -47,10 +47,9 @@ _HARMLESS = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a quantization_config says beyond the tensors: LLM.int8's outlier threshold, 4-bit's compute dtype."""
+    """What a quantization_config says beyond the tensors: LLM.int8's outlier threshold."""
 
     threshold: float = 6.0
-    compute_dtype: str = "float32"
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -61,7 +60,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         raise FormatError(
             f"{context.label}: quantization_config.llm_int8_threshold is {threshold!r}, expected a number"
         )
-    return Options(float(threshold), str(first(config, "bnb_4bit_compute_dtype", default="float32")))
+    return Options(float(threshold))
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor:

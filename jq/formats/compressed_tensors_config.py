@@ -89,24 +89,13 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sparsity:
-    """`sparsity_config` of old files."""
-
-    format: str = "dense"
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class Options:
     """A parsed quantization config."""
 
     groups: tuple[Group, ...] = ()
     ignore: tuple[str, ...] = ()
     format: str = "dense"
-    status: str = "compressed"
     kv_cache: Args | None = None
-    sparsity: Sparsity | None = None
     version: str = ""
     transforms: Transforms | None = dataclasses.field(default=None, compare=False)
 
@@ -168,8 +157,8 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         sparse = config
     form = str(config.get("format") or "dense")
     _one_of(form, FORMATS, f"{label}: format")
-    status = str(config.get("quantization_status") or "compressed")
-    _one_of(status, STATUSES, f"{label}: quantization_status")
+    _one_of(str(config.get("quantization_status") or "compressed"), STATUSES, f"{label}: quantization_status")
+    _check_sparsity(sparse, f"{label}: sparsity_config")
     groups = config.get("config_groups") or {}
     if not isinstance(groups, Mapping):
         raise FormatError(f"{label}: config_groups is a {type(groups).__name__}, expected an object of schemes")
@@ -178,9 +167,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         groups=tuple(parse_group(name, group, f"{label}: config_groups.{name}") for name, group in groups.items()),
         ignore=ignore,
         format=form,
-        status=status,
         kv_cache=parse_args(config.get("kv_cache_scheme"), f"{label}: kv_cache_scheme"),
-        sparsity=_parse_sparsity(sparse, f"{label}: sparsity_config"),
         version=str(config.get("version") or ""),
         transforms=Transforms(parse_transforms(config.get("transform_config"), label), context, matches),
     )
@@ -267,16 +254,15 @@ def _actorder(value: Any, label: str) -> str:
     return found
 
 
-def _parse_sparsity(value: Any, label: str) -> Sparsity | None:
+def _check_sparsity(value: Any, label: str) -> None:
+    """Old files' `sparsity_config`: which modules are sparse their tensors tell."""
     if not value:
-        return None
+        return
     if not isinstance(value, Mapping):
         raise FormatError(f"{label}: {value!r}, expected an object")
-    form = str(value.get("format") or "dense")
-    _one_of(form, ("dense", "sparse-bitmask", "sparse-24-bitmask"), f"{label}: format")
-    return Sparsity(
-        form, _strings(value.get("targets"), f"{label}: targets"), _strings(value.get("ignore"), f"{label}: ignore")
-    )
+    _one_of(str(value.get("format") or "dense"), ("dense", "sparse-bitmask", "sparse-24-bitmask"), f"{label}: format")
+    for key in ("targets", "ignore"):
+        _strings(value.get(key), f"{label}: {key}")
 
 
 def _one_of(value: str, allowed: tuple[str, ...], label: str) -> None:

@@ -53,14 +53,7 @@ PACKING_OF_NBITS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """quantization_config: a quantized module describes itself, so only what people may ask about is kept."""
-
-    skip_modules: tuple[str, ...] = ()
-
-
-def parse(config: Mapping[str, Any], context: Context) -> Options:
+def parse(config: Mapping[str, Any], context: Context) -> None:
     """Checks quantization_config. Each module's own attributes decide how it is read."""
     known = {"quant_method", "quant_config", "skip_modules", "nbits", "group_size", "quant_zero", "quant_scale", "axis"}
     known |= {"offload_meta", "view_as_float", "dynamic_config"}
@@ -70,8 +63,6 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         raise FormatError(f"quantization_config.quant_config: expected an object, found {type(quant_config).__name__}")
     for tag, params in _per_tag(quant_config).items():
         _check_params(params, f"quantization_config.quant_config{tag}")
-    skip = config.get("skip_modules") or ()
-    return Options(tuple(str(s) for s in skip))
 
 
 def _per_tag(quant_config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -101,7 +92,7 @@ def detect(checkpoint: Any) -> dict[str, Any] | None:
     return {"quant_method": "hqq"} if any(name.endswith(".W_q") for name in names) else None
 
 
-def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
+def group(names: list[str], options: None, context: Context) -> dict[str, dict[str, str]]:
     """Modules are the prefixes of `W_q`; names like "scale" or "shape" mean HQQ only beside one."""
     have = set(names)
     found = {}
@@ -113,7 +104,7 @@ def group(names: list[str], options: Options, context: Context) -> dict[str, dic
     return found
 
 
-def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affine:
+def load(prefix: str, parts: Parts, options: None, context: Context) -> Affine:
     """One module: its tensors and attributes -> `Affine`."""
     form = read_form(prefix, parts, context)
     codes = _codes(form.w_q, form.packing, form.size, f"{prefix}.W_q")
@@ -289,7 +280,7 @@ def build(
     else:
         parts["W_q"] = packed.view(np.int32) if word is np.uint32 else packed
     parts |= {"scale": scale, "zero": zero, "shape": np.array(shape, np.int64)}
-    return load(name, parts, Options(), Context())
+    return load(name, parts, None, Context())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,8 +170,8 @@ def test_reads_quantized_zeros_and_scales_of_old_files(quant_scale, offload):
         pytest.skip("hqq quantizes both or none where it stacks them")
     tensors, objects, want = nested(np.random.default_rng(1), 32, 128, 16, quant_scale, offload)
     context = dataclasses.replace(context_of(tensors), objects=objects)
-    stored = hqq.group(list(tensors), hqq.Options(), context)[NAME]
-    q = hqq.load(NAME, {s: tensors[n] for s, n in stored.items()}, hqq.Options(), context)
+    stored = hqq.group(list(tensors), None, context)[NAME]
+    q = hqq.load(NAME, {s: tensors[n] for s, n in stored.items()}, None, context)
     assert_same(q.to_numpy().dequantize(), want)
     assert held_bytes(q) <= 1.02 * sum(t.nbytes for t in tensors.values())
     again = read(hqq.FORMAT, {f"{NAME}.{s}": a for s, a in hqq.dump(q).items()}, CONFIG)[NAME]
