@@ -80,7 +80,13 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affin
     codes = untile(words, k, n, 4, order=order(grouped)).T
     outputs = _plain(channel, SINGLE).T
     activation = Activation("qqq")
-    common = {"code_bits": 4, "signed": True, "name": prefix, "dtype": context.model_dtype, "activation": activation}
+    common: dict[str, Any] = {
+        "code_bits": 4,
+        "signed": True,
+        "name": prefix,
+        "dtype": context.model_dtype,
+        "activation": activation,
+    }
     if not grouped:
         return Affine.make(
             np.ascontiguousarray((codes ^ 8) - 8),
