@@ -37,6 +37,12 @@ from jq.qtensor.affine import check_divisor, check_finite
 from jq.qtensor.narrow_float import check_bits
 from jq.qtensor.rotated import Rotated
 
+# Values that the library has, the default first.
+CLOSED: dict[str, tuple[Any, ...]] = {
+    "backward_dtype": ("bf16", "mxfp8", "mxfp4"),
+    "transform_init": ("hadamard", "identity", "gsr"),
+    "hadamard_group_size": (None, 16, 32, 64, 128),
+}
 FLOATS = (np.float16, "bfloat16", np.float32)
 MATRICES = ("forward_hadamard_matrix", "backward_hadamard_matrix")
 GLOBALS = ("weight_global_scale", "act_global_scale")
@@ -63,6 +69,7 @@ class Options:
     forward_method: str = "abs_max"
     pseudo: bool = False
     master: bool = False
+    size: int | None = None
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -75,8 +82,18 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     dtype, method = config.get("forward_dtype", "nvfp4"), config.get("forward_method", "abs_max")
     if dtype not in BLOCKS or method not in ("abs_max", *(("quest",) if dtype == "mxfp4" else ())):
         raise FormatError(f"{context.label}: forward_dtype {dtype!r} with forward_method {method!r} is not FP-Quant's")
-    flags = (bool(config.get(key)) for key in ("pseudoquantization", "store_master_weights"))
-    return Options(dtype, method, *flags)
+    for key, allowed in CLOSED.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise FormatError(
+                f"{context.label}: quantization_config.{key} is {config[key]!r}, expected one of {allowed}"
+            )
+    return Options(
+        dtype,
+        method,
+        pseudo=bool(config.get("pseudoquantization")),
+        master=bool(config.get("store_master_weights")),
+        size=config.get("hadamard_group_size"),
+    )
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotated:
@@ -96,6 +113,10 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Rotat
     expect_dtype(matrix, FLOATS, f"{prefix}.{MATRICES[0]}")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise FormatError(f"{prefix}.{MATRICES[0]}: found shape {tuple(matrix.shape)}, expected a square")
+    if options.size not in (None, len(matrix)):
+        raise FormatError(
+            f"{prefix}.{MATRICES[0]}: found shape {tuple(matrix.shape)}, but quantization_config.hadamard_group_size is {options.size}"
+        )
     check_finite(matrix, f"{prefix}.{MATRICES[0]}")
     extras = {s: parts[s] for s in (GLOBALS[1], MATRICES[1]) if s in parts}
     # what transformers saves again has empty tensors in place of the other forms

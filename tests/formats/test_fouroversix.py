@@ -117,3 +117,8 @@ def test_master_weights_are_quantized_once() -> None:
     x = np.ones((2, 128), ml_dtypes.bfloat16)
     np.testing.assert_array_equal(np.asarray(jq.matmul(x, q.to_jax())), np.asarray(jq.matmul(x, want.to_jax())))
     assert fouroversix.dump(q)["weight"].tobytes() == w.tobytes()
+
+
+def test_unknown_output_dtypes_are_named() -> None:
+    with pytest.raises(FormatError, match="output_dtype 'int8', expected one of float16, bfloat16, float32"):
+        fouroversix.parse({"output_dtype": "int8"}, Context(label="test"))

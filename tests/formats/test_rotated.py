@@ -230,3 +230,29 @@ def test_fp_quant_errors() -> None:
     parts["scales"] = parts["scales"][:, :3]
     with pytest.raises(FormatError, match=r"m.scales: found shape \(8, 3\), expected \(8, 4\)"):
         fp_quant.load("m", parts, fp_quant.Options(), CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"backward_dtype": "int8"}, "backward_dtype is 'int8', expected one of"),
+        ({"transform_init": "dct"}, "transform_init is 'dct'"),
+        ({"hadamard_group_size": 48}, "hadamard_group_size is 48"),
+        ({"hadamard_group_size": 32}, r"forward_hadamard_matrix: found shape \(16, 16\), but .* is 32"),
+    ],
+)
+def test_fp_quant_settings_are_checked(setting: dict, message: str) -> None:
+    parts, _ = fp_quant_module("nvfp4")
+    with pytest.raises(FormatError, match=message):
+        fp_quant.load("m", parts, fp_quant.parse(setting, CONTEXT), CONTEXT)
+
+
+def test_fp_quant_scales_are_numbers() -> None:
+    for name in ("weight_global_scale", "act_global_scale"):
+        parts, _ = fp_quant_module("nvfp4")
+        parts[name] = np.zeros_like(parts[name])
+        with pytest.raises(FormatError, match=f"m.{name}: holds 0"):
+            fp_quant.load("m", parts, fp_quant.parse({}, CONTEXT), CONTEXT)
+        del parts[name]
+        with pytest.raises(FormatError, match=f"m.{name}: missing"):
+            fp_quant.load("m", parts, fp_quant.parse({}, CONTEXT), CONTEXT)
