@@ -73,6 +73,22 @@ def test_a_lone_packed_tensor_is_named(folder, enabled):
         load(folder)
 
 
+def test_codes_in_place_of_floats_are_named(folder, enabled):
+    codes = torch.ones(SIZES["hidden_size"], dtype=torch.int8)
+    for name in ("model.norm.weight", f"{Q}.bias"):
+        before = tensors_of(folder)
+        rewrite(folder, lambda t, name=name: t.update({name: codes}))
+        with pytest.raises(CheckpointError, match=rf"{name}: found dtype int8, expected a float tensor"):
+            load(folder)
+        save_file(before, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_tensor_beside_a_packed_layer_that_nobody_reads_is_named(folder, enabled):
+    rewrite(folder, lambda t: t.update({f"{Q}.bias_scale": torch.ones(1)}))
+    with pytest.raises(UnsupportedError, match=rf"{Q}.bias_scale: lies beside a packed layer"):
+        load(folder)
+
+
 def test_a_wrong_shape_is_named(folder, enabled):
     rewrite(folder, lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][:, :-8].clone()}))
     with pytest.raises(FormatError, match=f"{Q}.*scales"):

@@ -97,6 +97,20 @@ def test_compiles_without_a_break(folder, enabled):
         assert torch.isfinite(want).all()
 
 
+def test_opcheck(folder, enabled):
+    model = AutoModelForCausalLM.from_pretrained(folder / "packed")
+    module = next(m for m in model.modules() if isinstance(m, JqExperts))
+    packed, spec = module.operands("down_proj_0")
+    n, k = module.shapes["down_proj"][1:]
+    expert = torch.tensor([0, 3, 4, 1, 3])  # 4: an expert elsewhere
+    x = torch.randn(5, k, requires_grad=True)
+    for op, arguments in (
+        (torch.ops.jq.experts.default, (x, expert, packed, spec, n)),
+        (torch.ops.jq.experts_dx.default, (torch.randn(5, n), expert, packed, spec, k)),
+    ):
+        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_multiply_experts(family, tmp_path, enabled):
