@@ -61,6 +61,11 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
             f"{label}: AutoRound with data_type {kind!r}, packing_format {packing!r}, which is the storage of another "
             "library under AutoRound's name. Export it in auto-round as auto_round or llm_compressor"
         )
+    for key, value in config.items():
+        if value and ("rotation" in key or "hadamard" in key):
+            raise UnsupportedError(
+                f"{label}: quantization_config.{key} = {value!r:.80}: the inputs of each layer are rotated, which is not done here"
+            )
     if not kind.startswith("int"):
         floats = parse_floats(config, kind, label)
         return Options(int(config.get("bits") or 8), -1, True, "floats", floats)

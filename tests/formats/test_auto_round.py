@@ -118,6 +118,38 @@ def test_configs_beside_config_json(tmp_path):
         np.testing.assert_array_equal(found.dequantize(), q.dequantize())
 
 
+def test_exports_under_the_names_of_gptq_and_awq_say_nothing(tmp_path):
+    """auto-round 0.16.1's formats auto_gptq and auto_awq; a warning is an error in these tests."""
+    from jq.formats import gptq_config
+
+    made = {
+        "autoround_version": "0.16.1",
+        "bits": 4,
+        "data_type": "int",
+        "group_size": 32,
+        "iters": 200,
+        "provider": "auto-round",
+    }
+    made |= {"to_quant_block_names": "model.layers", "nsamples": 128, "seqlen": 2048, "lr": 5e-3}
+    gptq = made | {
+        "quant_method": "gptq",
+        "sym": False,
+        "damp_percent": 0.01,
+        "desc_act": False,
+        "true_sequential": False,
+    }
+    assert gptq_config.parse(gptq, Context(label="a")).zeros == "v1-field"
+    assert awq.parse(made | {"quant_method": "awq", "version": "gemm", "zero_point": False}, Context(label="b")).sym
+
+
+def test_rotated_inputs_are_refused():
+    config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True}
+    for key in ("rotation_config", "rotation_configs", "hadamard_config"):
+        with pytest.raises(UnsupportedError, match=f"{key}.*rotated"):
+            auto_round.parse(config | {key: [{"algorithm": "hadamard"}]}, Context())
+        auto_round.parse(config | {key: None}, Context())
+
+
 def test_no_config_at_all(tmp_path):
     folder = write(tmp_path / "bare", modules(random_gptq()))
     with pytest.raises(FormatError, match=r"has GPTQ tensors \(\*\.qweight\), but neither config\.json"):
