@@ -58,8 +58,14 @@ def scheme_of(quantization: dict[str, Any]) -> str | None:
         if "compress" in str(quantization.get("quant_method") or "compress"):
             return None  # rounded before it gets here: `jq.formats.compressed_tensors_attention`
         raise UnsupportedError(f"kv_cache_scheme {scheme} is not done here: only 8 bits; kv_cache='bfloat16'")
+    algo = algo or (scheme if isinstance(scheme, str) else None)
     if algo in ("FP8", "INT8"):
         return "int8" if algo == "INT8" else "float8_e4m3"
+    if algo and str(algo).lower() != "none":
+        raise UnsupportedError(
+            f"quantization_config: a key/value cache in {algo} is not done here; kv_cache='bfloat16' (or 'int8', "
+            "'float8_e4m3') takes another"
+        )
     return None
 
 

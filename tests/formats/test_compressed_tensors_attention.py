@@ -65,3 +65,17 @@ def test_keeps_floats_where_they_are_asked_for():
 def test_bad_input(stored, change, kind, message):
     with pytest.raises(kind, match=message):
         layer_of(stored, scheme(**change))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "modelopt", "kv_cache_scheme": "NVFP4"},
+        {"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 4, "type": "float", "dynamic": False}},
+        {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4_AFFINE"}},
+    ],
+)
+def test_caches_of_other_libraries_are_no_float_caches(config):
+    with pytest.raises(UnsupportedError, match="not done here.*kv_cache='bfloat16'"):
+        kv_cache.scheme_of(config)
+    assert kv_cache.scheme_of({"quant_method": "modelopt", "kv_cache_quant_algo": "none"}) is None
