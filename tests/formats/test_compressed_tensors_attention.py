@@ -76,6 +76,6 @@ def test_bad_input(stored, change, kind, message):
     ],
 )
 def test_caches_of_other_libraries_are_no_float_caches(config):
-    with pytest.raises(UnsupportedError, match="not done here.*kv_cache='bfloat16'"):
+    with pytest.raises(UnsupportedError, match=r"not done here.*kv_cache='bfloat16'"):
         kv_cache.scheme_of(config)
     assert kv_cache.scheme_of({"quant_method": "modelopt", "kv_cache_quant_algo": "none"}) is None
