@@ -1,6 +1,7 @@
 """AutoRound exports (auto-round 0.16.1): integers in the storage of GPTQ or AWQ, told apart by `packing_format`.
 
-    contains "gptq"   GPTQ v1 (qzeros hold zero - 1), mostly without g_idx
+    "gptqmodel"       the arrangement of GPTQ, qzeros as they are, with g_idx
+    contains "gptq"   GPTQ v1 (qzeros hold zero - 1), mostly without g_idx; "auto" means it too
     contains "awq"    AWQ gemm
     contains "fake"   plain weights
     otherwise         AutoRound's own: the arrangement of GPTQ, qzeros as they are
@@ -22,7 +23,7 @@ from jq.formats.auto_round_floats import FloatOptions, dump_floats, load_floats,
 from jq.formats.auto_round_floats import group as float_group
 from jq.formats.base import Context, Format, Parts, group_by_prefix
 from jq.formats.gptq_config import Options as GptqOptions
-from jq.formats.gptq_config import checked_group, first, whole_number
+from jq.formats.gptq_config import checked_group, first, true_or_false, whole_number
 from jq.qtensor import NarrowFloat, QTensor
 
 INTEGERS = ("qweight", "qzeros", "scales", "g_idx")
@@ -81,13 +82,28 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     options = Options(
         bits=whole_number(config["bits"], "bits", label),
         group_size=checked_group(first(config, "group_size", default=128), label),
-        sym=bool(first(config, "sym", default=True)),
-        storage="gptq" if "gptq" in packing else "awq" if "awq" in packing else "own",
+        sym=true_or_false(config, "sym", label),
+        storage=_storage(packing, label),
         extra=tuple((name, _overrides(found, f"{label}: extra_config {name!r}")) for name, found in extra.items()),
     )
     if options.bits not in (2, 3, 4, 8):
         raise UnsupportedError(f"{label}: AutoRound with {options.bits} bits; its packings have 2, 3, 4, 8")
     return options
+
+
+def _storage(packing: str, label: str) -> str:
+    if "gptqmodel" in packing:  # inference/backend.py, GPTQ_FORMAT_NO_ZP
+        return "own"
+    if "gptq" in packing or packing == "auto":
+        return "gptq"
+    if "awq" in packing:
+        return "awq"
+    if "auto_round" not in packing and "autoround" not in packing:
+        raise UnsupportedError(
+            f"{label}: AutoRound with packing_format {packing!r:.80}, which says nothing of the zero points; known: auto_round, "
+            "auto_round:auto_gptq, auto_round:gptqmodel, auto_round:auto_awq"
+        )
+    return "own"
 
 
 def _overrides(found: Mapping[str, Any], label: str) -> tuple[tuple[str, Any], ...]:

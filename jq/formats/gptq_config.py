@@ -96,6 +96,14 @@ def whole_number(value: Any, name: str, label: str) -> int:
     return number
 
 
+def true_or_false(config: Mapping[str, Any], name: str, label: str) -> bool:
+    """A config value that must be true or false; true where it is missing."""
+    value = first(config, name, default=True)
+    if value not in (True, False):
+        raise FormatError(f"{label}: quantization_config.{name} is {value!r:.80}, expected true or false")
+    return bool(value)
+
+
 def parse(config: Mapping[str, Any], context: Context) -> Options:
     """Reads quantization_config (or quantize_config.json).
 
@@ -140,7 +148,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     return Options(
         bits=checked_bits(bits, label),
         group_size=checked_group(first(config, "group_size", "q_group_size", default=128), label),
-        sym=bool(first(config, "sym", default=True)),
+        sym=true_or_false(config, "sym", label),
         rules=rules_of(config.get("dynamic"), checked_bits, label),
         planar=planar,
         zeros="v2" if storage != "gptq" else "v1-word" if by_gptqmodel(config) else "v1-field",

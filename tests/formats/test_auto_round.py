@@ -23,7 +23,8 @@ def parse(**config):
     [
         ("auto_round:auto_gptq", "gptq"),
         ("auto_round:gptq", "gptq"),
-        ("auto_round:gptqmodel", "gptq"),
+        ("auto_round:gptqmodel", "own"),  # inference/backend.py of 0.16.1: GPTQ_FORMAT_NO_ZP
+        ("auto", "gptq"),
         ("auto_round:gptq:exllamav2", "gptq"),
         ("auto_round:auto_awq", "awq"),
         ("auto_round:awq", "awq"),
@@ -47,6 +48,9 @@ def test_packing(packing, storage):
         ({"bits": None}, FormatError, "quantization_config.bits is missing"),
         ({"bits": 5}, UnsupportedError, "AutoRound with 5 bits"),
         ({"extra_config": [1]}, FormatError, "extra_config is list"),
+        ({"packing_format": "four"}, UnsupportedError, "packing_format 'four'"),
+        ({"packing_format": [1]}, UnsupportedError, "says nothing of the zero points"),
+        ({"sym": "false"}, FormatError, "sym is 'false', expected true or false"),
     ],
 )  # fmt: skip
 def test_refusals(config, error, text):
