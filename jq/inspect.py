@@ -246,7 +246,9 @@ def _quantized_rows(ckpt: Checkpoint) -> tuple[str, list[Row], set[str]]:
             tensor = fmt.load(prefixes[0], parts, options, context)
         if tensor is None:
             continue
-        stored_names = [name for prefix in prefixes for name in groups[prefix].values()]
+        stored_names = [
+            name for prefix in prefixes for suffix, name in groups[prefix].items() if not suffix.startswith("~")
+        ]  # what modules share stays a tensor of its own
         taken.update(stored_names)
         row = _row(
             _pattern(prefixes[0].removesuffix(".weight")),

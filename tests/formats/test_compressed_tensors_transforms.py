@@ -80,3 +80,9 @@ def test_rotations_of_other_modules(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(found))
     with pytest.raises(UnsupportedError, match=r"R4 rotates the input of \['LlamaMLP'\], which means no linear layer"):
         jq.load_state(tmp_path)
+
+
+def test_rotations_count_once(tmp_path):
+    summary = jq.inspect(rotated_layer(tmp_path)).to_dict()
+    stored, _ = raw(tmp_path / "model.safetensors")
+    assert summary["tensor_bytes"] == sum(len(data) for _, _, data in stored.values())
