@@ -140,7 +140,8 @@ UNUSED = {"quanto-mixed-f16": ("input_scale", "output_scale")}
 
 
 @pytest.mark.filterwarnings("ignore::jq.errors.JqWarning")
-@pytest.mark.parametrize("name", [n for n in (*FOLDERS, *MADE) if not n.startswith(("ct-", "torchao"))])
+# torchao's metadata lists every module of a checkpoint: the seed, which is one module of it, is incomplete.
+@pytest.mark.parametrize("name", [n for n in (*FOLDERS, *MADE) if not n.startswith("torchao")])
 def test_scales_that_are_not_numbers_are_named(name: str, tmp_path: Path) -> None:
     tensors, config, sides, metadata = MADE[name]() if name in MADE else mutations.seed_of(FOLDERS[name])
     kept = (*CARRIED, *UNUSED.get(name, ()))

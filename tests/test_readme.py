@@ -76,7 +76,9 @@ def test_figures_are_up_to_date():
 
 def test_the_two_commands_are_one_line_each():
     assert len(re.findall(r"^pip install -e \"\.\[demo\]\".* && python -m jq demo$", README, re.MULTILINE)) == 1
-    assert len(re.findall(r"^pip install -e \"\.\[test\]\".* && pytest -n 2 --dist loadfile$", README, re.MULTILINE)) == 1
+    assert (
+        len(re.findall(r"^pip install -e \"\.\[test\]\".* && pytest -n 2 --dist loadfile$", README, re.MULTILINE)) == 1
+    )
     assert "grep -m1 -E '^pip install .* && pytest' README.md" in (ROOT / ".ci" / "run").read_text()
 
 

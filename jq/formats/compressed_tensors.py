@@ -41,6 +41,7 @@ from jq.formats.compressed_tensors_methods import METHODS
 from jq.formats.compressed_tensors_parts import FLOATS, NAME
 from jq.formats.compressed_tensors_transforms import Apply, Transform, Transforms
 from jq.qtensor import Plain, QTensor, Source
+from jq.qtensor.affine import check_inputs
 
 # Tensors that arithmetic on weights does not need: carried, and read where activations are quantized.
 ACTIVATION_SUFFIXES = (
@@ -129,6 +130,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
         tensor = LOADERS[kind_of(prefix, parts, args)](prefix, parts, args, options)
     carried = {k: parts[k] for k in ACTIVATION_SUFFIXES if k in parts}
     tensor = tensor.replace(extras={**tensor.extras, **carried}, activation=activation_of(prefix, scheme, carried))
+    check_inputs(tensor, prefix)
     return _with_transforms(prefix, tensor, parts, options)
 
 
