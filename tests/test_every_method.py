@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -61,6 +62,16 @@ def test_what_it_makes_saves_loads_and_runs(name: str, one_layer: jq.State, tmp_
     assert json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
     logits = np.asarray(jq.load(tmp_path / "made")(np.arange(12)[None]))
     assert logits.shape == (1, 12, 256) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in NO_LINEARS])
+def test_what_it_makes_shares_no_memory_that_can_be_written(name: str) -> None:
+    """Else a change of one layer in place, such as torch's, would change all."""
+    dense = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32)
+    method = getattr(jq, name)(**OPTIONS.get(name, {}))
+    one, other = ([a for a in jax.tree.leaves(method.quantize(dense)) if isinstance(a, np.ndarray)] for _ in range(2))
+    for a in one:
+        assert not a.flags.writeable or not any(np.shares_memory(a, b) for b in [*other, dense]), a
 
 
 @pytest.mark.parametrize("said", ["float16", "float32", None])

@@ -25,6 +25,8 @@ NF4 = np.array(
 _FP4_MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 FP4 = np.concatenate([_FP4_MAGNITUDES, np.where(_FP4_MAGNITUDES == 0, np.float32(0), -_FP4_MAGNITUDES)])
 TABLES = {"nf4": NF4, "fp4": FP4}
+for _table in TABLES.values():
+    _table.setflags(write=False)  # all tensors hold the same one
 # Codes by value; of FP4's two zeros (0 and 8) 0 comes first, as the library's sort leaves them.
 _BY_VALUE = {
     "nf4": np.arange(16, dtype=np.uint8),
@@ -129,7 +131,9 @@ def dynamic_map() -> np.ndarray:
         middle = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = np.float32(10.0 ** (i - 6)) * middle
         values += [float(s) for s in scaled] + [-float(s) for s in scaled]
-    return np.sort(np.array(values, np.float32))
+    table = np.sort(np.array(values, np.float32))
+    table.setflags(write=False)
+    return table
 
 
 def _linspace(start: float, stop: float, count: int) -> np.ndarray:

@@ -47,6 +47,7 @@ from jq.qtensor import Affine, Codebook, Grouping, QTensor, Source
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
 PER_BYTE = 4
 TABLE = np.array([-1.0, 0.0, 1.0, -0.0], np.float32)
+TABLE.setflags(write=False)  # all tensors hold the same one
 _NORM = "rms_norm.weight"
 _SUFFIXES = ("weight_scale", "weight", _NORM)
 _FLOAT_DTYPES = tuple(np.dtype(d) for d in FLOATS)
