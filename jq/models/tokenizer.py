@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ def load(path: Path | None, side_files: Mapping[str, bytes]) -> Any:
         raise UnsupportedError(
             f"{path or 'this model'}: has no tokenizer files ({', '.join(FILES)}); generate takes lists of token ids too"
         )
-    from transformers import AutoTokenizer
+    with _without_advice():
+        from transformers import AutoTokenizer
 
     if path is not None and path.is_dir() and any((path / f).exists() for f in FILES):
         return AutoTokenizer.from_pretrained(str(path))
@@ -31,6 +34,21 @@ def load(path: Path | None, side_files: Mapping[str, bytes]) -> Any:
         for name, raw in side_files.items():
             (Path(folder) / name).write_bytes(raw)
         return AutoTokenizer.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """While transformers is imported: it would advise to install torch, which a tokenizer does not need."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def is_chat(prompt: Any) -> bool:
