@@ -9,21 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models.tiny import tiny
 
 import jq
 from jq.errors import CheckpointError, JqError, UnsupportedError
 from jq.models import spec_of, table
 
-GOOD = {
-    "model_type": "mistral",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 48,
-    "sliding_window": 8,
-}
+GOOD = tiny()[1] | {"model_type": "mistral", "sliding_window": 8}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
