@@ -85,8 +85,8 @@ def detect(checkpoint: Any) -> tuple[Format, dict] | None:
     for holder in (config, nested if isinstance(nested, dict) else {}):
         for key in ("quantization_config", "compression_config"):
             found = holder.get(key)
-            if found and not isinstance(found, dict):
-                raise FormatError(f"{checkpoint.label}: {key} must be a JSON object, found {found!r:.60}")
+            if found is not None and not isinstance(found, dict):
+                raise FormatError(f"{checkpoint.label}: config.json: {key} must be a JSON object, found {found!r:.60}")
             if found:
                 method = found.get("quant_method") or found.get("method")
                 if method is None:
