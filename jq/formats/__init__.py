@@ -33,6 +33,7 @@ _MODULES = (
     "gguf",
     "quark",
     "qqq",
+    "exl3",
     "spqr",
     "higgs",
     "fp_quant",
