@@ -85,6 +85,7 @@ MADE: dict[str, Callable[[], Seed]] = {
     "gemma": _gemma,
     "spqr": _spqr,
     "qqq": lambda: _recorded("qqq-group"),
+    "paroquant": lambda: _recorded("paroquant-g128"),
     "exl3": lambda: _recorded("exl3-mcg-3"),
     "ct-rotated": lambda: _recorded("ct-rotated-permuted"),
     "quark-rotated": lambda: _recorded("quark-rotated-block"),

@@ -34,6 +34,7 @@ _MODULES = (
     "quark",
     "qqq",
     "exl3",
+    "paroquant",
     "spqr",
     "higgs",
     "fp_quant",
@@ -78,12 +79,12 @@ def by_method(method: str, label: str = "config.json") -> Format:
 def detect(checkpoint: Any) -> tuple[Format, dict] | None:
     """The format and quantization config of a checkpoint, None where it is not quantized.
 
-    Looks at config.json's `quantization_config` (also `compression_config`, its old name), in a nested `text_config`
-    too, then asks each format for its side files (quantize_config.json, quanto_qmap.json, ...).
+    Looks at config.json's `quantization_config` (also `compression_config`, its old name), in the configs of a model's
+    parts too (`text_config` first), then asks each format for its side files (quantize_config.json, ...).
     """
     config = checkpoint.config
-    nested = config.get("text_config")
-    for holder in (config, nested if isinstance(nested, dict) else {}):
+    parts = {"text_config": None, **config}
+    for holder in (config, *(part for part in parts.values() if isinstance(part, dict))):
         for key in ("quantization_config", "compression_config"):
             found = holder.get(key)
             if found is not None and not isinstance(found, dict):
