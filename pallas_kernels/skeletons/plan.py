@@ -30,6 +30,11 @@ class Launch:
     dtype: str
 
     @property
+    def gain(self) -> int:
+        """What sums of products with decoded weights are to be multiplied with."""
+        return DECODES[self.form.kind].unit(self.form, self.dtype)
+
+    @property
     def table_bytes(self) -> int:
         """Tables of the decode function in shared memory."""
         return DECODES[self.form.kind].shared_bytes(self.form)
