@@ -18,6 +18,7 @@ import numpy as np
 from jq import checkpoint as _checkpoint
 from jq import safetensors_file
 from jq.checkpoint import Checkpoint, open_checkpoint
+from jq.dump import DumpOnce, Strays, dump_entry, module_of
 from jq.errors import FormatError, JqError, UnsupportedError
 from jq.formats import detect, table
 from jq.formats.base import Context, Format, group_by_prefix
@@ -119,30 +120,6 @@ class _Deferred:
         return self.load()
 
 
-def module_of(key: str) -> str:
-    """Module path of a State's key: "a.b.weight" -> "a.b"."""
-    return key.removesuffix(".weight")
-
-
-def dump_entry(key: str, value: Any) -> list[tuple[str, np.ndarray]]:
-    """Stored tensors of one State entry: [(stored name, array)]."""
-    if not isinstance(value, QTensor):
-        return [(key, np.asarray(value))]
-    source = value.source
-    if source is None:
-        raise UnsupportedError(
-            f"{key}: a {type(value).__name__} that came from no format cannot be saved; use jq.convert"
-        )
-    fmt = table()[source.format]
-    prefix = module_of(key)
-    if value.layout:
-        import pallas_kernels
-
-        value = pallas_kernels.restore(value)
-    parts = fmt.dump(value)
-    return [(fmt.join(prefix, suffix), np.asarray(array)) for suffix, array in parts.items()]
-
-
 def load_state(path_or_id: str | os.PathLike, *, lazy: bool = False, revision: str | None = None) -> State:
     """Loads every tensor of a checkpoint of any architecture.
 
@@ -178,14 +155,14 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
                 fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
             )
         untouched: set[str] = set()
+        strays = Strays(fmt)
         for prefix, stored in groups.items():
-            load = _module_loader(ckpt, fmt, prefix, stored, options, context)
+            load = _module_loader(ckpt, fmt, prefix, stored, options, context, strays)
             value = _Deferred(load) if lazy and fmt.deferrable else load()
             if value is None:
                 untouched.update(stored.values())
                 continue
-            key = prefix if fmt.parameter(prefix) else f"{prefix}.weight"
-            tensors[key] = value
+            tensors[_key_of(fmt, prefix)] = value
             taken.update(name for suffix, name in stored.items() if not suffix.startswith("~"))
             shared.update(name for suffix, name in stored.items() if suffix.startswith("~"))
         _check_leftovers(ckpt, fmt, taken | untouched)
@@ -222,13 +199,26 @@ def context_of(ckpt: Checkpoint) -> Context:
     )
 
 
+def _key_of(fmt: Format, prefix: str) -> str:
+    """A State's key of a quantized module."""
+    return prefix if fmt.parameter(prefix) else f"{prefix}.weight"
+
+
 def _module_loader(
-    ckpt: Checkpoint, fmt: Format, prefix: str, stored: Mapping[str, str], options: Any, context: Context
+    ckpt: Checkpoint,
+    fmt: Format,
+    prefix: str,
+    stored: Mapping[str, str],
+    options: Any,
+    context: Context,
+    strays: Strays,
 ) -> Callable[[], QTensor | None]:
     def load() -> QTensor | None:
         parts = {suffix: ckpt.read(name) for suffix, name in stored.items()}
         with format_errors(ckpt, fmt, prefix):
             tensor = fmt.load(prefix, parts, options, context)
+        if tensor is not None and ckpt.container == "safetensors":
+            tensor = strays.carried(tensor, _key_of(fmt, prefix), stored, parts)
         return None if tensor is None else tensor.arrays(_hold)
 
     return load
@@ -334,7 +324,7 @@ def write_state(state: State, folder: Path) -> None:
         if isinstance(value, QTensor):
             formats |= {value.source.format} if value.source else set()
             # Names and shapes first, bytes when they are written: only one module's dump is in memory at a time.
-            cell = _DumpOnce(state, key)
+            cell = DumpOnce(state, key)
             items += [(name, (a.dtype, a.shape), cell.reader(name)) for name, a in dump_entry(key, value)]
         else:
             array = np.asarray(value) if not isinstance(value, jax.Array) else value
@@ -359,22 +349,6 @@ def write_state(state: State, folder: Path) -> None:
 
 def _as_numpy(state: State, key: str) -> np.ndarray:
     return np.asarray(state[key])
-
-
-class _DumpOnce:
-    """The stored tensors of one module, dumped when the first is asked for and dropped with the last."""
-
-    def __init__(self, state: State, key: str) -> None:
-        self.state, self.key = state, key
-        self.parts: dict[str, np.ndarray] = {}
-
-    def reader(self, name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            if name not in self.parts:
-                self.parts = dict(dump_entry(self.key, self.state[self.key]))
-            return self.parts.pop(name)
-
-        return read
 
 
 def _fresh_metadata(state: State, formats: Iterable[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_dirs import directories
 
 import jq
 from jq import checkpoint, safetensors_file
@@ -418,3 +419,32 @@ def test_quantized_parts_of_a_model_name_their_method(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="quant_method 'x' is not known") as caught:
         jq.load_state(tmp_path)
     assert str(caught.value).count(str(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("directory", "suffix"),
+    [
+        ("bnb-nf4-dq-bf16storage", "weight_format"),
+        ("ct-w4a16-g32-asym", "weight_global_scale"),
+        ("ct-nvfp4", "weight_zero_point"),
+        ("hqq-4-axis1-g64-hf", "zero_q"),
+    ],
+)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_a_format_has_no_use_for_is_kept(directory: str, suffix: str, lazy: bool, tmp_path: Path) -> None:
+    source = directories()[directory]
+    opened = checkpoint.open_checkpoint(source)
+    arrays = {name: np.array(opened.read(name)) for name in opened.entries}
+    prefix = "model.layers.0.mlp.up_proj"
+    arrays[f"{prefix}.{suffix}"] = np.arange(3, dtype=np.uint8)
+    (tmp_path / "config.json").write_text(json.dumps(opened.config))
+    tensors = [(name, (a.dtype, a.shape), lambda a=a: a) for name, a in arrays.items()]
+    safetensors_file.write(tmp_path / "model.safetensors", tensors, opened.merged_metadata)
+    state = jq.load_state(tmp_path, lazy=lazy)
+    plain = jq.quantized(jq.load_state(source))
+    for name, q in jq.quantized(state).items():
+        np.testing.assert_array_equal(q.to_numpy()._dense(), plain[name].to_numpy()._dense())
+    jq.save(state, tmp_path / "out")
+    saved = checkpoint.open_checkpoint(tmp_path / "out")
+    assert set(saved.entries) == set(arrays)
+    assert all(saved.read(name).tobytes() == a.tobytes() for name, a in arrays.items())
