@@ -1,20 +1,15 @@
 """A checkpoint directory (or file, or hub id): its config, its stored tensors by name, its side files; and the way back.
 
-Reading is by memory map, tensor by tensor. Writing goes to a hidden directory beside the target, which then takes the
-target's place in one rename, so that a process killed at any moment leaves the old directory or the new one.
+Reading is by memory map, tensor by tensor; where a checkpoint is written is `jq.directory`'s.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import re
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -299,87 +294,6 @@ def _plain_values(folder: Path, sides: Mapping[str, bytes]) -> dict[str, Any]:
                 meta = values.get("meta") if isinstance(values, dict) else None
                 found |= {f"{module}.meta.{k}": v for k, v in (meta.items() if isinstance(meta, dict) else ())}
     return found
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary directory that takes `target`'s place when the block ends well, and vanishes when it does not.
-
-    Of a checkpoint that was there the files go, directories within it and hidden files stay.
-
-    Raises:
-      CheckpointError: the target is a file, holds files but no checkpoint, or cannot be written.
-    """
-    target = Path(os.path.realpath(target.expanduser()))  # a link stays one
-    if os.path.exists(target) and not target.is_dir():
-        raise CheckpointError(f"{target}: is a file, and a directory is to be written there; give another path")
-    if os.path.ismount(target):
-        raise CheckpointError(f"{target}: is a mount point, whose place nothing can take; give a directory in it")
-    try:
-        kept = _kept(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as e:
-        raise CheckpointError(f"{target}: cannot be written: {e}") from e
-    try:
-        os.chmod(temporary, 0o755)
-        yield temporary
-        for item in kept:
-            _link(item, temporary / item.name)
-        if not target.exists():
-            os.rename(temporary, target)
-        else:
-            _exchange(temporary, target)
-    except OSError as e:
-        raise CheckpointError(f"{target}: cannot be written: {e}") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _kept(target: Path) -> list[Path]:
-    """What stays of a directory whose checkpoint is replaced.
-
-    Raises:
-      CheckpointError: it holds no checkpoint, but other files, which would be lost.
-    """
-    found = sorted(target.iterdir()) if os.path.isdir(target) else []
-    if found and not any(f.name == "config.json" or f.name.endswith(WEIGHT_SUFFIXES) for f in found):
-        names = ", ".join(f.name for f in found[:4]) + (", ..." if len(found) > 4 else "")
-        raise CheckpointError(
-            f"{target}: holds files ({names}), but no checkpoint that a new one could replace; give a new or an empty "
-            "directory"
-        )
-    return [f for f in found if f.name.startswith(".") or f.is_dir()]
-
-
-def _link(item: Path, to: Path) -> None:
-    """The same file or tree at another place, without a second copy of the bytes where the file system can."""
-
-    def copy(source: str, copied: str) -> None:
-        try:
-            os.link(source, copied, follow_symlinks=False)
-        except OSError:
-            shutil.copy2(source, copied, follow_symlinks=False)
-
-    if item.is_dir() and not item.is_symlink():
-        shutil.copytree(item, to, symlinks=True, copy_function=copy)
-    else:
-        copy(str(item), str(to))
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swaps two directories; atomic on Linux (renameat2), two renames elsewhere."""
-    at_cwd, rename_exchange = -100, 2
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        done = libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), rename_exchange) == 0
-    except (OSError, AttributeError):
-        done = False
-    if not done:
-        aside = old.with_name(f".{old.name}.old")
-        os.rename(old, aside)
-        os.rename(new, old)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 Stored = tuple[str, tuple[np.dtype, tuple[int, ...]], Callable[[], np.ndarray]]

@@ -18,6 +18,7 @@ import numpy as np
 from jq import checkpoint as _checkpoint
 from jq import safetensors_file
 from jq.checkpoint import Checkpoint, open_checkpoint
+from jq.directory import replacing
 from jq.dump import DumpOnce, Strays, dump_entry, module_of
 from jq.errors import FormatError, JqError, UnsupportedError
 from jq.formats import detect, table
@@ -293,7 +294,7 @@ def save(model_or_state: Any, path: str | os.PathLike) -> None:
     """
     state = model_or_state if isinstance(model_or_state, State) else _state_of_model(model_or_state)
     _check_writable(state)
-    with _checkpoint.replacing(Path(path)) as folder:
+    with replacing(Path(path)) as folder:
         write_state(state, folder)
 
 
