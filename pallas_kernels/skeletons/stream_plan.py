@@ -169,7 +169,7 @@ class Plan(Launch):
         constant is eight times as large as bf16's: too near to what its results are rounded to.
         """
         form = self.form
-        plain = form.kind == "affine" and not form.zero and (not form.group or form.group % CHUNK == 0)
+        plain = form.decode == ("affine", 4) and not form.zero and (not form.group or form.group % CHUNK == 0)
         return plain and self.dtype == "bf16" and 1 < self.m <= 8 and self.block_chunks <= 4 * self.config.warps
 
     @property

@@ -21,6 +21,14 @@ FORMS = {
     "row": Form(group=0),
     "asym": Form(zero="u8"),
     "hqq": Form(group=64, scale="f16", zero="f16"),
+    "w8_g128": Form(bits=8, zero_point=128),
+    "w8_g32": Form(bits=8, group=32, zero_point=3),
+    "w8_row": Form(bits=8, group=0, scale="f32", zero_point=128),
+    "w8_asym": Form(bits=8, zero="u8"),
+    "w8_hqq": Form(bits=8, group=64, scale="f16", zero="f16", zero_point=128),
+    "mxfp4": Form("codebook", 4, 32, "e8m0"),
+    "e4m3_row": Form("e4m3", 8, 0, "f32"),
+    "e5m2_g128": Form("e5m2", 8, 128, "bf16"),
     "nf4": Form("codebook", 4, 64, "bf16"),
     "nf4_dq": Form("codebook", 4, 64, "u8"),
 }
@@ -56,6 +64,9 @@ def test_options():
         lower(Form(), 100, 250, m, choice)  # neither is a multiple of 8
         lower(Form(), 256, 512, m, choice, perm=True)
     lower(Form(), 256, 512, 1, STREAM, perm=True)
+    for m, choice in ((1, STREAM), (16, STREAM), (33, GEMM)):
+        lower(FORMS["w8_asym"], 200, 584, m, choice, jnp.float16, bias=True, stack=2)
+        lower(FORMS["w8_g128"], 256, 512, m, choice, perm=True)
     for m, config in (
         (1, stream.Config(4, 1, 2, 16 << 10, 264)),
         (8, stream.Config(8, 4, 2, 32 << 10, 8)),  # loose strips and whole ones
@@ -76,16 +87,16 @@ def test_options():
     ids=str,
 )
 def test_units_that_warpgroups_share_or_collect(m, config):
-    for name in ("g128", "nf4"):
+    for name in ("g128", "w8_asym", "nf4"):
         lower(FORMS[name], 2000, 1024, m, select.Choice("gemm", config), bias=True)
 
 
 def tuned():
     rows = {}
     for device in ("h100", "h200"):
-        for (kind, _bits, n, k), entries in select.table(device).items():
+        for (kind, bits, n, k), entries in select.table(device).items():
             for m, choice in entries:
-                rows.setdefault((kind, choice), (n, k, m))
+                rows.setdefault(((kind, bits), choice), (n, k, m))
     return rows
 
 
