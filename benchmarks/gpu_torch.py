@@ -82,7 +82,8 @@ def bitsandbytes_layers(model: Any, device: str, kind: str) -> None:
     import torch
 
     for path, (n, k) in linear_layers(model).items():
-        new = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        options = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4"}
+        new = bnb.nn.Linear4bit(k, n, **options, device="meta")  # elsewhere it draws a weight: minutes on a CPU
         weight = torch.randn(n, k, dtype=torch.bfloat16, device=device) * 0.02
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         model.set_submodule(path, new.to(device))

@@ -5,12 +5,16 @@
 Microseconds a call, the minimum over rounds (other work on the machine only ever adds). `layer`, `dense_torch` and
 `jax` are whole calls, waited for. On a CPU `bridge` is what the operator takes beside its two parts, the dequantizing
 program and the dense product. On a GPU `host` is the time until a call returns, the GPU being busy with something else,
-and `device` the time of a call in a CUDA graph of many; `host_kernel` is without the module around the kernel.
+and `device` the time of a call in a CUDA graph of many; `host_kernel` is without the module around the kernel. `host_floor`
+is the driver's own launch of an empty kernel from ctypes. The rows are measured several times,
+one after the other: virtual machines have slow seconds. `host_kernel_median` is the median of its rounds, the others are minima.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import statistics
 import time
 from typing import Any
 
@@ -43,9 +47,9 @@ def microseconds(call: Any, wait: Any, rounds: int = 30, calls: int = 5) -> floa
     return round(best * 1e6, 1)
 
 
-def host_microseconds(call: Any, rounds: int = 40, calls: int = 100) -> float:
-    """Time until a call returns, measured while the GPU sleeps, so that no call waits for it."""
-    best = float("inf")
+def host_rounds(call: Any, rounds: int = 20, calls: int = 100) -> list[float]:
+    """Microseconds until a call returns, measured while the GPU sleeps, so that no call waits for it."""
+    found = []
     for _ in range(rounds):
         call()
         torch.cuda.synchronize()
@@ -53,9 +57,26 @@ def host_microseconds(call: Any, rounds: int = 40, calls: int = 100) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             call()
-        best = min(best, (time.perf_counter() - start) / calls)
+        found.append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    return round(best * 1e6, 1)
+    return found
+
+
+def empty_launch() -> Any:
+    """A launch of a kernel that does nothing on torch's current stream."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    text = b".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry nothing() { ret; }\n\0"
+    module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+    torch.cuda.current_stream()
+    if driver.cuModuleLoadData(ctypes.byref(module), text) or driver.cuModuleGetFunction(
+        ctypes.byref(kernel), module, b"nothing"
+    ):
+        raise RuntimeError("the driver does not take the empty kernel")
+    one, nothing = ctypes.c_uint(1), ctypes.c_void_p()
+    start = ctypes.PyDLL("libcuda.so.1").cuLaunchKernel
+    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))
+    sizes = (one,) * 6
+    return lambda: start(kernel, *sizes, 0, stream, nothing, nothing)
 
 
 def graph_microseconds(call: Any, calls: int = 50) -> float:
@@ -76,8 +97,9 @@ def layer_of(method: Any, n: int, k: int) -> JqLinear:
     return layer
 
 
-@torch.inference_mode()
-def measure(n: int, k: int, tokens: int, method: Any, device: str) -> dict[str, float]:
+def measure(n: int, k: int, tokens: int, method: Any, device: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """Times of a layer's calls, and on a GPU the calls whose time on the host is still to be measured."""
+    calls: dict[str, Any] = {}
     layer = layer_of(method, n, k)
     q = layer.qtensor()
     layer.to(device)  # into the kernels' order, where there is a GPU
@@ -101,11 +123,12 @@ def measure(n: int, k: int, tokens: int, method: Any, device: str) -> dict[str, 
         import pallas_kernels
 
         qj = pallas_kernels.prepare(qj)
-        kernel = ops.cuda_weight(packed, spec, dtype)
-        row["host_kernel"] = host_microseconds(lambda: kernel(x))
-        row["host"] = host_microseconds(lambda: layer(x))
-        row["host_operator"] = host_microseconds(lambda: ops.linear(x, packed, spec, n, None))
-        row["host_dense_torch"] = host_microseconds(lambda: dense(x))
+        kernel = ops.cuda_weight(packed, spec, dtype).of(dtype)  # what the layer calls
+        calls["host_kernel"] = lambda: kernel(x)
+        calls["host"] = lambda: layer(x)
+        calls["host_operator"] = lambda: ops.linear(x, packed, spec, n, None)
+        calls["host_dense_torch"] = lambda: dense(x)
+        calls["host_floor"] = empty_launch()
         row["device"] = graph_microseconds(lambda: layer(x))
         row["device_dense_torch"] = graph_microseconds(lambda: dense(x))
     else:
@@ -113,21 +136,36 @@ def measure(n: int, k: int, tokens: int, method: Any, device: str) -> dict[str, 
         row["dequantize"] = microseconds(lambda: program(leaves), wait)
         row["bridge"] = round(row["operator"] - row["dequantize"] - row["dense_torch"], 1)
     row["jax"] = microseconds(lambda: jitted(xj, qj), wait)
-    return row
+    return row, calls
 
 
+def measure_host(rows: list[dict[str, Any]], calls: list[dict[str, Any]]) -> None:
+    """Adds the time on the host of each row's calls: all rows in turn, five times."""
+    found: list[dict[str, list[float]]] = [{name: [] for name in row} for row in calls]
+    for _ in range(5):
+        for row, times in zip(calls, found, strict=True):
+            for name, call in row.items():
+                times[name] += host_rounds(call, rounds=8)
+    for row, times in zip(rows, found, strict=True):
+        row |= {name: round(min(values), 1) for name, values in times.items()}
+        if times:
+            row["host_kernel_median"] = round(statistics.median(times["host_kernel"]), 1)
+
+
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results")
     args = parser.parse_args()
-    rows = []
+    rows, calls = [], []
     for name, method in METHODS.items():
         for n, k, tokens in SHAPES[args.device]:
-            rows.append(
-                {"weight": name, "n": n, "k": k, "tokens": tokens, **measure(n, k, tokens, method, args.device)}
-            )
-            print(rows[-1], flush=True)
+            row, left = measure(n, k, tokens, method, args.device)
+            rows.append({"weight": name, "n": n, "k": k, "tokens": tokens, **row})
+            calls.append(left)
+    measure_host(rows, calls)
+    print(*rows, sep="\n", flush=True)
     if args.write:
         device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         write(f"torch_call_{args.device}", rows, device=device, threads=torch.get_num_threads())

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +21,22 @@ from typing import Any
 import numpy as np
 
 from jq import safetensors_file, torch_file
-from jq.errors import CheckpointError
+from jq.errors import CheckpointError, JqWarning
 from jq.safetensors_file import Entry, parse_json
 from jq.torch_file import TorchTensor
 
-# Safetensors files that lie beside a checkpoint and are no part of it.
-NOT_WEIGHTS = ("reference.safetensors", "activations.safetensors", "adapter_model.safetensors")
+# Weight-like files that lie beside a checkpoint and are no part of it: of adapters, trainers, oracles of tests.
+NOT_WEIGHTS = (
+    "reference.safetensors",
+    "activations.safetensors",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "training_args.bin",
+    "optimizer.bin",
+    "optimizer.pt",
+    "scheduler.bin",
+    "scheduler.pt",
+)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", ".bin.index.json")
 MAX_SIDE_FILE_BYTES = 64_000_000
 MAX_SHARD_BYTES = 5_000_000_000
@@ -124,7 +136,8 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
         )
     config_file = folder / "config.json"
     config = parse_json(config_file.read_bytes(), config_file, "file") if config_file.is_file() else {}
-    sides = _side_files(folder) if path.is_dir() else {}
+    # A file beside its config.json is a checkpoint's; one that lies alone may lie among anything.
+    sides = _side_files(folder) if path.is_dir() or config_file.is_file() else {}
     if suffix == ".safetensors":
         found, files, metadata_by_file = _read_safetensors(folder, weights)
         return Checkpoint(
@@ -156,22 +169,59 @@ def _drop_tied_output(tensors: dict[str, TorchTensor]) -> None:
 
 
 def find_weights(path: Path) -> list[Path]:
-    """The weight files of a directory in reading order: safetensors first, then torch files, then GGUF."""
+    """The weight files of a directory in reading order: safetensors first, then torch files, then GGUF.
+
+    Raises:
+      CheckpointError: none, several that no index joins, or shards that are not all there.
+    """
     if path.is_file():
         return [path]
     for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{stem}.index.json"
+        index, whole = path / f"{stem}.index.json", (path / stem).is_file()
         if index.is_file():
-            return _indexed(index)
-        if (path / stem).is_file():
+            files = _indexed(index)
+            if not whole or path / stem in files:
+                return files
+            warnings.warn(
+                f"{index}: names other files than {stem} beside it, which is read, as transformers does",
+                JqWarning,
+                stacklevel=2,
+            )
+        if whole:
             return [path / stem]
     for index in sorted(path.glob("*.safetensors.index.json")):
         return _indexed(index)
     for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf"):
-        found = sorted(f for f in path.glob(pattern) if f.name not in NOT_WEIGHTS and f.name != "training_args.bin")
+        found = sorted(f for f in path.glob(pattern) if f.name not in NOT_WEIGHTS)
+        # The same weights under Mistral's or Meta's own names.
+        found = [f for f in found if not f.name.startswith("consolidated")] or found
         if found:
-            return found if pattern == "*.safetensors" else found[:1] if len(found) == 1 else _one_of(path, found)
+            _check_shards(found)
+            if pattern != "*.safetensors" and len(found) > 1 and not all(_SHARD.fullmatch(f.name) for f in found):
+                return _one_of(path, found)
+            return found[:1] if pattern == "*.gguf" else found  # a GGUF's first part knows the others
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        base = parse_json(adapter.read_bytes(), adapter, "file").get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{path}: holds an adapter, no model; load the model that it was trained on ({base!r:.80}) in its place, or "
+            "merge the two with peft (merge_and_unload)"
+        )
     raise CheckpointError(f"{path}: no *.safetensors, *.bin, *.pt or *.gguf file in it")
+
+
+_SHARD = re.compile(r"(.*)(\d{5})-of-(\d{5})(\..*)")
+
+
+def _check_shards(files: list[Path]) -> None:
+    """Raises `CheckpointError` where names like model-00001-of-00002.safetensors tell of files that are missing."""
+    names = {file.name for file in files}
+    for file in files:
+        if (match := _SHARD.fullmatch(file.name)) is not None:
+            for number in range(1, int(match[3]) + 1):
+                name = f"{match[1]}{number:05d}-of-{match[3]}{match[4]}"
+                if name not in names:
+                    raise CheckpointError(f"{file}: shard {name!r} is missing; the download is incomplete")
 
 
 def _one_of(path: Path, found: list[Path]) -> list[Path]:
@@ -253,21 +303,68 @@ def _plain_values(folder: Path, sides: Mapping[str, bytes]) -> dict[str, Any]:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary directory that takes `target`'s place when the block ends well, and vanishes when it does not."""
-    target = target.expanduser().absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and not target.is_dir():
+    """A temporary directory that takes `target`'s place when the block ends well, and vanishes when it does not.
+
+    Of a checkpoint that was there the files go, directories within it and hidden files stay.
+
+    Raises:
+      CheckpointError: the target is a file, holds files but no checkpoint, or cannot be written.
+    """
+    target = Path(os.path.realpath(target.expanduser()))  # a link stays one
+    if os.path.exists(target) and not target.is_dir():
         raise CheckpointError(f"{target}: is a file, and a directory is to be written there; give another path")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    if os.path.ismount(target):
+        raise CheckpointError(f"{target}: is a mount point, whose place nothing can take; give a directory in it")
+    try:
+        kept = _kept(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as e:
+        raise CheckpointError(f"{target}: cannot be written: {e}") from e
     try:
         os.chmod(temporary, 0o755)
         yield temporary
+        for item in kept:
+            _link(item, temporary / item.name)
         if not target.exists():
             os.rename(temporary, target)
         else:
             _exchange(temporary, target)
+    except OSError as e:
+        raise CheckpointError(f"{target}: cannot be written: {e}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _kept(target: Path) -> list[Path]:
+    """What stays of a directory whose checkpoint is replaced.
+
+    Raises:
+      CheckpointError: it holds no checkpoint, but other files, which would be lost.
+    """
+    found = sorted(target.iterdir()) if os.path.isdir(target) else []
+    if found and not any(f.name == "config.json" or f.name.endswith(WEIGHT_SUFFIXES) for f in found):
+        names = ", ".join(f.name for f in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise CheckpointError(
+            f"{target}: holds files ({names}), but no checkpoint that a new one could replace; give a new or an empty "
+            "directory"
+        )
+    return [f for f in found if f.name.startswith(".") or f.is_dir()]
+
+
+def _link(item: Path, to: Path) -> None:
+    """The same file or tree at another place, without a second copy of the bytes where the file system can."""
+
+    def copy(source: str, copied: str) -> None:
+        try:
+            os.link(source, copied, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, copied, follow_symlinks=False)
+
+    if item.is_dir() and not item.is_symlink():
+        shutil.copytree(item, to, symlinks=True, copy_function=copy)
+    else:
+        copy(str(item), str(to))
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -192,7 +192,8 @@ def inspect(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Su
     ckpt = open_checkpoint(path_or_id, revision)
     method, quantized_rows, taken = _quantized_rows(ckpt)
     dense = _dense_rows(ckpt, taken)
-    architectures = ckpt.config.get("architectures") or [ckpt.config.get("model_type") or ""]
+    named = ckpt.config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named
     numbers = {
         int(m.group(1)) for name in ckpt.entries if (m := re.match(r".*?\b(?:layers|blk|h|block)\.(\d+)\.", name))
     }
@@ -200,7 +201,7 @@ def inspect(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Su
     return Summary(
         path=str(path_or_id),
         container=ckpt.container,
-        architecture=str(architectures[0]),
+        architecture=architecture if isinstance(architecture, str) else str(ckpt.config.get("model_type") or ""),
         method=method,
         layers=len(numbers),
         rows=(*quantized_rows, *dense),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq.errors import CheckpointError
+from jq.errors import CheckpointError, UnsupportedError
 from jq.formats import gguf, table, torchao
 from jq.formats.compressed_tensors_attention import Attentions
 from jq.models import expert_names, kv_cache, spec_of
@@ -92,6 +92,7 @@ def build(
     )
     if compute.name not in COMPUTE:
         raise ValueError(f"jq.load: dtype is {compute}, expected {', '.join(COMPUTE)}")
+    cache, own_cache = _cache_form(state, spec, kv_cache_dtype, compute, quantize_activations)
     read = Reader(
         state,
         spec,
@@ -101,12 +102,12 @@ def build(
         label=label,
         fuse=not on_cpu,
         join=on_cpu,
+        cache_scales=own_cache,
         attentions=Attentions(
             state, state.config, quantize=quantize_activations, cache=kv_cache_dtype is None, label=label
         ),
     )
-    cache_dtype = _cache_dtype(state, kv_cache_dtype, compute, quantize_activations)
-    body = Decoder(read, "model", spec, cache_dtype)
+    body = Decoder(read, "model", spec, cache)
     lm_head = _output(read, spec)
     return CausalLM(body, lm_head, spec, Origin(state, read.stored, read.kept, _extra(read)))
 
@@ -155,14 +156,20 @@ def _beside_dense(read: Reader) -> list[str]:
     ]
 
 
-def _cache_dtype(state: State, asked: str | None, compute: np.dtype, quantize_activations: bool) -> str:
-    if asked is not None:
-        return kv_cache.dtype_name(asked)
-    own = None
-    if quantize_activations:
-        config = dict(state.config.get("quantization_config") or state.config.get("compression_config") or {})
-        own = kv_cache.scheme_of(config)
-    return own or kv_cache.dtype_name(compute)
+def _cache_form(
+    state: State, spec: DecoderSpec, asked: str | None, compute: np.dtype, quantize_activations: bool
+) -> tuple[kv_cache.Form, bool]:
+    """(how keys and values are held, whether the file's scales are for that)."""
+    form = None if asked is None else kv_cache.form_of(asked, spec.head_dim)
+    config = dict(state.config.get("quantization_config") or state.config.get("compression_config") or {})
+    try:
+        own = kv_cache.scheme_of(config) if quantize_activations or form is not None else None
+    except UnsupportedError:
+        if form is None:
+            raise
+        own = None
+    form = form or own or compute.name
+    return form, form == own
 
 
 def _own_dtype(config: Mapping[str, Any], label: str) -> np.dtype:

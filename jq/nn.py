@@ -9,9 +9,8 @@ tensor that `jq.save` and `jq.quantized` use, in a `Packed` variable. Compiled f
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jq import activations
 from jq.errors import JqWarning, UnsupportedError
 from jq.matmul import matmul
 from jq.qtensor import Affine, Codebook, NarrowFloat, QTensor
+from jq.quantize import Skip, chosen
 
 Array = Any  # numpy.ndarray | jax.Array
 
@@ -308,7 +308,7 @@ def replace_linears(
     model: nnx.Module,
     method: Any,
     *,
-    skip: Iterable[str] | Callable[[str], bool] = (),
+    skip: Skip = (),
     packed: bool = True,
     dtype: Any = None,
 ) -> list[str]:
@@ -316,8 +316,9 @@ def replace_linears(
 
     Args:
       model: any NNX module; layers are found wherever they sit.
-      method: what quantizes a weight: an object with `.quantize(weight [N, K]) -> QTensor`, such as `jq.NF4()`.
-      skip: paths that stay as they are, as names, shell patterns ("*.lm_head") or a function path -> bool.
+      method: what quantizes a weight: an object with `.quantize(weight [N, K], name=path) -> QTensor`, such as `jq.NF4()`.
+      skip: paths that stay as they are, as in `jq.quantize`: names, ends of names, prefixes, shell patterns ("*.lm_head"),
+        a function path -> bool, or None for the output matrix and MoE routers.
       packed: see `linear_of`.
       dtype: compute dtype of dense copies, None for the dtype of each layer's weight.
 
@@ -326,10 +327,11 @@ def replace_linears(
 
     Raises:
       UnsupportedError: the module itself is a linear layer (there is no parent to put the new one into).
+      ValueError: a pattern of `skip` that matches nothing, weights that are not finite.
     """
-    skipped = skip if callable(skip) else _matcher(tuple(skip))
     # A list first: the walk must not meet its own replacements.
     found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear | Linear)]
+    skipped = chosen([".".join(map(str, path)) for path, _ in found], skip)
     names = []
     for path, layer in found:
         name = ".".join(map(str, path))
@@ -338,7 +340,7 @@ def replace_linears(
         if not path:
             raise UnsupportedError("replace_linears: the module is itself a linear layer; quantize its parent")
         weight, bias = _dense_parts(layer)
-        q = method.quantize(np.asarray(weight)).to_jax()
+        q = method.quantize(np.asarray(weight), name=name).to_jax()
         new = linear_of(q, bias, dtype=dtype or weight.dtype, packed=packed)
         _set(model, path, new)
         names.append(name)
@@ -360,13 +362,6 @@ def _set(model: Any, path: tuple[Any, ...], value: nnx.Module) -> None:
         parent[path[-1]] = value
     else:
         setattr(parent, path[-1], value)
-
-
-def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    def matches(name: str) -> bool:
-        return any(name == p or name.endswith("." + p) or fnmatch.fnmatchcase(name, p) for p in patterns)
-
-    return matches
 
 
 def lossless(stored: Any, compute: Any) -> bool:

@@ -128,7 +128,8 @@ def default_skip(names: list[str]) -> Callable[[str], bool]:
     return skipped
 
 
-def _chosen(names: list[str], skip: Skip) -> Callable[[str], bool]:
+def chosen(names: list[str], skip: Skip) -> Callable[[str], bool]:
+    """Which of the linear layers `names` a `skip` means; `ValueError` for a pattern that matches none."""
     if skip is None:
         return default_skip(names)
     if callable(skip):
@@ -153,7 +154,7 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
             "would add the errors of both. Start from the float model"
         )
     names = linears(state)
-    skipped = _chosen(names, skip)
+    skipped = chosen(names, skip)
     todo = [name for name in names if not skipped(name)]
     if not todo:
         raise ValueError(f"{label}: no linear layer to quantize ({len(names)} found, all skipped)")
@@ -268,7 +269,6 @@ def _quantize_module(module: Any, method: Any, skip: Skip) -> Any:
         raise TypeError(
             f"jq.quantize takes a loaded model, an NNX module, a State or a path, got {type(module).__name__}"
         )
-    if skip is None:
-        skip = default_skip([".".join(map(str, path)) for path, _ in nnx.iter_modules(module)])
-    replace_linears(module, method, skip=skip if callable(skip) else matcher(skip))
+    if not replace_linears(module, method, skip=skip):
+        raise ValueError(f"{type(module).__name__}: no linear layer to quantize")
     return module

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -54,13 +54,19 @@ _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One stored tensor: where it lies and what it is. `kind` is a container's own type name (GGUF), else ""."""
+    """One stored tensor: where it lies and what it is.
+
+    Fields:
+      kind: a container's own type name (GGUF), else "".
+      stamp: of the file when its header was read (`stamp_of`), () where nobody took one.
+    """
 
     dtype: np.dtype
     shape: tuple[int, ...]
     file: Path
     offset: int
     kind: str = ""
+    stamp: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -70,8 +76,27 @@ class Entry:
         """A read-only view of the tensor in a memory map of its file."""
         if self.nbytes == 0:
             return np.zeros(self.shape, self.dtype)
-        raw = np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,))
-        return np.asarray(raw).view(self.dtype).reshape(self.shape)
+        return self.mapped(self.nbytes).view(self.dtype).reshape(self.shape)
+
+    def mapped(self, count: int) -> np.ndarray:
+        """uint8[count], a read-only view of the file from `offset` on.
+
+        Raises:
+          CheckpointError: the file is gone, or another one than the header was read from.
+        """
+        try:
+            with self.file.open("rb") as file:
+                if self.stamp and stamp_of(file) != self.stamp:
+                    raise CheckpointError(f"{self.file}: was written to since it was opened; open the checkpoint again")
+                return np.asarray(np.memmap(file, np.uint8, "r", self.offset, (count,)))
+        except OSError as e:
+            raise CheckpointError(f"{self.file}: cannot be read: {e}") from e
+
+
+def stamp_of(file: IO[bytes]) -> tuple[int, ...]:
+    """What tells an open file from another one, or from itself before it was written to."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -82,8 +107,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
       UnsupportedError: a well-formed file with a dtype narrower than a byte.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            stamp = stamp_of(file)
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
@@ -101,7 +127,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
-    entries = {name: _entry(path, name, info, 8 + length, size) for name, info in header.items()}
+    entries = {name: _entry(path, name, info, 8 + length, size, stamp) for name, info in header.items()}
     _check_cover(path, entries, 8 + length, size)
     return entries, metadata
 
@@ -135,7 +161,7 @@ def check_name(name: str, path: Path) -> None:
         raise CheckpointError(f"{path}: tensor name {name!r} looks like a path or holds control characters; refused")
 
 
-def _entry(path: Path, name: str, info: Any, base: int, size: int) -> Entry:
+def _entry(path: Path, name: str, info: Any, base: int, size: int, stamp: tuple[int, ...]) -> Entry:
     check_name(name, path)
     where = f"{path}: {name}"
     if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
@@ -152,7 +178,7 @@ def _entry(path: Path, name: str, info: Any, base: int, size: int) -> Entry:
         raise CheckpointError(f"{where}: shape {shape!r:.80} is larger than any array can be")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: data_offsets must be two rising integers, found {offsets!r:.80}")
-    entry = Entry(DTYPES[dtype_name], tuple(shape), path, base + offsets[0])
+    entry = Entry(DTYPES[dtype_name], tuple(shape), path, base + offsets[0], stamp=stamp)
     if base + offsets[1] > size:
         raise CheckpointError(
             f"{where}: ends at byte {base + offsets[1]}, the file has {size}; it is truncated: download it again"
@@ -199,8 +225,9 @@ def write(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape), _ in items:
+        check_name(str(name), Path(path.name))  # what the reader would refuse
         if dtype not in NAMES:
-            raise UnsupportedError(f"{path}: {name}: dtype {dtype} has no safetensors name; cast it before saving")
+            raise UnsupportedError(f"{path.name}: {name}: dtype {dtype} has no safetensors name; cast it before saving")
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

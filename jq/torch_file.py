@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from jq.errors import CheckpointError, UnsupportedError
-from jq.safetensors_file import Entry
+from jq.safetensors_file import Entry, stamp_of
 
 MAX_PICKLE_BYTES = 256_000_000
 MAX_DEPTH = 64  # of dicts in dicts
@@ -37,6 +37,7 @@ _STORAGES = {
     "CharStorage": np.int8,
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
+    "ComplexFloatStorage": np.complex64,
 }
 _DTYPES = {
     "float32": np.float32,
@@ -50,9 +51,14 @@ _DTYPES = {
     "uint8": np.uint8,
     "uint16": np.uint16,
     "uint32": np.uint32,
+    "uint64": np.uint64,
+    "complex64": np.complex64,
     "bool": np.bool_,
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
 }
 
 
@@ -108,10 +114,9 @@ class TorchTensor(_Sealed):
         if self.entry.nbytes == 0:
             return np.zeros(shape, dtype)
         span = 1 + sum((n - 1) * s for n, s in zip(shape, self.strides))
-        flat = np.asarray(np.memmap(self.entry.file, np.uint8, "r", self.entry.offset, (span * dtype.itemsize,)))
-        return np.lib.stride_tricks.as_strided(
-            flat.view(dtype), shape, tuple(s * dtype.itemsize for s in self.strides), writeable=False
-        )
+        flat = self.entry.mapped(span * dtype.itemsize).view(f"u{dtype.itemsize}")  # as_strided knows no float8_e5m2
+        strides = tuple(s * dtype.itemsize for s in self.strides)
+        return np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False).view(dtype)
 
 
 def read(path: Path) -> Any:
@@ -122,8 +127,8 @@ def read(path: Path) -> Any:
       UnsupportedError: the format of torch < 1.6.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read_archive(path, archive)
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return _read_archive(path, archive, stamp_of(file))
     except zipfile.BadZipFile as e:
         with path.open("rb") as file:
             old = file.read(2)[:1] == b"\x80"
@@ -141,7 +146,7 @@ def read(path: Path) -> Any:
         raise CheckpointError(f"{path}: the archive is damaged: {type(e).__name__}: {e}") from e
 
 
-def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
+def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: tuple[int, ...]) -> Any:
     members = {info.filename: info for info in archive.infolist()}
     if len(members) != len(archive.infolist()):
         raise CheckpointError(f"{path}: the archive holds a name twice; the file is damaged or hostile")
@@ -156,7 +161,7 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
     if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
         raise CheckpointError(f"{path}: not little-endian")
     with archive.open(pickles[0]) as stream:
-        reader = _Reader(stream, path, root, members)
+        reader = _Reader(stream, path, root, members, stamp)
         try:
             return reader.load()
         except (CheckpointError, UnsupportedError):
@@ -166,9 +171,11 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, stream: Any, path: Path, root: str, members: dict[str, zipfile.ZipInfo]) -> None:
+    def __init__(
+        self, stream: Any, path: Path, root: str, members: dict[str, zipfile.ZipInfo], stamp: tuple[int, ...]
+    ) -> None:
         super().__init__(stream)
-        self.path, self.root, self.members = path, root, members
+        self.path, self.root, self.members, self.stamp = path, root, members, stamp
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
@@ -178,6 +185,7 @@ class _Reader(pickle.Unpickler):
         allowed = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(self._tensor),
+            ("torch._utils", "_rebuild_tensor_v3"): _Rebuild(self._typed_tensor),
             ("torch._utils", "_rebuild_parameter"): _Rebuild(_parameter),
             ("torch", "Size"): _Rebuild(_size),
             ("torch.storage", "UntypedStorage"): _StorageType(np.dtype(np.uint8)),
@@ -218,7 +226,16 @@ class _Reader(pickle.Unpickler):
         start = self._data_start(info) + offset * storage.dtype.itemsize
         if start + span * storage.dtype.itemsize > self.path.stat().st_size:  # sizes of the archive's directory lie
             raise CheckpointError(f"{self.path}: {name!r} lies beyond the end of the file; it is truncated or damaged")
-        return TorchTensor(Entry(storage.dtype, tuple(shape), self.path, start), tuple(strides))
+        return TorchTensor(Entry(storage.dtype, tuple(shape), self.path, start, stamp=self.stamp), tuple(strides))
+
+    def _typed_tensor(
+        self, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+    ) -> TorchTensor:
+        """A tensor of a dtype that has no storage class of its own: bytes, with offset and strides in elements."""
+        if not isinstance(storage, _Storage) or storage.dtype != np.uint8 or not isinstance(dtype, TorchDtype):
+            raise CheckpointError(f"{self.path}: tensor record {(storage, dtype)!r:.80} is damaged")
+        wide = np.dtype(_DTYPES[dtype.name])
+        return self._tensor(_Storage(wide, storage.key, storage.count // wide.itemsize), offset, shape, strides)
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
         with self.path.open("rb") as file:

@@ -17,6 +17,7 @@ one order loads into a layer of the other.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from jq import activations
 from jq_torch import bridge, ops
 
 ORDERED = "mma16_"  # in the names of parameters that lie in the kernels' order
+_autocasts, _traces, _modes = torch.is_autocast_enabled, torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
 
 
 class Packed(nn.Module):
@@ -190,23 +192,19 @@ def _name(path: tuple[Any, ...]) -> str:
     return "_".join(parts).replace(".", "_")
 
 
+@dataclasses.dataclass(slots=True)
 class _Held:
-    """The kernel of a layer's weight, or None where no kernel takes it, with what it was made for."""
+    """The kernel of a layer's weight, or None where no kernel takes it, with what it was made for.
 
-    __slots__ = ("_dtype", "_first", "_name", "_pointer", "kernel")
+    Attributes:
+      name, first, pointer: a parameter that the kernel reads, and where it lay.
+    """
 
-    def __init__(self, name: str, first: torch.Tensor | None, kernel: Any, dtype: torch.dtype) -> None:
-        self._name, self._first, self.kernel, self._dtype = name, first, kernel, dtype
-        self._pointer = 0 if first is None else first.data_ptr()
-
-    def holds(self, dtype: torch.dtype, parameters: dict[str, Any]) -> bool:
-        """Whether the layer's arrays still lie where the kernel reads them."""
-        first = self._first
-        return (
-            dtype is self._dtype
-            and parameters.get(self._name) is first
-            and (first is None or first.data_ptr() == self._pointer)
-        )
+    kernel: Any
+    dtype: torch.dtype
+    name: str = ""
+    first: torch.Tensor | None = None
+    pointer: int = 0
 
 
 class JqLinear(Packed, nn.Linear):
@@ -355,22 +353,29 @@ class JqLinear(Packed, nn.Linear):
     def _kernel(self, x: torch.Tensor) -> Any:
         """The GPU kernel, where neither a graph nor a gradient is recorded: torch's dispatcher costs more than it does."""
         if (
-            type(x) is not torch.Tensor  # fake and distributed tensors have no memory to point at
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled()
+            torch.compiler.is_dynamo_compiling()
+            or type(x) is not torch.Tensor  # fake and distributed tensors have no memory to point at
+            or _autocasts()
+            or _traces() is not None  # torch.jit.trace
+            or _modes()  # make_fx, counters, recomputation: they want to see an operator
             or (x.requires_grad and torch.is_grad_enabled())
         ):
             return None
         held = self._held
-        if held is None or not held.holds(x.dtype, self._parameters):
-            held = self._held = self._hold(x.dtype)
+        if held is not None and held.dtype is x.dtype and self._parameters.get(held.name) is held.first:
+            first = held.first
+            if first is None or first.data_ptr() == held.pointer:  # the layer's arrays still lie there
+                return held.kernel
+        held = self._held = self._hold(x.dtype)
         return held.kernel
 
     def _hold(self, dtype: torch.dtype) -> _Held:
         first = self._parameters.get(self._first)
         if first is None or not self._skeletons["q"].layout:
-            return _Held("", None, None, dtype)
-        return _Held(self._first, first, ops.cuda_weight(*self.operands(), dtype), dtype)
+            return _Held(None, dtype)
+        weight = ops.cuda_weight(*self.operands(), dtype)
+        kernel = None if weight is None else weight.of(dtype)
+        return _Held(kernel, dtype, self._first, first, first.data_ptr())
 
     def _dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         held = self._dense_cache

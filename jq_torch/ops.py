@@ -117,11 +117,14 @@ _kernels: Any = WeakTensorKeyDictionary()  # first packed tensor -> (pointers, k
 def cuda_weight(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> Any:
     """The GPU kernel of a weight in the kernels' order (`in_kernels_order`), None where there is none for it.
 
-    It points at the packed tensors; where they lie elsewhere later (FSDP gathers them anew) it is made again.
+    It points at the packed tensors; where they lie elsewhere later (FSDP gathers them anew) it is made again. Kernels
+    copy 16 bytes at a time: tensors that somebody assigned from the middle of others may not lie so.
     """
     if dtype not in (torch.bfloat16, torch.float16) or not _ordered(spec):
         return None
     pointers = tuple(t.data_ptr() for t in packed)
+    if any(at % 16 for at in pointers):
+        return None
     found = _kernels.get(packed[0])
     if found is None or found[0] != pointers:
         found = _kernels[packed[0]] = (pointers, _cuda_weight(packed, spec))

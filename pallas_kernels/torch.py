@@ -30,6 +30,8 @@ from pallas_kernels.torch_launch import Key, Launcher, arrays_of, launcher_of, p
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
 _TORCH |= {"uint8": torch.uint8, "int8": torch.int8}
 _SHAPES = 64  # of x whose calls a weight remembers
+_ALIGNED = 16  # bytes: what the kernels copy at a time
+Call = Callable[[torch.Tensor], torch.Tensor]
 
 
 def available() -> str | None:
@@ -105,7 +107,7 @@ class TorchWeight:
             self.tensors["scales many"] = self._expanded()
         self._index: int = self.tensors["codes"].get_device()
         self._ready: dict[tuple[int, torch.dtype], _Call] = {}
-        self._direct: dict[tuple[Any, torch.dtype], Callable[[torch.Tensor], torch.Tensor]] = {}
+        self._direct: dict[tuple[Any, torch.dtype], Call] = {}
 
     def _expanded(self) -> torch.Tensor:
         structs = arrays_of(self._few)
@@ -120,7 +122,7 @@ class TorchWeight:
         Raises:
           ValueError: another last axis, dtype or device.
         """
-        direct = self._direct.get((x.shape, x.dtype))  # the path of decoding: every line of it counts
+        direct = self._direct.get((x.shape, x.dtype))
         if direct is not None and x.is_contiguous() and x.get_device() == self._index:
             return direct(x)
         self._check(x)
@@ -140,6 +142,27 @@ class TorchWeight:
         if padded != rows:
             flat = torch.nn.functional.pad(flat, (0, 0, 0, padded - rows))
         return call.direct((padded, n), x.dtype)(flat.contiguous())[:rows].reshape(*x.shape[:-1], n)
+
+    def of(self, dtype: torch.dtype) -> Call:
+        """The same for x of one dtype, which the caller has looked at, to be kept by it.
+
+        This is the path of decoding, every line of it counts: two tenths of a microsecond less than a call of `self`.
+        """
+        known: dict[Any, Call] = {}
+        find, index, prepared = known.get, self._index, self._direct
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            direct = find(x.shape)
+            if direct is not None and x.is_contiguous() and x.get_device() == index:
+                return direct(x)
+            y = self(x)
+            if (made := prepared.get((x.shape, dtype))) is not None:
+                if len(known) >= _SHAPES:
+                    known.clear()
+                known[x.shape] = made
+            return y
+
+        return call
 
     def _check(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.shape[1]:
@@ -196,7 +219,7 @@ class _Call:
         pointers = (ctypes.c_void_p * (len(weight) + 3))(x, *weight, which, y)
         start(context, torch._C._cuda_getCurrentRawStream(self._index), ctypes.addressof(pointers))
 
-    def direct(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    def direct(self, shape: tuple[int, ...], dtype: torch.dtype) -> Call:
         """The call for contiguous tensors of one shape -> a new tensor of `shape`; everything else is made beforehand.
 
         Arrays of pointers are used again, one for each call that is under way (threads).
@@ -217,7 +240,10 @@ class _Call:
             except IndexError:
                 held = pointers()
             view, address = held
-            view[0] = x.data_ptr()
+            source = x.data_ptr()
+            if source & (_ALIGNED - 1):
+                source = (x := x.clone()).data_ptr()
+            view[0] = source
             view[last] = y.data_ptr()
             start(context, stream(index), address)
             free.append(held)
@@ -233,6 +259,11 @@ class _Call:
                 return launch(x)
 
         return guarded
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """A dense tensor that begins where the kernels can copy from: itself, or where it is a part of another a copy."""
+    return x.clone() if x.data_ptr() % _ALIGNED else x
 
 
 def _empty(index: int) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:

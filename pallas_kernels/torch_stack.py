@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from pallas_kernels.torch import TorchWeight, bucket
+from pallas_kernels.torch import TorchWeight, aligned, bucket
 
 FEW = 16  # rows that are launched one by one
 
@@ -27,7 +27,7 @@ def matmul(weight: TorchWeight, x: torch.Tensor, which: torch.Tensor) -> torch.T
         return x.new_zeros((0, weight.shape[0]))
     found = which.clamp(max=count - 1).to(torch.int32)
     with torch.cuda.device(x.device):
-        y = _few(weight, x.contiguous(), found) if rows <= FEW else _many(weight, x, found, count)
+        y = _few(weight, aligned(x.contiguous()), found) if rows <= FEW else _many(weight, x, found, count)
     return y.masked_fill_((which >= count)[:, None], 0)
 
 

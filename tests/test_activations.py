@@ -40,7 +40,7 @@ def quantized(x, w):
     """(codes, scales, zeros) as the scheme of w makes them."""
     a = w.activation
     if a.scheme == "compressed_tensors":
-        got = ct.quantize(x, a.get("input"), ct._static(w.extras, "input"))
+        got = ct.quantize(x, a.get("input"), ct.parameters_of(w.extras, "input"))
         return got.values, got.scales, got.zeros
     if a.scheme == "fp8_block":
         return *fp8.quantize_blocks(x, a.get("cols"), pow2=a.get("pow2", False)), None

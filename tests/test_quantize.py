@@ -89,17 +89,18 @@ def test_path_is_quantized_to_a_state(tiny):
     assert len(jq.quantized(jq.quantize(tiny, jq.RTN(4, 32)))) == 14
 
 
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(48, 48, rngs=rngs) for _ in range(2)])
+        self.lm_head = nnx.Linear(48, 5, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return self.lm_head(x)
+
+
 def test_any_module():
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.layers = nnx.List([nnx.Linear(48, 48, rngs=rngs) for _ in range(2)])
-            self.lm_head = nnx.Linear(48, 5, use_bias=False, rngs=rngs)
-
-        def __call__(self, x):
-            for layer in self.layers:
-                x = nnx.relu(layer(x))
-            return self.lm_head(x)
-
     x = np.random.default_rng(0).normal(size=(3, 48)).astype(np.float32)
     for method in (jq.NF4(), jq.Int8(), jq.RTN(8, 16)):
         net = Net(nnx.Rngs(0))
@@ -110,6 +111,26 @@ def test_any_module():
     net = Net(nnx.Rngs(0))
     jq.quantize(net, jq.NF4(), skip=["layers.0"])
     assert sorted(jq.quantized(net)) == ["layers.1", "lm_head"]
+
+
+@pytest.mark.parametrize("skip", ["layers", ["layers"], ["layers.0", "layers.1"], ["0", "1"], ["layers.*"]])
+def test_modules_skip_as_checkpoints_do(skip):
+    net = Net(nnx.Rngs(0))
+    assert jq.nn.replace_linears(net, jq.NF4(), skip=skip) == ["lm_head"]
+    net = Net(nnx.Rngs(0))
+    assert sorted(jq.quantized(jq.quantize(net, jq.NF4(), skip=skip))) == ["lm_head"]
+
+
+def test_modules_name_what_is_wrong():
+    net = Net(nnx.Rngs(0))
+    for call in (jq.quantize, jq.nn.replace_linears):
+        with pytest.raises(ValueError, match=r"skip: 'layer' matches no linear layer; layers are named like layers\.0"):
+            call(net, jq.NF4(), skip="layer")
+    net.layers[1].kernel.set_value(net.layers[1].kernel.get_value().at[0, 0].set(np.nan))
+    with pytest.raises(ValueError, match=r"layers\.1"):
+        jq.quantize(net, jq.NF4())
+    with pytest.raises(ValueError, match="Net: no linear layer to quantize"):
+        jq.quantize(Net(nnx.Rngs(0)), jq.NF4(), skip=lambda name: True)
 
 
 @pytest.mark.parametrize(

@@ -44,18 +44,18 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     """x [M, K] -> [M, N]. Options: "input" and "output" are `Args`; parameters are the stored static scales."""
     inputs, outputs = w.activation.get("input"), w.activation.get("output")
     if inputs is not None:
-        x = quantize(x, inputs, _static(w.extras, "input")).dequantized
+        x = quantize(x, inputs, parameters_of(w.extras, "input")).dequantized
     sums = float_sums(x, w.dequantize())
     if bias is not None:  # added to the float32 sums, as torch's linear does
         sums = sums + bias.astype(x.dtype).astype(jnp.float32)
     y = sums.astype(x.dtype)
     if outputs is not None:
-        y = quantize(exact.rounded(y), outputs, _static(w.extras, "output")).dequantized
+        y = quantize(exact.rounded(y), outputs, parameters_of(w.extras, "output")).dequantized
     return y
 
 
-def _static(extras: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The stored parameters of `input` or `output` without that prefix: scale, zero_point, global_scale."""
+def parameters_of(extras: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The stored parameters of `name` ("input", "k", ...) without that prefix: scale, zero_point, global_scale."""
     return {k.removeprefix(f"{name}_"): v for k, v in extras.items() if k.startswith(f"{name}_")}
 
 
@@ -72,13 +72,7 @@ def quantize(x: jax.Array, args: Args, static: Mapping[str, Any]) -> Quantized:
     """
     dtype = x.dtype
     if args.dynamic is False:
-        scale = jnp.asarray(static["scale"]).astype(dtype)
-        shape = scale.shape if args.strategy == "attn_head" else (-1,)  # [heads, 1, 1] beside [..., heads, T, head_dim]
-        scale = scale.reshape(shape)
-        if args.strategy != "attn_head" and (args.strategy != "tensor" or scale.size != 1):
-            raise UnsupportedError(f"static activation quantization per {args.strategy} is not done here: {args}")
-        zero = None if args.symmetric else jnp.asarray(static["zero_point"]).reshape(shape)
-        return _apply(x, scale, None if zero is None else zero.astype(dtype), args)
+        return _apply(x, *fixed_of(args, static, dtype), args)
     if args.strategy == "token":
         return _apply(x, *_qparams(x, args), args)
     if args.strategy == "tensor":
@@ -95,6 +89,16 @@ def quantize(x: jax.Array, args: Args, static: Mapping[str, Any]) -> Quantized:
         found = _apply(groups, *_qparams(groups, args), args)
     zeros = None if found.zeros is None else found.zeros[..., 0]
     return Quantized(found.values.reshape(x.shape), found.scales[..., 0], zeros, found.dequantized.reshape(x.shape))
+
+
+def fixed_of(args: Args, static: Mapping[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """The stored scale and zero point in `dtype`: [1], or [heads, 1, 1] beside [..., heads, T, head_dim]."""
+    scale = jnp.asarray(static["scale"]).astype(dtype)
+    shape = scale.shape if args.strategy == "attn_head" else (-1,)
+    if args.strategy != "attn_head" and (args.strategy != "tensor" or scale.size != 1):
+        raise UnsupportedError(f"static activation quantization per {args.strategy} is not done here: {args}")
+    zero = None if args.symmetric else jnp.asarray(static["zero_point"]).reshape(shape).astype(dtype)
+    return scale.reshape(shape), zero
 
 
 def _qparams(x: jax.Array, args: Args) -> tuple[jax.Array, jax.Array | None]:
@@ -120,8 +124,18 @@ def _apply(x: jax.Array, scale: jax.Array, zero: jax.Array | None, args: Args) -
     if zero is not None:
         scaled = exact.rounded(scaled + zero)
     values = round_to(scaled, args)
-    moved = values if zero is None else values - zero
-    return Quantized(values, scale, zero, exact.rounded(moved * scale))
+    return Quantized(values, scale, zero, restored(values, scale, zero, args, {}, x.dtype))
+
+
+def restored(
+    values: jax.Array, scales: jax.Array, zeros: jax.Array | None, args: Args, static: Mapping[str, Any], dtype: Any
+) -> jax.Array:
+    """What quantized numbers stand for, in `dtype`: scales and zero points as `Quantized` has them, broadcast to `values`."""
+    if args.strategy == "tensor_group":
+        return exact.rounded((values * exact.div(scales, _whole(static))).astype(dtype))
+    if args.is_mx and args.dynamic is True:
+        return exact.rounded((exact.cast(values, jnp.float32) * scales).astype(dtype))
+    return exact.rounded((values if zeros is None else values - zeros) * scales)
 
 
 def round_to(x: jax.Array, args: Args) -> jax.Array:
@@ -148,8 +162,7 @@ def _mx(x: jax.Array, args: Args) -> Quantized:
     scaled = exact.rounded((exact.cast(x, jnp.float32) * exact.pow2(-exponent)).astype(x.dtype))
     values = round_to(scaled, args)
     scales = exact.pow2(exponent)
-    dequantized = exact.rounded((exact.cast(values, jnp.float32) * scales).astype(x.dtype))
-    return Quantized(values, scales, None, dequantized)
+    return Quantized(values, scales, None, restored(values, scales, None, args, {}, x.dtype))
 
 
 def mx_exponent(peak: jax.Array, bits: int) -> jax.Array:
@@ -168,11 +181,14 @@ def mx_exponent(peak: jax.Array, bits: int) -> jax.Array:
 
 def _nvfp4(x: jax.Array, static: Mapping[str, Any], args: Args) -> Quantized:
     """E4M3 scales of groups of 16 under a stored global scale; x [..., groups, 16]."""
-    whole = jnp.asarray(static["global_scale"]).astype(jnp.float32).reshape(-1)
+    whole = _whole(static)
     peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     local = exact.cast(exact.div(peak, jnp.asarray(args.limits[1], x.dtype)), jnp.float32) * whole
     scales = exact.float8(jnp.clip(local, -448, 448), ml_dtypes.float8_e4m3fn).astype(jnp.float32)
     scales = jnp.where(scales == 0, jnp.float32(0.125), scales)
-    step = exact.div(scales, whole)
-    values = round_to(exact.div(exact.cast(x, jnp.float32), step), args)
-    return Quantized(values, scales, None, exact.rounded((values * step).astype(x.dtype)))
+    values = round_to(exact.div(exact.cast(x, jnp.float32), exact.div(scales, whole)), args)
+    return Quantized(values, scales, None, restored(values, scales, None, args, static, x.dtype))
+
+
+def _whole(static: Mapping[str, Any]) -> jax.Array:
+    return jnp.asarray(static["global_scale"]).astype(jnp.float32).reshape(-1)

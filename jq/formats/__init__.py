@@ -33,6 +33,8 @@ _MODULES = (
     "gguf",
     "quark",
     "qqq",
+    "exl3",
+    "paroquant",
     "spqr",
     "higgs",
     "fp_quant",
@@ -77,16 +79,16 @@ def by_method(method: str, label: str = "config.json") -> Format:
 def detect(checkpoint: Any) -> tuple[Format, dict] | None:
     """The format and quantization config of a checkpoint, None where it is not quantized.
 
-    Looks at config.json's `quantization_config` (also `compression_config`, its old name), in a nested `text_config`
-    too, then asks each format for its side files (quantize_config.json, quanto_qmap.json, ...).
+    Looks at config.json's `quantization_config` (also `compression_config`, its old name), in the configs of a model's
+    parts too (`text_config` first), then asks each format for its side files (quantize_config.json, ...).
     """
     config = checkpoint.config
-    nested = config.get("text_config")
-    for holder in (config, nested if isinstance(nested, dict) else {}):
+    parts = {"text_config": None, **config}
+    for holder in (config, *(part for part in parts.values() if isinstance(part, dict))):
         for key in ("quantization_config", "compression_config"):
             found = holder.get(key)
-            if found and not isinstance(found, dict):
-                raise FormatError(f"{checkpoint.label}: {key} must be a JSON object, found {found!r:.60}")
+            if found is not None and not isinstance(found, dict):
+                raise FormatError(f"{checkpoint.label}: config.json: {key} must be a JSON object, found {found!r:.60}")
             if found:
                 method = found.get("quant_method") or found.get("method")
                 if method is None:

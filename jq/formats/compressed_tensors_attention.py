@@ -6,8 +6,7 @@
     transform_config              locations q_attn and k_cache, see `compressed_tensors_transforms`
 
 Scales are [1], or [heads, 1, 1] (strategy attn_head); a global scale [1] with dynamic "local" (NVFP4). The library
-quantizes and dequantizes on the way into the cache. Symmetric 8-bit caches are not done here but in `jq.models.kv_cache`,
-which keeps the codes.
+quantizes and dequantizes on the way into the cache; `jq.models.kv_cache` keeps the codes.
 
 Source: compressed-tensors 0.20.0 (modeling/, quantization/lifecycle/{apply,initialize}.py), which runs on a CPU.
 """
@@ -33,33 +32,30 @@ INSIDE = ("q_attn", "k_cache")
 
 @dataclasses.dataclass(frozen=True)
 class Inside:
-    """What happens to queries and to keys (and values) of one layer: rotations, then quantization. Hashable."""
+    """What happens to queries and to keys (and values) of one layer: rotations, then quantization. Hashable.
+
+    Fields:
+      query: how queries are quantized.
+      cache: how keys and values are held.
+      turn_query, turn_keys: rotations before that.
+    """
 
     query: Args | None = None
     cache: Args | None = None
     turn_query: tuple[Rotation, ...] = ()
     turn_keys: tuple[Rotation, ...] = ()
 
-    def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, arrays: Mapping[str, Any]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q, k, v [B, heads, T, head_dim] as they enter attention and cache, in their dtype."""
+    def __call__(self, q: jax.Array, k: jax.Array, arrays: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """q and k [B, heads, T, head_dim] as they enter attention and cache, in their dtype."""
         for one in self.turn_query:
             q = rotation.rotate(q, one, arrays)
         for one in self.turn_keys:
             k = rotation.rotate(k, one, arrays)
         if self.query is not None:
-            q = _quantized(q, self.query, arrays, "q")
-        if self.cache is not None:
-            k, v = _quantized(k, self.cache, arrays, "k"), _quantized(v, self.cache, arrays, "v")
-        return q, k, v
+            from jq.activation_schemes.compressed_tensors import parameters_of, quantize
 
-
-def _quantized(x: jax.Array, args: Args, arrays: Mapping[str, Any], which: str) -> jax.Array:
-    from jq.activation_schemes.compressed_tensors import quantize
-
-    static = {k.removeprefix(f"{which}_"): v for k, v in arrays.items() if k.startswith(f"{which}_")}
-    return quantize(x, args, static).dequantized
+            q = quantize(q, self.query, parameters_of(arrays, "q")).dequantized
+        return q, k
 
 
 class Attentions:
@@ -131,7 +127,7 @@ class Attentions:
         return None if inside == Inside() else (inside, arrays)
 
     def _schemes(self, path: str) -> tuple[Args | None, Args | None]:
-        """How queries, and keys and values, are quantized here (not in `jq.models.kv_cache`)."""
+        """How queries, and keys and values, are quantized; no cache where no scale is stored and each token takes its own."""
         options = self._options
         assert options is not None
         own = next(
@@ -145,9 +141,16 @@ class Attentions:
         if any(_means_attention(path, t) for t in options.ignore):
             own = None
         cache = own or options.kv_cache
-        if cache is not None and (not self._cache or (own is None and keeps_codes(cache))):
+        if cache is not None and (
+            not self._cache or (own is None and keeps_codes(cache) and not self._fixed(path, cache))
+        ):
             cache = None
         return own, cache
+
+    def _fixed(self, path: str, args: Args) -> bool:
+        """Whether the scales of a layer's keys and values are stored, and used."""
+        stored = all(f"{path}.{which}_scale" in self._tensors for which in "kv")
+        return stored and args.dynamic is False and args.strategy in ("tensor", "attn_head")
 
     def _static(self, path: str, which: str, args: Args) -> dict[str, np.ndarray]:
         if args.dynamic is True:
@@ -170,13 +173,19 @@ class Attentions:
             value = np.asarray(self._tensors[name])
             if value.size != 1 and (value.ndim != 3 or value.shape[1:] != (1, 1)):
                 raise FormatError(f"{self._label}: {name}: found shape {value.shape}, expected (1,) or (heads, 1, 1)")
+            if part != "zero_point" and not (np.isfinite(value.astype(np.float64)) & (value != 0)).all():
+                raise FormatError(
+                    f"{self._label}: {name}: is 0 or no number; the file is damaged. kv_cache='bfloat16' takes another cache"
+                    if which != "q"
+                    else f"{self._label}: {name}: is 0 or no number; the file is damaged"
+                )
             self.names.add(name)
             found[f"{which}_{part}"] = value
         return found
 
 
 def keeps_codes(args: Args) -> bool:
-    """Whether `jq.models.kv_cache` holds what a kv_cache_scheme makes."""
+    """Whether a scale for each token and head can stand in for those of a kv_cache_scheme that the file does not hold."""
     return args.symmetric and args.num_bits == 8 and args.strategy in ("tensor", "attn_head", "token", "channel")
 
 

@@ -12,6 +12,7 @@ vocabulary of 49,152, this one takes 0.1 s), and on a damaged file it raises wha
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 import mmap
 import re
@@ -25,7 +26,7 @@ import numpy as np
 
 from jq.errors import CheckpointError, UnsupportedError
 from jq.formats.gguf_types import NARROW, TYPES
-from jq.safetensors_file import Entry, check_name
+from jq.safetensors_file import Entry, check_name, stamp_of
 
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
@@ -133,7 +134,9 @@ def read_file(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     """Entries and metadata of one file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read(_Cursor(data, path))
+            found, metadata = _read(_Cursor(data, path))
+            stamp = stamp_of(file)
+            return {name: dataclasses.replace(entry, stamp=stamp) for name, entry in found.items()}, metadata
     except (OSError, ValueError) as e:  # mmap of an empty file is a ValueError
         if isinstance(e, CheckpointError):
             raise

@@ -1,4 +1,4 @@
-"""in_features of a linear layer from the model's config, for formats that do not store the shape of a weight."""
+"""Sizes of a linear layer from the model's config, for formats that do not store the shape of a weight."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ _HIDDEN = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_p
 _INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim")
 _MOE_INNER = ("moe_intermediate_size", "shared_expert_intermediate_size")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+_HEAD_SIZES = ("head_dim", "d_kv", "v_head_dim", "kv_channels")
 
 # Last part of a module's name -> which dimension goes in.
 _FROM_INNER = ("down_proj", "fc2", "dense_4h_to_h", "w2", "wo", "fc_out", "linear2")
@@ -52,6 +53,30 @@ def in_features_of(name: str, size: int, config: Mapping[str, Any], fits: Callab
     return None
 
 
+def out_features_of(name: str, config: Mapping[str, Any], fits: Callable[[int], bool]) -> int | None:
+    """The output dimension of a module of a decoder by its name, or None where none of its role or several fit.
+
+    Args:
+      name, config, fits: as for `in_features_of`.
+    """
+    last = name.rsplit(".", 1)[-1]
+    found = set[int]()
+    for c in (config, *(v for v in config.values() if isinstance(v, Mapping))):
+        if last in ("lm_head", "embed_out", "output"):
+            found |= _numbers(c, ("vocab_size",))
+        elif last in (*_FROM_INNER, *_FROM_HEADS):
+            found |= _numbers(c, _HIDDEN)
+        elif last in ("gate_proj", "up_proj", "fc1", "w1", "w3"):
+            found |= _numbers(c, (*_INNER, *_MOE_INNER))
+        elif last in ("q_proj", "k_proj", "v_proj"):
+            kept = () if last == "q_proj" else ("num_key_value_heads",)
+            heads = _numbers(c, kept) or _numbers(c, _HEADS)
+            sizes = _numbers(c, _HEAD_SIZES) or {h // a for h in _numbers(c, _HIDDEN) for a in _numbers(c, _HEADS)}
+            found |= {a * size for a in heads for size in sizes}
+    fitting = [n for n in sorted(found) if fits(n)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
 def _numbers(config: Mapping[str, Any], keys: tuple[str, ...]) -> set[int]:
     return {config[k] for k in keys if isinstance(config.get(k), int) and config[k] > 0}
 
@@ -60,6 +85,6 @@ def _attention_widths(config: Mapping[str, Any]) -> set[int]:
     """Width of the concatenated heads."""
     found = set()
     for heads in _numbers(config, _HEADS):
-        for head_dim in _numbers(config, ("head_dim", "d_kv", "v_head_dim", "kv_channels")):
+        for head_dim in _numbers(config, _HEAD_SIZES):
             found.add(heads * head_dim)
     return found or _numbers(config, _HIDDEN)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jq.activation_schemes.compressed_tensors import parameters_of
 from jq.models import attention, functional, kernels, kv_cache, rope
 from jq.models.experts import ExpertMLP, StackedExpertMLP
 from jq.models.reader import Reader
@@ -37,12 +38,12 @@ Cache = tuple[tuple[kv_cache.Buffer, kv_cache.Buffer], ...]  # keys and values o
 
 
 class Attention(nnx.Module):
-    """Self-attention of one layer; `k_scale` and `v_scale` are the checkpoint's cache scales."""
+    """Self-attention of one layer; `k_scale` and `v_scale` are the checkpoint's scales of an 8-bit cache."""
 
     joint = "qkv_proj", ("q_proj", "k_proj", "v_proj")  # name of the product of several weights, and of each
 
-    def __init__(self, read: Reader, path: str, spec: DecoderSpec, layer: LayerSpec, cache_dtype: str) -> None:
-        self.spec, self.layer, self.cache_dtype = spec, layer, cache_dtype
+    def __init__(self, read: Reader, path: str, spec: DecoderSpec, layer: LayerSpec, cache: kv_cache.Form) -> None:
+        self.spec, self.layer, self.dtype = spec, layer, read.dtype
         hidden, wide = spec.hidden_size, spec.num_heads * spec.head_dim
         narrow = spec.num_kv_heads * spec.head_dim
         parts = dict(zip(self.joint[1], (wide, narrow, narrow), strict=True))
@@ -60,20 +61,18 @@ class Attention(nnx.Module):
             self.q_norm = read.norm(f"{path}.q_norm", spec.head_dim if one_head else wide)
             self.k_norm = read.norm(f"{path}.k_norm", spec.head_dim if one_head else narrow)
         self.sinks = read.optional(f"{path}.sinks", (spec.num_heads,)) if spec.sinks else None
-        narrow_cache = kv_cache.DTYPES[cache_dtype][1] is not None
-        self.k_scale = _cache_scale(read, path, "k", spec) if narrow_cache else None
-        self.v_scale = _cache_scale(read, path, "v", spec) if narrow_cache else None
         found = read.inside(path)
         self.inside = None if found is None else found[0]
         self.inside_arrays = None if found is None else found[1]
+        self.form = cache if self.inside is None or self.inside.cache is None else self.inside.cache
+        own = read.cache_scales and kv_cache.takes_scale(self.form)
+        self.k_scale = _cache_scale(read, path, "k", spec) if own else None
+        self.v_scale = _cache_scale(read, path, "v", spec) if own else None
 
     def empty_cache(self, batch: int, slots: int) -> tuple[kv_cache.Buffer, kv_cache.Buffer]:
         shape = (batch, self.spec.num_kv_heads, slots, self.spec.head_dim)
-        k, v = self._scales()
-        return (
-            kv_cache.empty(self.cache_dtype, shape, k is not None),
-            kv_cache.empty(self.cache_dtype, shape, v is not None),
-        )
+        k, v = (kv_cache.empty(self.form, shape, self._static(which), self.dtype) for which in "kv")
+        return k, v
 
     def __call__(
         self,
@@ -112,12 +111,12 @@ class Attention(nnx.Module):
         if self.layer.rope is not None:
             cos, sin = tables[self.layer.rope]
             q, k = rope.rotate(q, cos, sin).astype(x.dtype), rope.rotate(k, cos, sin).astype(x.dtype)
-        k_scale, v_scale = self._scales()
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, kv_heads, T, head_dim]
         if self.inside is not None and self.inside_arrays is not None:
-            q, k, v = self.inside(jnp.swapaxes(q, 1, 2), k, v, self.inside_arrays.get_value())
+            q, k = self.inside(jnp.swapaxes(q, 1, 2), k, self.inside_arrays.get_value())
             q = jnp.swapaxes(q, 1, 2)
-        new = kv_cache.encode(self.cache_dtype, k, k_scale), kv_cache.encode(self.cache_dtype, v, v_scale)
+        of_keys, of_values = self._static("k"), self._static("v")
+        new = kv_cache.encode(self.form, k, of_keys), kv_cache.encode(self.form, v, of_values)
         if slot is None:
             keys, values = new
             queries = jnp.arange(length)
@@ -131,8 +130,8 @@ class Attention(nnx.Module):
         mask = attention.causal_mask(queries, jnp.arange(slots), starts, self.layer.window)
         out = attention.attend(
             q,
-            kv_cache.decode(keys, k_scale, x.dtype),
-            kv_cache.decode(values, v_scale, x.dtype),
+            kv_cache.decode(self.form, keys, of_keys, spec.head_dim, x.dtype),
+            kv_cache.decode(self.form, values, of_values, spec.head_dim, x.dtype),
             mask,
             scale=self._scale,
             softcap=spec.attention_softcap,
@@ -200,11 +199,12 @@ class Attention(nnx.Module):
         three = parts if len(parts) == 3 else self._split(parts[0])
         return tuple(a.reshape(*a.shape[:-1], -1, self.spec.head_dim) for a in three)
 
-    def _scales(self) -> tuple[jax.Array | None, jax.Array | None]:
-        return (
-            None if self.k_scale is None else self.k_scale.get_value(),
-            None if self.v_scale is None else self.v_scale.get_value(),
-        )
+    def _static(self, which: str) -> dict[str, Any]:
+        """Stored parameters of the cache of keys ("k") or values ("v")."""
+        scale = self.k_scale if which == "k" else self.v_scale
+        if scale is not None:
+            return {"scale": scale.get_value()}
+        return {} if self.inside_arrays is None else parameters_of(self.inside_arrays.get_value(), which)
 
 
 def _cache_scale(read: Reader, path: str, which: str, spec: DecoderSpec) -> Any:
@@ -269,9 +269,9 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP with their norms and residuals."""
 
-    def __init__(self, read: Reader, path: str, spec: DecoderSpec, layer: LayerSpec, cache_dtype: str) -> None:
+    def __init__(self, read: Reader, path: str, spec: DecoderSpec, layer: LayerSpec, cache: kv_cache.Form) -> None:
         self.spec = spec
-        self.self_attn = Attention(read, f"{path}.self_attn", spec, layer, cache_dtype)
+        self.self_attn = Attention(read, f"{path}.self_attn", spec, layer, cache)
         if layer.experts:
             assert spec.experts is not None
             container = spec.experts.names[0]
@@ -325,11 +325,11 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(self, read: Reader, path: str, spec: DecoderSpec, cache_dtype: str) -> None:
+    def __init__(self, read: Reader, path: str, spec: DecoderSpec, cache: kv_cache.Form) -> None:
         self.spec = spec
         self.embed_tokens = read.embedding(f"{path}.embed_tokens", (spec.vocab_size, spec.hidden_size))
         self.layers = nnx.List(
-            [DecoderLayer(read, f"{path}.layers.{i}", spec, layer, cache_dtype) for i, layer in enumerate(spec.layers)]
+            [DecoderLayer(read, f"{path}.layers.{i}", spec, layer, cache) for i, layer in enumerate(spec.layers)]
         )
         self.norm = read.norm(f"{path}.norm", spec.hidden_size)
 

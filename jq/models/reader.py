@@ -35,6 +35,7 @@ class Reader:
       fuse: join packed q/k/v and gate/up into one matrix each (one kernel launch).
       join: lay dense weights of one input one behind the other (`jq.models.joined`).
       attentions: what the checkpoint does inside attention layers.
+      cache_scales: `k_scale` and `v_scale` are those of the cache that the model has.
 
     Attributes:
       kept: stored arrays that the compute dtype cannot hold exactly: name -> (stored array, compute array).
@@ -53,11 +54,12 @@ class Reader:
         fuse: bool = False,
         join: bool = False,
         attentions: Attentions | None = None,
+        cache_scales: bool = False,
     ) -> None:
         self.state, self.spec, self.label = state, spec, label
         self.dtype, self.packed, self.quantize_activations = np.dtype(dtype), packed, quantize_activations
         self.fuse, self.join = fuse and packed, join
-        self.attentions = attentions
+        self.attentions, self.cache_scales = attentions, cache_scales
         self.used: set[str] = set()
         self.kept: dict[str, tuple[Any, Any]] = {}
         self.stored: dict[str, np.dtype] = {}

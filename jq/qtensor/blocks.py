@@ -1,9 +1,9 @@
-"""`Blocks`: rows of self-contained byte blocks whose lattice codes fit none of the other tensors (GGUF's IQ1-3, TQ1_0).
+"""`Blocks`: self-contained blocks of bytes whose codes fit none of the other tensors (GGUF's IQ1-3, TQ1_0; EXL3's trellis).
 
 A block of one of these types mixes indices into a grid of 4 or 8 signed weights, packed signs, and scales of 3 or 4
 bits. Taking them apart would need more bytes than the file has (TQ1_0 stores 1.6 bits a weight), so the bytes stay as
 they are and a function per type decodes them. Layouts and grids: gguf 0.19.0, gguf/quants.py (MIT), which also holds
-the grids at run time.
+the grids at run time. EXL3's tiles: `jq.qtensor.trellis`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import numpy as np
 
 from jq.bits import namespace
 from jq.errors import FormatError, UnsupportedError
+from jq.qtensor import trellis
 from jq.qtensor.base import Array, QTensor, Source, register
 
 
 @register
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Blocks(QTensor):
-    """A weight stored as blocks of bytes, `KINDS[kind].elements` consecutive weights of a row in each.
+    """A weight stored as blocks of bytes: in each `KINDS[kind].elements` consecutive weights of `rows` (mostly 1) rows.
 
     Fields:
-      codes: uint8[*stack, N, K / elements * bytes], the blocks of each row one after the other.
+      codes: uint8[*stack, N / rows, K / elements * bytes], the blocks of each row one after the other.
       kind: key of `KINDS`.
       extras: stored tensors carried for saving.
     """
@@ -59,7 +60,10 @@ class Blocks(QTensor):
                 f"{name}: {codes.dtype}{tuple(codes.shape)}, expected uint8 rows of {kind} blocks of {size} bytes"
             )
         made = cls(codes, kind=kind, **fields)
-        scales = np.asarray(KINDS[kind].scale(np.asarray(codes).reshape(-1, size)))
+        scale = KINDS[kind].scale
+        if scale is None:
+            return made
+        scales = np.asarray(scale(np.asarray(codes).reshape(-1, size)))
         bad = int((~np.isfinite(scales)).sum())
         if bad:
             raise FormatError(f"{name}: {bad} of {scales.size} block scales are not finite; the file is damaged")
@@ -67,36 +71,46 @@ class Blocks(QTensor):
 
     @property
     def bits(self) -> int:
-        return math.ceil(8 * KINDS[self.kind].bytes / KINDS[self.kind].elements)
+        kind = KINDS[self.kind]
+        return math.ceil(8 * kind.bytes / (kind.rows * kind.elements))
 
     @property
     def shape(self) -> tuple[int, ...]:
         kind = KINDS[self.kind]
-        return (*self.codes.shape[:-1], self.codes.shape[-1] // kind.bytes * kind.elements)
+        *stack, rows, width = self.codes.shape
+        return (*stack, rows * kind.rows, width // kind.bytes * kind.elements)
 
     def describe(self) -> str:
-        return f"{self.kind}, blocks of {KINDS[self.kind].elements}"
+        kind = KINDS[self.kind]
+        return f"{self.kind}, blocks of {kind.elements}" if kind.rows == 1 else f"{self.kind}, {self.bits} bits"
 
     def unpack(self) -> Array:
         raise UnsupportedError(f"{self.kind} holds no integer code per weight; use dequantize()")
 
     def _dense(self) -> Array:
         kind = KINDS[self.kind]
-        blocks = self.codes.reshape(-1, kind.bytes)
-        return kind.decode(blocks).reshape(self.shape).astype(np.dtype(self.dtype))
+        blocks = kind.decode(self.codes.reshape(-1, kind.bytes))
+        tiles = blocks.reshape(self.codes.shape[0], -1, kind.rows, kind.elements).swapaxes(1, 2)
+        return tiles.reshape(self.shape).astype(np.dtype(self.dtype))
 
     def _rows(self, index: slice) -> Self:
-        return self.replace(codes=self.codes[index], extras={})
+        rows = KINDS[self.kind].rows
+        start, stop, step = index.indices(self.shape[-2])
+        if rows > 1 and (step != 1 or start % rows or stop % rows):
+            return super()._rows(index)
+        cut = index if rows == 1 else slice(start // rows, stop // rows)
+        return self.replace(codes=self.codes[cut], extras={})
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A block type: its sizes, `decode` (uint8[B, bytes] -> float32[B, elements]) and its float scale."""
+    """A block type: its sizes, `decode` (uint8[B, bytes] -> float32[B, rows * elements]) and its float scale, if it has one."""
 
     elements: int
     bytes: int
     decode: Callable[[Array], Array]
-    scale: Callable[[Array], Array]
+    scale: Callable[[Array], Array] | None = None
+    rows: int = 1
 
 
 def _words(blocks: Array, dtype: Any) -> Array:
@@ -249,6 +263,10 @@ def _tq1_0(b: Array) -> Array:
     return _half_at(52)(b) * codes.astype(np.float32)
 
 
+def _trellis(bits: int, codebook: str) -> Callable[[Array], Array]:
+    return lambda blocks: trellis.decode(_words(blocks, np.uint32), bits, codebook)
+
+
 KINDS: dict[str, Kind] = {
     "IQ2_XXS": Kind(256, 66, _iq2_xxs, _half_at(0)),
     "IQ2_XS": Kind(256, 74, _iq2_xs, _half_at(0)),
@@ -258,6 +276,11 @@ KINDS: dict[str, Kind] = {
     "IQ1_S": Kind(256, 50, _iq1_s, _half_at(0)),
     "IQ1_M": Kind(256, 56, _iq1_m, _iq1_m_scale),
     "TQ1_0": Kind(256, 54, _tq1_0, _half_at(52)),
+}
+KINDS |= {
+    f"EXL3 {book} {bits}": Kind(16, 32 * bits, _trellis(bits, book), rows=16)
+    for book in trellis.CODEBOOKS
+    for bits in trellis.BITS
 }
 
 __all__ = ["KINDS", "Blocks", "Kind"]

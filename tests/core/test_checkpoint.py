@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import jq
 from jq import checkpoint, safetensors_file
-from jq.errors import CheckpointError, JqError, UnsupportedError
+from jq.errors import CheckpointError, FormatError, JqError, JqWarning, UnsupportedError
+from jq.state import State
 
 
 def make(path: Path, header: dict | bytes, data: bytes = b"") -> Path:
@@ -281,3 +282,124 @@ def test_lazy_state_reads_at_access(tmp_path: Path, monkeypatch) -> None:
         assert isinstance(state["a"], np.ndarray)
         np.testing.assert_array_equal(state["a"], ONE)
         assert len(reads) == 2 * count
+
+
+def checkpoint_of(folder: Path, **values: float) -> Path:
+    jq.save(State({name: np.full(2, v, np.float32) for name, v in values.items()}, {"a": 1}), folder)
+    return folder
+
+
+def test_saving_never_deletes_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "home/letters").mkdir(parents=True)
+    (tmp_path / "home/letters/one.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"home: holds files \(letters\), but no checkpoint"):
+        jq.save({"w": np.zeros(2, np.float32)}, tmp_path / "home")
+    assert (tmp_path / "home/letters/one.txt").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    jq.save({"w": np.zeros(2, np.float32)}, tmp_path / "empty")
+
+
+def test_directories_and_hidden_files_of_a_replaced_checkpoint_stay(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "out", a=1)
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5/state").write_text("5")
+    (folder / ".gitattributes").write_text("lfs")
+    (folder / "quantize_config.json").write_text("{}")  # would contradict the new checkpoint
+    checkpoint_of(folder, b=2)
+    assert (folder / "checkpoint-5/state").read_text() == "5"
+    assert (folder / ".gitattributes").read_text() == "lfs"
+    assert not (folder / "quantize_config.json").exists()
+    assert list(jq.load_state(folder)) == ["b"]
+
+
+def test_saving_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "real", a=1)
+    (tmp_path / "link").symlink_to(folder)
+    checkpoint_of(tmp_path / "link", b=2)
+    assert (tmp_path / "link").is_symlink()
+    assert list(jq.load_state(folder)) == ["b"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_lazy_state_of_a_file_that_was_replaced_says_so(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "out", a=1, b=2)
+    state = jq.load_state(folder, lazy=True)
+    assert float(state["a"][0]) == 1.0
+    checkpoint_of(folder, b=4, a=3)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: was written to since it was opened"):
+        state["a"]
+
+
+def test_what_cannot_be_written_names_the_target(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written: .*No space left on device"):
+        jq.save({"w": np.zeros(2, np.float32)}, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        jq.save({"w": np.zeros(2, np.float32)}, tmp_path / ("n" * 300))
+
+
+def test_names_that_the_reader_refuses_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tensor name 'a/b' looks like a path"):
+        jq.save({"a/b": np.zeros(2, np.float32)}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "gguf"])
+def test_a_missing_shard_without_an_index_is_an_error(suffix: str, tmp_path: Path) -> None:
+    for number in (1, 3):
+        checkpoint_of(tmp_path / "one", **{f"w{number}": number})
+        os.rename(tmp_path / "one/model.safetensors", tmp_path / f"model-0000{number}-of-00003.{suffix}")
+    with pytest.raises(CheckpointError, match=rf"shard 'model-00002-of-00003\.{suffix}' is missing"):
+        jq.load_state(tmp_path)
+
+
+def test_complete_shards_need_no_index_and_consolidated_files_are_left_out(tmp_path: Path) -> None:
+    for name, tensor in (("model-00001-of-00002", "a"), ("model-00002-of-00002", "b"), ("consolidated", "layers.a")):
+        checkpoint_of(tmp_path / "one", **{tensor: 1})
+        os.rename(tmp_path / "one/model.safetensors", tmp_path / f"{name}.safetensors")
+    assert set(jq.load_state(tmp_path)) == {"a", "b"}
+
+
+def test_one_file_beside_other_shards_is_read_as_transformers_does(tmp_path: Path) -> None:
+    checkpoint_of(tmp_path, whole=1)
+    checkpoint_of(tmp_path / "one", part=1)
+    os.rename(tmp_path / "one/model.safetensors", tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"part": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.warns(JqWarning, match=r"model\.safetensors\.index\.json: names other files than model\.safetensors"):
+        assert list(jq.load_state(tmp_path)) == ["whole"]
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_adapters_are_no_models(weights: str, tmp_path: Path) -> None:
+    (tmp_path / weights).write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    with pytest.raises(CheckpointError, match=r"holds an adapter, no model; .*'some/base'"):
+        jq.load_state(tmp_path)
+
+
+def test_the_path_of_a_weight_file_finds_what_lies_beside_it(tmp_path: Path) -> None:
+    state = State({"w": np.zeros(2, np.float32)}, {"a": 1}, side_files={"tokenizer.json": b"{}"})
+    jq.save(state, tmp_path / "out")
+    assert jq.load_state(tmp_path / "out/model.safetensors").side_files == {"tokenizer.json": b"{}"}
+
+
+@pytest.mark.parametrize("value", [[], "", 0, False, "gptq", [1]])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantization_config_of_a_wrong_type_is_named(key: str, value: object, tmp_path: Path) -> None:
+    jq.save(State({"w": np.zeros(2, np.float32)}, {key: value}), tmp_path)
+    with pytest.raises(FormatError, match=rf"config\.json: {key} must be a JSON object, found"):
+        jq.load_state(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({key: None, "text_config": {key: value}}))
+    with pytest.raises(FormatError, match=rf"config\.json: {key} must be a JSON object, found"):
+        jq.load_state(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["LlamaForCausalLM", ["LlamaForCausalLM"], {"a": 1}, 5, [None], []])
+def test_inspect_takes_architectures_of_any_type(named: object, tmp_path: Path) -> None:
+    config = {"architectures": named, "model_type": "llama"}
+    jq.save(State({"w": np.zeros(2, np.float32)}, config), tmp_path / "out")
+    assert jq.inspect(tmp_path / "out").architecture == ("LlamaForCausalLM" if "Llama" in str(named) else "llama")

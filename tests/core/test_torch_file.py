@@ -162,3 +162,27 @@ def test_a_tied_head_is_held_once(tmp_path: Path) -> None:
     assert set(jq.load_state(tmp_path)) == {"model.embed_tokens.weight", "lm_head.weight"}
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
     assert set(jq.load_state(tmp_path)) == {"model.embed_tokens.weight"}
+
+
+TORCH_DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "complex64", "bool", "uint8", "int8", "int16", "int32", "int64"),
+    *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    "float8_e8m0fnu",
+)
+
+
+@pytest.mark.parametrize("name", TORCH_DTYPES)
+def test_every_dtype_that_torch_saves(name: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    dtype = getattr(torch, name)
+    raw = torch.arange(6 * torch.zeros(1, dtype=dtype).element_size(), dtype=torch.uint8) % 2
+    whole = raw.view(dtype).reshape(2, 3)
+    torch.save({"a": whole.T, "b": whole[1, 1:]}, tmp_path / "pytorch_model.bin")
+    found = jq.load_state(tmp_path)
+    assert found["a"].dtype.name == name and found["a"].shape == (3, 2) and found["b"].shape == (2,)
+    size = raw.numel() // 6
+    expected = raw.numpy().reshape(2, 3, size)
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(found["a"]).view(np.uint8).reshape(3, 2, size), expected.swapaxes(0, 1)
+    )
+    np.testing.assert_array_equal(np.ascontiguousarray(found["b"]).view(np.uint8).reshape(2, size), expected[1, 1:])

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference_dirs import array, bits, raw
 
+from jq.activation_schemes.compressed_tensors import parameters_of
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.compressed_tensors_attention import Attentions
 from jq.models import kv_cache
@@ -30,14 +32,28 @@ def layer_of(arrays, config, **options):
 
 @pytest.mark.parametrize("file", FILES, ids=[f.stem for f in FILES])
 def test_does_what_the_library_does(file):
+    """Queries as they enter attention; keys and values as attention reads them from a packed cache."""
     tensors, meta = raw(file)
     arrays = {name: array(entry) for name, entry in tensors.items()}
     stored = {name: a for name, a in arrays.items() if name.startswith("m.")}
     inside, own = layer_of(stored, json.loads(meta["config"]))
-    got = inside(*(jnp.asarray(arrays[w]) for w in "qkv"), own)
-    for which, value in zip("qkv", got, strict=True):
-        assert np.array_equal(bits(np.asarray(value)), bits(arrays[f"{which}.out"])), which
-    assert kv_cache.scheme_of(json.loads(meta["config"])) is None
+    q, k, v = (jnp.asarray(arrays[w]) for w in "qkv")
+    got = dict(zip("qk", inside(q, k, own), strict=True))
+    assert np.array_equal(bits(np.asarray(got["q"])), bits(arrays["q.out"]))
+    for which, x in (("k", got["k"]), ("v", v)):
+        form, static = inside.cache, parameters_of(own, which)
+        buffer = jax.jit(kv_cache.encode, static_argnums=0)(form, x, static)
+        read = np.asarray(kv_cache.decode(form, buffer, static, x.shape[-1], x.dtype))
+        want = arrays[f"{which}.out"]
+        if form.type == "int":  # integers have no negative zero
+            read, want = (np.where(a == 0, np.zeros_like(a), a) for a in (read, want))
+        assert np.array_equal(bits(read), bits(want)), which
+        assert buffer.codes.nbytes == x.size * form.num_bits // 8
+        assert jax.tree.map(_kind, kv_cache.empty(form, x.shape, static, x.dtype)) == jax.tree.map(_kind, buffer)
+
+
+def _kind(a):
+    return a.shape, a.dtype
 
 
 def scheme(**change):
@@ -49,7 +65,8 @@ def test_keeps_floats_where_they_are_asked_for():
     assert layer_of(stored, scheme()) is not None
     assert layer_of(stored, scheme(), quantize=False) is None
     assert layer_of(stored, scheme(), cache=False) is None
-    assert layer_of(stored, scheme(symmetric=True)) is None  # the cache's own codes
+    assert layer_of(stored, scheme(symmetric=True)) is not None
+    assert layer_of({}, scheme(symmetric=True)) is None  # each token takes a scale of its own
 
 
 @pytest.mark.parametrize(
@@ -58,6 +75,8 @@ def test_keeps_floats_where_they_are_asked_for():
         ({}, {}, FormatError, r"here: m.k_scale: missing; the config asks for int8 tensor static asym"),
         ({"m.k_scale": np.ones(1)}, {}, FormatError, r"here: m.k_zero_point: missing"),
         ({"m.k_scale": np.ones(3)}, {}, FormatError, r"m.k_scale: found shape \(3,\), expected \(1,\) or \(heads"),
+        ({"m.k_scale": np.zeros(1), "m.k_zero_point": np.zeros(1)}, {}, FormatError, r"m.k_scale: is 0 or no number"),
+        ({"m.k_scale": np.full(1, np.nan)}, {}, FormatError, r"m.k_scale: is 0 or no number.*kv_cache='bfloat16'"),
         ({}, {"dynamic": True}, UnsupportedError, r"m: int8 tensor dynamic asym of k: its scale depends on all tokens"),
         ({}, {"strategy": "channel"}, UnsupportedError, r"nothing that the library runs"),
     ],

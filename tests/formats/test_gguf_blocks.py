@@ -35,7 +35,7 @@ SCALES = {
     "IQ1_M": (),
 }
 DECODED = sorted(
-    (ROWS.keys() | KINDS.keys()) - {"Q8_K", "Q1_0", "Q8_1", "Q8_1_HALF"}
+    ((ROWS.keys() | KINDS.keys()) & BY_NAME.keys()) - {"Q8_K", "Q1_0", "Q8_1", "Q8_1_HALF"}
 )  # which gguf itself cannot decode
 
 

@@ -107,10 +107,16 @@ def test_numbers_of_the_kernel(name, dtype):
         assert got.dtype == dtype and got.shape == want.shape
         assert (got.float() - want).norm() <= 5e-3 * want.norm(), shape
     wide = torch.randn(4, 2 * K, device="cuda", dtype=dtype)[:, ::2]
-    assert torch.equal(layer(wide), layer(wide.contiguous()))
+    kept = layer.of(dtype)
+    assert torch.equal(layer(wide), layer(wide.contiguous())) and torch.equal(kept(wide), layer(wide))
+    for rows in (1, 1, 16, 100):  # a slice that is dense, but does not begin where the kernels can copy from
+        x = torch.randn(rows * K + 3, device="cuda", dtype=dtype)[3:].view(rows, K)
+        assert torch.equal(kept(x), layer(x.clone())) and torch.equal(layer(x), kept(x))
     for bad in (torch.randn(1, K - 8), torch.randn(1, K), torch.randn(1, K, dtype=dtype)):
         with pytest.raises(ValueError, match=r"shape|kernels take|is on"):
             layer(bad if bad.dtype == dtype else bad.cuda())
+    with pytest.raises(ValueError, match="shape"):
+        kept(torch.randn(1, K - 8, device="cuda", dtype=dtype))
 
 
 @pytest.mark.gpu
@@ -182,3 +188,31 @@ def test_a_packed_layer_takes_the_kernel():
     x.requires_grad_()
     layer(x).sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.gpu
+def test_tracers_see_an_operator():
+    """What is recorded without dynamo, from plain tensors, must not take the kernel's result for a constant."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    layer, x = layer_of(weight("rtn")).to("cuda"), torch.randn(1, K, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for traced in (torch.jit.trace(layer, x), make_fx(layer)(x)):
+            for factor in (1, 2):
+                assert torch.equal(traced(factor * x), layer(factor * x))
+
+
+@pytest.mark.gpu
+def test_assigned_tensors_from_the_middle_of_others():
+    from jq_torch import ops
+
+    layer, x = layer_of(weight("nf4")).to("cuda"), torch.randn(1, K, device="cuda", dtype=torch.bfloat16)
+    want = layer(x)
+    state = {}
+    for name, tensor in layer.state_dict().items():
+        room = torch.empty(tensor.nbytes + 4, dtype=torch.uint8, device="cuda")
+        state[name] = room[4:].view(tensor.dtype).view(tensor.shape)
+        state[name].copy_(tensor)
+    layer.load_state_dict(state, assign=True)
+    assert ops.cuda_weight(*layer.operands(), x.dtype) is None
+    assert (layer(x).float() - want.float()).norm() < 5e-3 * want.float().norm()

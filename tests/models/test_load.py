@@ -161,14 +161,14 @@ def test_checkpoint_cache_scales_are_used() -> None:
         pytest.skip("the directory ct-kv-fp8 was not found")
     model = jq.load(folder)
     attention = model.model.layers[0].self_attn
-    assert attention.cache_dtype == "float8_e4m3"
+    assert str(attention.form) == "fp8 tensor static"
     cache = attention.empty_cache(1, 16)[0]
     assert cache.codes.dtype == jnp.float8_e4m3fn and cache.scales is None
-    assert float(attention.k_scale.get_value()[0]) > 0
+    assert float(attention.inside_arrays.get_value()["k_scale"][0]) > 0
     tokens = model.generate(np.arange(3, 15)[None], 8, eos_token_id=-5)
     np.testing.assert_array_equal(np.asarray(model(tokens))[:, 11:-1].argmax(-1), tokens[:, 12:])
     plain = jq.load(folder, quantize_activations=False)
-    assert plain.model.layers[0].self_attn.cache_dtype == "float32"
+    assert plain.model.layers[0].self_attn.form == "float32"
 
 
 @pytest.mark.parametrize("name", ["gptq-4-g128-sym", "gptq-2-g64-asym-v1", "awq-gemm-g64", "bnb-nf4", "bnb-nf4-dq-f32"])
