@@ -254,7 +254,7 @@ def packed(w: Any) -> Packed:
     group = group if group < k else 0
     if isinstance(w, NarrowFloat):
         kind, bits = FLOATS[w.kind]
-        tables = {"table": jnp.asarray(TABLES[w.kind])} if w.kind in TABLES else {}
+        tables = {"table": jnp.broadcast_to(TABLES[w.kind], (*stack, 16))} if w.kind in TABLES else {}
         scale = "e8m0" if w.scale_kind == "e8m0" else SCALES[str(w.scales.dtype)]
         return Packed(codes, tiles(w.scales), None, tables, None, Form(kind, bits, group, scale), (n, k))  # type: ignore[arg-type]
     if isinstance(w, Affine):

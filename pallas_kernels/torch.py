@@ -100,7 +100,8 @@ class TorchWeight:
         self.tensors: dict[str, torch.Tensor] = _named(held)
         self._device = self.tensors["codes"].device
         if "table" in self._few.tables and "table" not in self.tensors:  # of the kind, not of the weight
-            self.tensors["table"] = torch.from_numpy(TABLES[structs.kind]).to(self._device)
+            table = np.broadcast_to(TABLES[structs.kind], self._few.tables["table"].shape)
+            self.tensors["table"] = _tensor(table).to(self._device)
         if "offset" in self._few.tables and "offset" not in self.tensors:
             self.tensors["offset"] = torch.zeros(self._few.tables["offset"].shape, device=self._device)
         if self._many.form != self._few.form:  # nested scales, expanded for the kernel of many rows
