@@ -5,10 +5,27 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jq import errors as errors
 from jq._clash import JSON_TOOL_NAMES, SHADOWED
+
+if TYPE_CHECKING:  # what type checkers and editors know of the names below
+    from jq.convert import convert as convert
+    from jq.inspect import inspect as inspect
+    from jq.load import load as load
+    from jq.matmul import matmul as matmul
+    from jq.qtensor import Affine as Affine
+    from jq.qtensor import Codebook as Codebook
+    from jq.qtensor import NarrowFloat as NarrowFloat
+    from jq.qtensor import QTensor as QTensor
+    from jq.qtensor import VectorCodebook as VectorCodebook
+    from jq.quantize import quantize as quantize
+    from jq.report.perplexity import perplexity as perplexity
+    from jq.state import State as State
+    from jq.state import load_state as load_state
+    from jq.state import quantized as quantized
+    from jq.state import save as save
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jq import rotation
+from jq import exact, rotation
 from jq.errors import UnsupportedError
 
 Array = Any  # numpy.ndarray | jax.Array
@@ -198,7 +198,14 @@ def _rotate(option: str) -> Callable[[jax.Array, Any], jax.Array]:
     return turned
 
 
+def _prescale_rotate(x: jax.Array, w: Any) -> jax.Array:
+    """Product with a stored scale of the inputs (Quark): "input_prescale", rounded; then the rotations."""
+    scale = jnp.asarray(w.extras["input_prescale"]).astype(x.dtype)
+    return _rotate("rotate_input")(exact.rounded(x * scale), w)
+
+
 PREPARATIONS["rms_norm"] = _rms_norm
+PREPARATIONS["prescale_rotate"] = _prescale_rotate
 PREPARATIONS["rotate"] = _rotate("rotate_input")
 FINISHES["rotate"] = _rotate("rotate_output")
 PREPARATIONS["pre_quant_scale"] = _pre_quant_scale

@@ -21,7 +21,8 @@ from jq.formats import detect
 from jq.formats.base import group_by_prefix
 from jq.qtensor import QTensor
 
-NUMBER = r"(?<![^.])\d+(?![^.])"  # a whole word between points
+NUMBER = r"(?<![^.])[0-9]{1,9}(?![^.])"  # a whole word between points
+LAYER = rf".*?\b(?:layers|blk|h|block)\.({NUMBER})\."
 READ_ALL_BYTES = 256 * 2**20  # quantized modules up to this sum are all read: seconds
 
 
@@ -194,9 +195,7 @@ def inspect(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Su
     dense = _dense_rows(ckpt, taken)
     named = ckpt.config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else named
-    numbers = {
-        int(m.group(1)) for name in ckpt.entries if (m := re.match(r".*?\b(?:layers|blk|h|block)\.(\d+)\.", name))
-    }
+    numbers = {match[1] for name in ckpt.entries if (match := re.match(LAYER, name))}
     files = {_file_of(ckpt, name) for name in ckpt.entries}
     return Summary(
         path=str(path_or_id),

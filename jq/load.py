@@ -51,7 +51,10 @@ def load(
         dense embedding, and dequantizes in each product, several times slower. On a GPU packed is the default.
       quantize_activations: execute the activation quantization that the checkpoint asks for (also that of its cache);
         False: weights only, activations stay float.
-      kv_cache: None (as the checkpoint says, else the compute dtype), "bfloat16", "int8", "float8_e4m3", ...
+      kv_cache: how keys and values are held while generating. None: as the checkpoint says (its `kv_cache_scheme`, packed
+        in its own width), else in the compute dtype. "float32", "bfloat16", "float16"; "int8", "float8_e4m3" with the
+        checkpoint's scales where they are for that, else one for each token and head; "int4" (groups of 32 with a
+        scale and a zero point), "mxfp4".
       revision: of the hub repository.
 
     Returns:
@@ -59,7 +62,8 @@ def load(
 
     Raises:
       ValueError: a dtype that models do not compute in.
-      UnsupportedError: a model family that has no decoder here (`jq.load_state` reads any architecture).
+      UnsupportedError: a model family that has no decoder here (`jq.load_state` reads any architecture), an unknown
+        cache, or one whose groups do not divide the model's heads.
       CheckpointError: tensors missing, left over, or of a wrong shape. No weight is ever made up.
       FormatError: quantized tensors that do not fit their config.
     """

@@ -34,8 +34,8 @@ class Rotation:
       core: K of a Hadamard matrix.
       transposed: multiply by the transposed matrix.
       key: beginning of its arrays' names; "perm" int32[size] may be one of them: rows and columns are taken in that order.
-      sums: "exact", "steps" (each addition rounded to x's dtype, as where a library adds in place of a product) or
-        "single" (exact with 1 / sqrt(size) rounded to float32).
+      sums: "exact", "steps" (each addition rounded to x's dtype, as where a library adds in place of a product),
+        "single" (exact with 1 / sqrt(size) rounded to float32) or "own" (exact with the matrix rounded to x's dtype).
     """
 
     kind: str
@@ -70,7 +70,7 @@ def held(matrix: np.ndarray, *, scaled: bool) -> tuple[Rotation, dict[str, np.nd
 
 
 def factors(matrix: np.ndarray) -> dict[str, np.ndarray] | None:
-    """Signs int8[n] and core int8[K, K], matrix == diag(signs) @ kron(core, H), of the smallest K; None: there are none."""
+    """Signs int8[n] and core int8[K, K], matrix == diag(signs) @ kron(core, H), of the smallest K; None: no Hadamard matrix with them."""
     n = matrix.shape[0]
     if not (np.abs(matrix) == 1).all():
         return None
@@ -81,7 +81,9 @@ def factors(matrix: np.ndarray) -> dict[str, np.ndarray] | None:
         step = n // core_size
         core = matrix[::step, ::step] * signs[::step, None]
         if np.array_equal(signs[:, None] * np.kron(core, hadamard(step).astype(np.int8)), matrix):
-            return {"signs": signs, "core": core}
+            wide = core.astype(np.int32)
+            orthogonal = np.array_equal(wide @ wide.T, core_size * np.eye(core_size, dtype=np.int32))
+            return {"signs": signs, "core": core} if orthogonal else None
         core_size *= 2
     return None
 
@@ -111,6 +113,9 @@ def _linear(rotation: Rotation, x: jax.Array, own: dict[str, jax.Array]) -> jax.
         blocks = jnp.take(blocks, jnp.argsort(perm), axis=-1)
     if rotation.kind == "dense":
         matrix = own["matrix"].T if rotation.transposed else own["matrix"]
+        if rotation.sums == "own":
+            matrix = exact.rounded(matrix.astype(x.dtype))
+        matrix = exact.cast(matrix, jnp.float32)
         turned = jnp.einsum("...i,ij->...j", blocks, matrix, precision="highest")
     else:
         k = rotation.core
@@ -119,7 +124,8 @@ def _linear(rotation: Rotation, x: jax.Array, own: dict[str, jax.Array]) -> jax.
         if rotation.sums == "steps":
             turned = _by_steps(blocks * signs, core, x.dtype)
         else:
-            turned = _hadamard_product(blocks, signs, core, rotation.transposed, single=rotation.sums == "single")
+            dtype = {"single": np.float32, "own": x.dtype}.get(rotation.sums, np.float64)
+            turned = _hadamard_product(blocks, signs, core, rotation.transposed, dtype)
     if perm is not None:
         turned = jnp.take(turned, perm, axis=-1)
     return exact.rounded(turned.astype(x.dtype)).reshape(
@@ -165,10 +171,8 @@ def _by_steps(x: jax.Array, core: jax.Array, dtype: Any) -> jax.Array:
     return exact.div(x, jnp.full_like(x, root)).reshape(*shape[:-2], n)
 
 
-def _hadamard_product(
-    x: jax.Array, sign: jax.Array, core: jax.Array, transposed: bool, *, single: bool = False
-) -> jax.Array:
-    """x [..., n] @ diag(sign) kron(core, H) / sqrt(n), or its transpose; float32."""
+def _hadamard_product(x: jax.Array, sign: jax.Array, core: jax.Array, transposed: bool, dtype: Any) -> jax.Array:
+    """x [..., n] @ diag(sign) kron(core, H) times 1 / sqrt(n) of `dtype`, or its transpose; float32."""
     n, k = x.shape[-1], core.shape[0]
     if not transposed:
         x = x * sign
@@ -178,7 +182,7 @@ def _hadamard_product(
     high, low = (a.reshape(*a.shape[:-2], n) for a in pair)
     if transposed:
         high, low = high * sign, low * sign
-    return _divided(high, low, n, single)
+    return _divided(high, low, n, dtype)
 
 
 def _butterflies(pair: Pair) -> Pair:
@@ -212,10 +216,8 @@ def _add(a: Any, b: Any) -> Pair:
     return exact.two_sum(total, error + (a[1] + b[1]))
 
 
-def _divided(high: jax.Array, low: jax.Array, n: int, single: bool) -> jax.Array:
-    factor = 1.0 / np.sqrt(np.float64(n))
-    if single:
-        factor = np.float64(np.float32(factor))
+def _divided(high: jax.Array, low: jax.Array, n: int, dtype: Any) -> jax.Array:
+    factor = (1.0 / np.sqrt(np.float64(n))).astype(dtype).astype(np.float64)
     first = np.float32(factor)
     if n & (n - 1) == 0 and n.bit_length() % 2:  # a power of two
         return (high + low) * first

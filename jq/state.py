@@ -240,6 +240,8 @@ def format_errors(ckpt: Checkpoint, fmt: Format, what: str) -> Iterator[None]:
     try:
         yield
     except JqError as e:
+        if str(e).startswith(ckpt.label):
+            raise
         raise type(e)(f"{ckpt.label}: {e}") from e
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as e:
         raise FormatError(

@@ -17,8 +17,7 @@ one order loads into a layer of the other.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -192,8 +191,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return "_".join(parts).replace(".", "_")
 
 
-@dataclasses.dataclass(slots=True)
-class _Held:
+class _Held(NamedTuple):
     """The kernel of a layer's weight, or None where no kernel takes it, with what it was made for.
 
     Attributes:
@@ -339,9 +337,11 @@ class JqLinear(Packed, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input
-        if x.is_cuda and self.kernels and (kernel := self._kernel(x)) is not None:
+        if self.kernels and (kernel := self._kernel(x)) is not None:
             y, bias = kernel(x), self._parameters["bias"]  # nn.Module's __getattr__ takes a microsecond
             return y if bias is None else y + bias.to(y.dtype)
+        if x.is_meta:  # shapes alone: estimates of memory, models loaded on the meta device
+            return x.new_empty((*x.shape[:-1], self.out_features))
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -362,10 +362,13 @@ class JqLinear(Packed, nn.Linear):
         ):
             return None
         held = self._held
-        if held is not None and held.dtype is x.dtype and self._parameters.get(held.name) is held.first:
-            first = held.first
-            if first is None or first.data_ptr() == held.pointer:  # the layer's arrays still lie there
-                return held.kernel
+        if held is not None:
+            kernel, dtype, name, first, pointer = held
+            lies = first is None or first.data_ptr() == pointer
+            if lies and dtype is x.dtype and self._parameters.get(name) is first:  # the layer's arrays, still there
+                return kernel
+        if not x.is_cuda:
+            return None
         held = self._held = self._hold(x.dtype)
         return held.kernel
 

@@ -10,9 +10,11 @@ quantized go through `jq.matmul`, with the number of tokens padded to a power of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -103,12 +105,16 @@ def _leaves(packed: list[torch.Tensor], spec: str) -> list[Any]:
 
 def dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> torch.Tensor:
     """The dequantized weight [*stack, N, K], rounded as the original library rounds, then cast to `dtype`."""
-    with bridge.device_kept(packed[0]):
-        return bridge.from_jax(_dense(packed, spec, dtype))
+    with _dense(packed, spec, dtype) as weight:
+        return weight.clone() if weight.is_cuda else weight
 
 
-def _dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> jax.Array:
-    return _dense_program(spec, bridge.dtype_name(dtype))(_leaves(packed, spec))
+@contextlib.contextmanager
+def _dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """`dense` for the length of a `with` block (`bridge.borrowed`); JAX has no float64, which is made of float32."""
+    name = bridge.dtype_name(torch.float32 if dtype is torch.float64 else dtype)
+    with bridge.device_kept(packed[0]), bridge.borrowed(_dense_program(spec, name)(_leaves(packed, spec))) as weight:
+        yield weight.to(dtype)
 
 
 _kernels: Any = WeakTensorKeyDictionary()  # first packed tensor -> (pointers, kernel)
@@ -190,8 +196,10 @@ def _linear(
         kernel = cuda_weight(packed, spec, x.dtype) if x.is_cuda else None
         if kernel is not None:
             return kernel(x) if bias is None else kernel(x) + bias
-        with bridge.device_kept(packed[0]), bridge.borrowed(_dense(packed, spec, x.dtype)) as weight:
+        with _dense(packed, spec, x.dtype) as weight:
             return torch.nn.functional.linear(x, weight, bias)
+    if x.dtype is torch.float64:
+        return _linear(x.float(), packed, spec, out_features, None if bias is None else bias.float()).double()
     rows = x.reshape(-1, x.shape[-1])
     tokens = rows.shape[0]
     if tokens == 0:
@@ -204,7 +212,7 @@ def _linear(
 
 
 def _linear_dx(dy: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int) -> torch.Tensor:
-    with bridge.device_kept(packed[0]), bridge.borrowed(_dense(packed, spec, dy.dtype)) as weight:
+    with _dense(packed, spec, dy.dtype) as weight:
         return torch.matmul(dy, weight)
 
 
@@ -225,6 +233,8 @@ def _experts(
     x: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int
 ) -> torch.Tensor:
     """Row s of the result is x[s] times the weight of expert[s]; rows of an expert that is not there are zero."""
+    if x.dtype is torch.float64:
+        return _experts(x.float(), expert, packed, spec, out_features).double()
     kernel = cuda_weight(packed, spec, x.dtype) if x.is_cuda else None
     if kernel is not None:
         from pallas_kernels import torch_stack
@@ -250,6 +260,8 @@ def _experts(
 def _experts_dx(
     dy: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int
 ) -> torch.Tensor:
+    if dy.dtype is torch.float64:
+        return _experts_dx(dy.float(), expert, packed, spec, in_features).double()
     dx = dy.new_zeros((dy.shape[0], in_features))
     leaves, name = _leaves(packed, spec), bridge.dtype_name(dy.dtype)
     for e in torch.unique(expert).tolist():

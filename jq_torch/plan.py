@@ -25,7 +25,7 @@ from jq.formats import by_method, table
 from jq.formats.base import Context, Format, group_by_prefix
 
 # Scales of a quantized KV cache and of quantized attention: kept beside the attention module and written back.
-CARRIED = re.compile(r"\.(k_scale|v_scale|q_scale|k_zero_point|v_zero_point|k_global_scale|v_global_scale|prob_scale)$")
+CARRIED = re.compile(r"\.([qkv]_(scale|zero_point|global_scale)|prob_scale)$")
 
 
 # One expert under the names of most models, also where the model's own files have others (GPT-QModel's Mixtral).
@@ -173,11 +173,7 @@ class Plan:
         self.loose = [name for name in names if name not in grouped]  # everything that is an ordinary tensor
         state.check_dense(ckpt, self.loose)
         transforms = getattr(self.options, "transforms", None)
-        inside = [name for name in self.loose if transforms is not None and name in transforms.tensors]
-        if inside:
-            raise UnsupportedError(
-                f"{self.label}: {inside[0]}: rotates queries or keys, which is not done behind transformers; jq.load does it"
-            )
+        self._turning = set() if transforms is None else transforms.tensors  # matrices, some of queries and keys
         for prefix, stored in groups.items():
             self._place(prefix, stored)
         self._place_loose()
@@ -279,9 +275,7 @@ class Plan:
             if last == "bias" and path in self.modules:
                 self.biases[path] = name
                 self.table[name] = f"{path}.bias"
-            elif path in self._paths and (
-                CARRIED.search(name) or self._scales_of_activation(path, last) or self._left_beside(path, last)
-            ):
+            elif self._is_carried(name, path, last):
                 self.carried.setdefault(path, {})[last] = name
                 self.table[name] = f"{path}.{last}"
             elif name.endswith(owned):
@@ -300,6 +294,13 @@ class Plan:
         meta, stored = self._meta.get(target), self.entry(name)[1]
         if stored.kind in "iu" and (meta.is_floating_point() if meta is not None else target.endswith(".bias")):
             raise CheckpointError(f"{self.label}: {name}: found dtype {stored}, expected a float tensor")
+
+    def _is_carried(self, name: str, path: str, last: str) -> bool:
+        if name in self._turning:  # a matrix of queries or keys, in a module of its own
+            return path.rpartition(".")[0] in self._paths
+        return path in self._paths and bool(
+            CARRIED.search(name) or self._scales_of_activation(path, last) or self._left_beside(path, last)
+        )
 
     def _scales_of_activation(self, path: str, last: str) -> bool:
         """AWQ's `act.scales`: the input of the layer after an activation function is divided by them."""

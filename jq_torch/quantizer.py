@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from jq.errors import UnsupportedError
 from jq.formats import torchao
-from jq_torch import bridge, configs, onthefly
+from jq_torch import attention, bridge, configs, onthefly
 from jq_torch.activation import ScaledActivation
 from jq_torch.linear import JqLinear, Packed
 from jq_torch.plan import JqRenaming, Plan, explain_shape, open_files
@@ -104,6 +104,8 @@ class JqQuantizer(HfQuantizer):
 
         A packed layer has no `weight` to shard, and the rules of a block only work together.
         """
+        if not plan:
+            return  # and the model may not know its embeddings: CLIP's two towers
         ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if not isinstance(m, Packed)]
         kept = {name for name, module in model.named_modules() if any(module is end for end in ends)}
         for pattern in [p for p in plan if p not in kept]:
@@ -133,7 +135,7 @@ class JqQuantizer(HfQuantizer):
 
             experts.replace(model, plan)
         for path, names in plan.carried.items():
-            module = model.get_submodule(path)
+            module = attention.holder(model, path)
             if plan.is_activation(path):
                 module = ScaledActivation(module)
                 model.set_submodule(path, module)
@@ -230,15 +232,26 @@ class JqQuantizer(HfQuantizer):
         if self.method is None:
             self.pack(model)
             self._cast_renamed(model)
+            if self.plan is not None:
+                attention.install(
+                    model,
+                    self.plan.ckpt,
+                    self.plan.context.config["quantization_config"],
+                    quantize=self.settings.quantize_activations and not self._dequantizes,
+                )
         else:
             onthefly.finish(self, model)
         for module in model.modules():
             if isinstance(module, Packed):
                 module.requires_grad_packed(False)
         self.plan = None  # it refers to the model and to every name of the file
-        if getattr(self.quantization_config, "dequantize", False):
+        if self._dequantizes:
             self._dequantize(model, model.config.dtype)
         return model
+
+    @property
+    def _dequantizes(self) -> bool:
+        return bool(getattr(self.quantization_config, "dequantize", False))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         if isinstance(dtype, str):  # what save_pretrained leaves in config.dtype

@@ -105,6 +105,8 @@ def enable(*names: str, quantize_activations: bool = True, packed: bool = True, 
         if original is not None and config is not original:
             for module in (hf, transformers):
                 state.patch(module, config.__name__, config)
+            configs.lead(original)
+            state.put(configs.LED, original, config)
     if not names:
         state.put(auto.AUTO_QUANTIZER_MAPPING, "jq", JqQuantizer)
         state.put(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "jq", configs.JqConfig)

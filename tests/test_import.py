@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +53,12 @@ model = jq.load({str(folder)!r})
 print(model.generate([[1, 2, 3]], 4, do_sample=False).shape)
 """
     assert run(code) == "(1, 7)"
+
+
+def test_type_checkers_know_every_public_name():
+    import jq
+
+    tree = ast.parse(Path(jq.__file__).read_text())
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    told = {(name.asname, node.module) for node in guarded.body for name in node.names}
+    assert told == set(jq._PUBLIC.items())

@@ -12,9 +12,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from jq import __version__
 from jq.errors import JqError
 
 # Name -> module with `run`. The order is that of `--help`: from the first thing to try to the last.
@@ -43,10 +45,20 @@ def build() -> typer.Typer:
         app.command(name)(importlib.import_module(module).run)
 
     @app.callback()
-    def common() -> None:
+    def common(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
+        ] = False,
+    ) -> None:
         """Quantized Hugging Face models in JAX: load, run, make, convert. Start with: **jaxq demo**"""
 
     return app
+
+
+def _version(on: bool) -> None:
+    if on:
+        print(f"jaxq {__version__}")
+        raise typer.Exit
 
 
 def _fail(text: str, code: int = 1) -> int:
@@ -65,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = build()(args=words or ["--help"], prog_name="jaxq", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -79,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except Exception as error:
         if hasattr(error, "format_message"):  # wrong use; newer typer has no public name for click's classes
-            return _fail(f"{error.format_message()} (see: jaxq {words[0]} --help)", 2)
+            command = f"jaxq {words[0]}" if words and words[0] in COMMANDS else "jaxq"
+            return _fail(f"{error.format_message()} (see: {command} --help)", 2)
         if os.environ.get("JAXQ_TRACEBACK"):
             raise
         kind = type(error).__name__

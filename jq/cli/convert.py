@@ -27,6 +27,8 @@ def run(
     from jq.cli import methods
     from jq.formats.integer_targets import TARGETS
 
+    if to not in TARGETS and methods.plain(to) not in methods.names():
+        raise typer.BadParameter(f"--to {to!r} is none of {', '.join(TARGETS)}")
     # A format's name alone takes bits and groups of the source; a method has a scheme of its own.
     scheme = methods.build(to, settings or []) if settings or to not in TARGETS else to
     import jq

@@ -39,6 +39,10 @@ def run(
     packed: Annotated[
         bool | None, typer.Option("--packed/--dense", help="Keep codes packed, or dequantize once at load.")
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="Hold keys and values as float32, bfloat16, int8, float8_e4m3, int4 or mxfp4."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue prompts, or answer them where the model has a chat template. One prompt streams to stdout.
@@ -49,7 +53,7 @@ def run(
     from jq.models import tokenizer as text
 
     start = time.perf_counter()
-    loaded = jq.load(model, dtype=dtype, packed=packed)
+    loaded = jq.load(model, dtype=dtype, packed=packed, kv_cache=kv_cache)
     load_s = time.perf_counter() - start
     chat = not raw and getattr(loaded.tokenizer, "chat_template", None) is not None
     if system is not None and not chat:

@@ -18,10 +18,11 @@ def names() -> dict[str, str]:
     """Name as it may be typed (lower case, no underscores) -> public name (attribute of `jq`) of every method."""
     from jq.formats import table
 
-    return {_plain(name): name for fmt in table().values() for name in fmt.methods_table}
+    return {plain(name): name for fmt in table().values() for name in fmt.methods_table}
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """The name as it is looked up: lower case, without marks."""
     return name.lower().replace("-", "").replace("_", "")
 
 
@@ -34,9 +35,9 @@ def find(name: str) -> Callable[..., Any]:
     import jq
 
     known = names()
-    if _plain(name) not in known:
+    if plain(name) not in known:
         raise typer.BadParameter(f"no method {name!r}; methods: {', '.join(sorted(known.values(), key=str.lower))}")
-    return getattr(jq, known[_plain(name)])
+    return getattr(jq, known[plain(name)])
 
 
 def options_of(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -126,6 +126,11 @@ class Attentions:
         inside = Inside(query, cache, tuple(turned["q_attn"]), tuple(turned["k_cache"]))
         return None if inside == Inside() else (inside, arrays)
 
+    def rotates(self, path: str) -> bool:
+        """Whether queries or keys are rotated: what a model cannot run without."""
+        transforms = None if self._options is None else self._options.transforms
+        return transforms is not None and bool(transforms.around(path, INSIDE))
+
     def _schemes(self, path: str) -> tuple[Args | None, Args | None]:
         """How queries, and keys and values, are quantized; no cache where no scale is stored and each token takes its own."""
         options = self._options

@@ -22,8 +22,9 @@ the first pattern of `layer_quant_config` that matches its name, else `layer_typ
 
 Source: amd-quark 0.13 (torch/export/nn/modules, torch/utils/pack.py, torch/kernel/hw_emulation), which quantizes and
 exports on a CPU. Quantize: `jq.algorithms.quark`. input_rotation [n, n]: inputs are rotated at run time in blocks of n, by a Hadamard matrix
-(int8) or a trained one (floats). Not read: quantized biases, rotations that layers share, scaled inputs; mx6, mx9, bfp16 and int16,
-which Quark itself does not store; "amdfp4_global", whose block scales it stores as integers that have wrapped around.
+(int8) or a trained one (floats), times input_prescale [K] before. shared_input_rotation_<n>: one for every layer of
+`online_rotation_layers` that has none of its own. Not read: quantized biases; mx6, mx9, bfp16 and int16, which Quark
+itself does not store; "amdfp4_global", whose block scales it stores as integers that have wrapped around.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from jq import rotation
 from jq.activations import FLOAT, Activation
 from jq.algorithms import quark as algorithm
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, group_by_prefix, take
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take
 from jq.formats.quark_config import Layer, Options, Spec, parse
 from jq.formats.quark_floats import (
     FLOAT8,
@@ -59,6 +60,7 @@ from jq.formats.quark_integers import (
     stored_scale,
 )
 from jq.qtensor import NarrowFloat, QTensor
+from jq.qtensor.affine import check_finite
 
 FLOATS = (np.float16, "bfloat16", np.float32)
 RANGES = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_scale_2", "output_scale_2")
@@ -66,6 +68,7 @@ SUFFIXES = (
     *("weight", "weight_scale", "weight_zero_point", "weight_scale_2", "weight_zero_point_2", *RANGES),
     *("input_rotation", "input_prescale"),
 )
+SHARED = "shared_input_rotation_"
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor | None:
@@ -79,10 +82,6 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
     if weight.dtype in [np.dtype(d) for d in FLOATS]:
         return None  # exported as fake-quantized weights
     layer = options.of(prefix)
-    if "input_prescale" in parts:
-        raise UnsupportedError(
-            f"{prefix}.input_prescale: scales its inputs before they are rotated, which is not done here"
-        )
     if layer.why_not or layer.weight is None:
         raise UnsupportedError(
             f"{prefix}: {layer.why_not or 'stores codes, but the config does not quantize its weight'}; weights of one "
@@ -97,7 +96,13 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
         "activation": _activation(layer, parts),
     }
     made = _load_weight(prefix, parts, spec, options, fields)
-    return _with_rotation(prefix, made, parts["input_rotation"]) if "input_rotation" in parts else made
+    shared = f"~{SHARED}{options.rotation_size or made.shape[1]}"
+    if "input_rotation" in parts or shared in parts:
+        return _with_rotation(prefix, made, parts, shared)
+    lost = next((s for s in parts if s == "input_prescale" or s.startswith("~")), None)
+    if lost is not None:
+        raise FormatError(f"{prefix}.input_rotation: missing, and no shared one has its size; {lost} is there")
+    return made
 
 
 def _load_weight(prefix: str, parts: Parts, spec: Spec, options: Options, fields: dict[str, Any]) -> Any:
@@ -118,13 +123,14 @@ def _load_weight(prefix: str, parts: Parts, spec: Spec, options: Options, fields
     raise UnsupportedError(f"{prefix}.weight: Quark dtype {spec.dtype!r} is not read; {known} are")
 
 
-def _with_rotation(prefix: str, tensor: Any, matrix: np.ndarray) -> Any:
-    """The weight with the rotation of its inputs, which the file holds on every layer that has one.
+def _with_rotation(prefix: str, tensor: Any, parts: Parts, shared: str) -> Any:
+    """The weight with the rotation of its inputs: its own, or the stored one that `shared` names.
 
     Hadamard matrices are stored as int8. Over all inputs Quark applies them in steps that are rounded each, else as a
     float64 product; trained matrices are floats.
     """
-    name, k = f"{prefix}.input_rotation", tensor.shape[1]
+    own = "input_rotation" in parts
+    matrix, name, k = parts["input_rotation" if own else shared], f"{prefix}.input_rotation", tensor.shape[1]
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or 0 in matrix.shape or k % matrix.shape[0]:
         raise FormatError(f"{name}: found shape {tuple(matrix.shape)}, expected a square that divides {k} inputs")
     hadamard = matrix.dtype == np.int8
@@ -133,15 +139,23 @@ def _with_rotation(prefix: str, tensor: Any, matrix: np.ndarray) -> Any:
     made, arrays = rotation.held(matrix, scaled=hadamard)
     if hadamard and made.kind != "hadamard":
         raise FormatError(f"{name}: an int8 matrix that is no Hadamard matrix; the file is damaged")
-    made = dataclasses.replace(made, key="~", sums="steps" if matrix.shape[0] == k else "single")
-    arrays = {f"~{part}": array for part, array in arrays.items()}
+    key, sums = "~" if own else "~shared.", "steps" if matrix.shape[0] == k else "single"
+    made = dataclasses.replace(made, key=key, sums=sums)
+    arrays = {f"{key}{part}": array for part, array in arrays.items()}
+    kept = {"input_rotation": matrix} if own and not hadamard else {}
+    prepare = "rotate"
+    if "input_prescale" in parts:
+        scale = parts["input_prescale"]
+        expect_dtype(scale, FLOATS, f"{prefix}.input_prescale")
+        expect_shape(scale, (k,), f"{prefix}.input_prescale", "one for each input")
+        check_finite(scale, f"{prefix}.input_prescale")
+        prepare, arrays["input_prescale"] = "prescale_rotate", scale
     activation = tensor.activation or Activation(FLOAT)
     activation = dataclasses.replace(
         activation,
         parameters=(*activation.parameters, *arrays),
-        options=(*activation.options, ("prepare", "rotate"), ("rotate_input", (made,))),
+        options=(*activation.options, ("prepare", prepare), ("rotate_input", (made,))),
     )
-    kept = {} if hadamard else {"input_rotation": matrix}
     return tensor.replace(extras={**tensor.extras, **arrays, **kept}, activation=activation)
 
 
@@ -269,9 +283,6 @@ class Quark:
 
 def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:
     """Modules with a scale, and "mx" containers, which have none: {prefix: {suffix: stored name}}."""
-    shared = next((n for n in names if "shared_input_rotation_" in n), None)
-    if shared is not None:
-        raise UnsupportedError(f"{shared}: a rotation that layers share without saying which ones; it is not done here")
     found = group_by_prefix(names, ("weight_scale",), SUFFIXES)
     for name in names:
         prefix = name.removesuffix(".weight")
@@ -283,6 +294,15 @@ def group(names: list[str], options: Options, context: Context) -> dict[str, dic
                     for s in ("weight", *RANGES, "input_rotation", "input_prescale")
                     if f"{prefix}.{s}" in context.dtypes
                 }
+    shared = {f"~{n.rpartition('.')[2]}": n for n in names if n.rpartition(".")[2].startswith(SHARED)}
+    if shared and not options.rotated:
+        raise UnsupportedError(
+            f"{next(iter(shared.values()))}: a rotation that layers share, and the config does not say which ones "
+            "(algo_config: online_config.online_rotation_layers)"
+        )
+    for prefix in found.keys() & set(options.rotated) if shared else ():
+        if "input_rotation" not in found[prefix]:
+            found[prefix] |= shared
     return found
 
 

@@ -49,11 +49,18 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Settings by pattern of names, in order, and for the rest."""
+    """Settings by pattern of names, in order, and for the rest.
+
+    Fields:
+      rotated: names of layers whose inputs are rotated at run time; () where the file's own matrices tell.
+      rotation_size: inputs that are rotated together, 0: all of a layer.
+    """
 
     patterns: tuple[tuple[str, Layer], ...]
     default: Layer
     reorder: bool = True
+    rotated: tuple[str, ...] = ()
+    rotation_size: int = 0
 
     def of(self, prefix: str) -> Layer:
         return next((layer for pattern, layer in self.patterns if fnmatch.fnmatch(prefix, pattern)), self.default)
@@ -78,7 +85,21 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     if method not in ("reorder", "order"):
         raise FormatError(f"{label}.export.pack_method is {method!r}, expected 'reorder' or 'order'")
     patterns = tuple((name, _layer(f"{label}.layer_quant_config[{name!r}]", conf)) for name, conf in layers.items())
-    return Options(patterns, _layer(f"{label}.global_quant_config", base), method == "reorder")
+    rotated, size = _rotation(f"{label}.algo_config", config.get("algo_config"))
+    return Options(patterns, _layer(f"{label}.global_quant_config", base), method == "reorder", rotated, size)
+
+
+def _rotation(label: str, algorithms: Any) -> tuple[tuple[str, ...], int]:
+    """(online_rotation_layers, rotation_size) of the algorithm "rotation"."""
+    algorithms = algorithms if isinstance(algorithms, list) else [algorithms]
+    found: Any = next((a for a in algorithms if isinstance(a, Mapping) and a.get("name") == "rotation"), {})
+    online, size = found.get("online_config") or {}, found.get("rotation_size") or 0
+    layers = online.get("online_rotation_layers") or [] if isinstance(online, Mapping) else None
+    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        raise FormatError(f"{label}: online_rotation_layers must be a list of names, found {online!r:.80}")
+    if type(size) is not int or size < 0:
+        raise FormatError(f"{label}: rotation_size is {size!r:.60}, expected a positive integer or null")
+    return tuple(layers), size
 
 
 def _layer(label: str, conf: Any) -> Layer:

@@ -228,7 +228,7 @@ class Reader:
     def _compute(self, name: str, value: Any) -> jax.Array:
         """The array in the compute dtype; the stored one is kept where the way back would lose bits."""
         stored = np.dtype(value.dtype)
-        if stored.kind in "iub":
+        if stored.kind in "iubc":
             raise CheckpointError(f"{self.label}: {name}: found dtype {stored}, expected a float tensor")
         self.stored[name] = stored
         array = _cast(jnp.asarray(value), self.dtype)

@@ -151,6 +151,13 @@ def test_generate_reads_stdin_and_refuses_a_system_message_without_a_chat_templa
     assert "chat template" in ran.err
 
 
+def test_generate_takes_a_cache(jaxq, nf4):
+    ran = jaxq("generate", nf4, "The light", "-n", "6", "--temperature", "0", "--kv-cache", "int8", "--json")
+    assert ran.json["answers"][0]["text"] == jq.load(nf4, kv_cache="int8").generate("The light", 6, do_sample=False)
+    ran = jaxq("generate", nf4, "The light", "--kv-cache", "int5")
+    assert ran.code == 1 and "kv_cache='int5' is not known; known: float32, " in ran.err
+
+
 def test_generate_needs_a_tokenizer(jaxq):
     from reference_dirs import directories
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import jq
+import jq.inspect
 from jq.cli import COMMANDS, main
 
 
@@ -29,7 +31,8 @@ def test_help_lists_all_commands(jaxq):
 @pytest.mark.parametrize(
     "words, hint",
     [
-        (["nonsense"], "nonsense"),
+        (["nonsense"], "(see: jaxq --help)"),
+        (["convert", "x", "y", "--to", "nonsense"], "none of gptq, awq, compressed-tensors,"),
         (["inspect"], "model"),
         (["inspect", "x", "--what"], "--what"),
         (["eval", "x", "--window", "1"], "--window"),
@@ -45,6 +48,20 @@ def test_wrong_use_is_exit_code_2(jaxq, words, hint):
     assert ran.out == ""
     assert hint in ran.err
     assert ran.err.count("\n") == 1
+
+
+def test_the_version(jaxq):
+    ran = jaxq("--version")
+    assert (ran.code, ran.out) == (0, f"jaxq {jq.__version__}\n")
+
+
+def test_ctrl_c_is_exit_code_130_and_no_traceback(jaxq, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["jq.inspect"], "inspect", interrupted)
+    ran = jaxq("inspect", "x")
+    assert (ran.code, ran.out, ran.err.strip()) == (130, "", "jaxq: error: interrupted")
 
 
 def test_a_failure_is_one_line_and_exit_code_1(jaxq, tmp_path):

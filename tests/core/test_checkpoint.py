@@ -403,3 +403,18 @@ def test_inspect_takes_architectures_of_any_type(named: object, tmp_path: Path) 
     config = {"architectures": named, "model_type": "llama"}
     jq.save(State({"w": np.zeros(2, np.float32)}, config), tmp_path / "out")
     assert jq.inspect(tmp_path / "out").architecture == ("LlamaForCausalLM" if "Llama" in str(named) else "llama")
+
+
+def test_numbers_in_names_may_have_any_length(tmp_path: Path) -> None:
+    names = {f"model.layers.{n}.w": np.zeros(2, np.float32) for n in ("0", "1", "9" * 5000)}
+    jq.save(names, tmp_path / "out")
+    assert jq.inspect(tmp_path / "out").layers == 2
+
+
+def test_quantized_parts_of_a_model_name_their_method(tmp_path: Path) -> None:
+    jq.save(
+        State({"w": np.zeros(2, np.float32)}, {"llm_config": {"quantization_config": {"quant_method": "x"}}}), tmp_path
+    )
+    with pytest.raises(UnsupportedError, match="quant_method 'x' is not known") as caught:
+        jq.load_state(tmp_path)
+    assert str(caught.value).count(str(tmp_path)) == 1

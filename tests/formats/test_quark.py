@@ -13,6 +13,7 @@ import jq
 from jq.errors import FormatError, UnsupportedError
 from jq.formats import quark
 from jq.formats.base import Context
+from jq.qtensor.rotated import hadamard
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CONTEXT = Context(config={"dtype": "bfloat16"}, label="test")
@@ -147,3 +148,58 @@ def test_settings_by_layer_and_errors() -> None:
     with pytest.raises(FormatError, match="expected a scalar"):
         parts["weight_scale"] = np.ones(3, np.float32)
         quark.load("m", parts, quark.parse(float8_module()[1], CONTEXT), CONTEXT)
+
+
+def rotated(size: int = 32, online: Any = ("m",), **parts: np.ndarray) -> Any:
+    """One float8 layer with parts of a rotation beside it."""
+    settings = config(dtype="fp8_e4m3", qscheme="per_channel")
+    online = list(online) if isinstance(online, tuple) else online
+    settings["algo_config"] = [
+        {"name": "rotation", "rotation_size": size, "online_config": {"online_rotation_layers": online}}
+    ]
+    stored = {
+        "m.weight": np.zeros((N, K), ml_dtypes.float8_e4m3fn),
+        "m.weight_scale": np.ones(N, BF16),
+        **{name.replace("__", "."): array for name, array in parts.items()},
+    }
+    context = Context(
+        config={"dtype": "bfloat16"},
+        shapes={k: v.shape for k, v in stored.items()},
+        dtypes={k: v.dtype for k, v in stored.items()},
+        label="test",
+    )
+    options = quark.parse(settings, context)
+    groups = quark.group(list(stored), options, context)
+    return quark.load("m", {s: stored[name] for s, name in groups["m"].items()}, options, context)
+
+
+def test_rotations_that_layers_share() -> None:
+    matrix = hadamard(32).astype(np.int8)
+    own, shared = rotated(m__input_rotation=matrix), rotated(shared_input_rotation_32=matrix)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, K)), jnp.bfloat16)
+    np.testing.assert_array_equal(jq.matmul(x, own), jq.matmul(x, shared))
+    assert set(quark.dump(own)) == {"weight", "weight_scale", "input_rotation"}
+    assert set(quark.dump(shared)) == {"weight", "weight_scale"}
+    assert rotated(online=("other",), shared_input_rotation_32=matrix).activation is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings", "message"),
+    [
+        ({"shared_input_rotation_32": np.ones((32, 32), np.int8)}, {"online": []}, "does not say which"),
+        ({"shared_input_rotation_16": np.ones((16, 16), np.int8)}, {}, r"m\.input_rotation: missing"),
+        ({"m__input_prescale": np.ones(K, BF16)}, {}, r"m\.input_rotation: missing.*input_prescale"),
+        ({"shared_input_rotation_32": np.ones((32, 32), np.int8)}, {}, "no Hadamard matrix"),
+        ({"shared_input_rotation_32": np.ones((32, 16), np.int8)}, {}, r"m\.input_rotation: found shape"),
+        ({}, {"online": "m"}, "must be a list of names"),
+        ({}, {"size": -1}, "rotation_size is -1"),
+        (
+            {"m__input_rotation": hadamard(32).astype(np.int8), "m__input_prescale": np.ones(8, BF16)},
+            {},
+            r"m\.input_prescale: found shape",
+        ),
+    ],
+)
+def test_bad_rotations(parts: dict[str, np.ndarray], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((FormatError, UnsupportedError), match=message):
+        rotated(**settings, **parts)

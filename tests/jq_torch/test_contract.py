@@ -198,6 +198,27 @@ def test_odd_inputs(model):
             torch.testing.assert_close(layer(x), x @ w.T, rtol=1e-4, atol=1e-5)
 
 
+def test_on_the_meta_device_shapes_alone(folder, enabled):
+    model = AutoModelForCausalLM.from_pretrained(folder / "packed", device_map="meta")
+    assert model(torch.zeros(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("kwargs", [{"load_in_8bit": True}, {"load_in_4bit": True}])
+def test_double_precision(folder, enabled, kwargs):
+    """Of activations: torch casts no packed bits, and JAX has no float64."""
+    config = BitsAndBytesConfig(**kwargs)
+    model = AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config)
+    want = logits(model)
+    model.double()
+    x = ids()
+    assert logits(model).dtype == torch.float64
+    torch.testing.assert_close(logits(model).float(), want, rtol=1e-3, atol=1e-4)
+    assert model.model.layers[0].mlp.up_proj.dequantize(torch.float64).dtype == torch.float64
+    embedded = model.get_input_embeddings()(x).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad.dtype == torch.float64 and embedded.grad.isfinite().all()
+
+
 def test_autocast_as_a_linear_layer(model):
     layer = model.model.layers[0].mlp.up_proj
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

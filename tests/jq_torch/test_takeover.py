@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 
 import pytest
@@ -123,6 +125,25 @@ def test_config_classes_need_no_library(name, enabled):
     assert config.to_diff_dict().items() <= config.to_dict().items() or name == "BitsAndBytesConfig"
     found = dict(config)
     assert found == config.to_dict()
+
+
+@pytest.mark.parametrize("name", ["HqqConfig", "TorchAoConfig", "CompressedTensorsConfig", "AwqConfig"])
+def test_names_imported_before(name):
+    original = getattr(transformers, name)
+    before = inspect.signature(original)
+    with jq_torch.enable():
+        with jq_torch.enable("hqq"):
+            pass
+        config = original(**ARGUMENTS[name])
+        assert type(config) is getattr(transformers, name) is not original
+        assert config.to_dict() == getattr(transformers, name)(**ARGUMENTS[name]).to_dict()
+        assert isinstance(copy.deepcopy(config), original)
+    assert inspect.signature(original) == before
+    if name == "AwqConfig":
+        assert type(original(bits=4)) is original
+    else:
+        with pytest.raises((ImportError, ValueError), match="install"):
+            original(**ARGUMENTS[name])
 
 
 def test_bitsandbytes_config_answers(enabled):

@@ -8,23 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from models.tiny import random_ids, tiny, write
+from models.tiny import CACHES, random_ids, with_cache
 
 import jq
 from jq.models import kv_cache, steps
 
-SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "eos_token_id": 2, "pad_token_id": 0}
-SCHEMES = {
-    "int8": {"num_bits": 8},
-    "int8-asym": {"num_bits": 8, "symmetric": False},
-    "int8-asym-head": {"num_bits": 8, "symmetric": False, "strategy": "attn_head"},
-    "int6-asym": {"num_bits": 6, "symmetric": False},
-    "int4": {"num_bits": 4},
-    "fp8": {"num_bits": 8, "type": "float"},
-    "fp8-groups": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 16, "dynamic": True},
-    "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "dynamic": True},
-    "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"},
-}
 # bytes of a token's 32 keys of one head in float32: codes, then scales and zero points
 BYTES = {
     "int8": 32,
@@ -40,41 +28,13 @@ BYTES = {
 NAMES = {"float32": 128, "bfloat16": 64, "int8": 32 + 4, "float8_e4m3": 32 + 4, "int4": 16 + 4 + 1, "mxfp4": 16 + 1}
 
 
-def checkpoint(folder: Path, scheme: dict | None, **options) -> Path:
-    tensors, config = tiny(**SIZES | options)
-    rng = np.random.default_rng(1)
-    for name in [n for n in tensors if "self_attn" in n]:
-        shape = {"q": (64, 32), "k": (32, 32), "v": (32, 32), "o": (32, 64)}[name.split(".")[-2][0]]
-        tensors[name] = (rng.standard_normal(shape) * 0.3).astype(np.float32)
-    if scheme is not None:
-        scheme = {"symmetric": True, "strategy": "tensor", "dynamic": False, "type": "int"} | scheme
-        config["quantization_config"] = {
-            "quant_method": "compressed-tensors",
-            "format": "dense",
-            "config_groups": {},
-            "kv_cache_scheme": scheme,
-        }
-        shape = (1, 1, 1) if scheme["strategy"] == "attn_head" else (1,)
-        top = 448 if scheme["type"] == "float" else 2 ** (scheme["num_bits"] - 1)
-        for i in range(2):
-            for which in "kv":
-                at = f"model.layers.{i}.self_attn.{which}_"
-                if scheme["dynamic"] == "local":
-                    tensors[at + "global_scale"] = np.full(1, 500, np.float32)
-                elif not scheme["dynamic"]:
-                    tensors[at + "scale"] = np.full(shape, 3.0 / top, np.float32)
-                    if not scheme["symmetric"]:
-                        tensors[at + "zero_point"] = np.full(shape, 2, np.int8)
-    return write(folder, tensors, config)
-
-
 def nbytes(model, batch: int, slots: int) -> int:
     return sum(a.nbytes for a in jax.tree.leaves(model.model.empty_cache(batch, slots)))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_scheme_of_a_checkpoint(tmp_path: Path, scheme: str) -> None:
-    folder = checkpoint(tmp_path, SCHEMES[scheme])
+@pytest.mark.parametrize("scheme", CACHES)
+def test_schemes_of_checkpoints(tmp_path: Path, scheme: str) -> None:
+    folder = with_cache(tmp_path, CACHES[scheme])
     model, plain = jq.load(folder), jq.load(folder, kv_cache="float32")
     assert nbytes(model, 3, 128) == 2 * 2 * 3 * 128 * BYTES[scheme]
     assert nbytes(plain, 3, 128) == 2 * 2 * 3 * 128 * NAMES["float32"]
@@ -85,7 +45,7 @@ def test_scheme_of_a_checkpoint(tmp_path: Path, scheme: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_named_caches(tmp_path: Path, name: str) -> None:
-    folder = checkpoint(tmp_path, SCHEMES["int4"], sliding_window=12, model_type="mistral")
+    folder = with_cache(tmp_path, CACHES["int4"], sliding_window=12, model_type="mistral")
     model = jq.load(folder, kv_cache=name)
     assert nbytes(model, 3, 128) == 2 * 2 * 3 * 128 * NAMES[name]
     agrees_with_whole_sequences(model)
@@ -106,7 +66,7 @@ def agrees_with_whole_sequences(model) -> None:
 
 
 def test_what_a_cache_cannot_be(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, None)
+    folder = with_cache(tmp_path, None)
     for bad in ("int5", "nvfp4", 7):
         with pytest.raises(jq.errors.UnsupportedError, match=r"known: float32, bfloat16, .*, int4, mxfp4"):
             jq.load(folder, kv_cache=bad)
@@ -117,7 +77,7 @@ def test_what_a_cache_cannot_be(tmp_path: Path) -> None:
 
 def test_saving_keeps_the_scales(tmp_path: Path) -> None:
     for scheme in ("int8", "int8-asym"):
-        folder = checkpoint(tmp_path / scheme, SCHEMES[scheme])
+        folder = with_cache(tmp_path / scheme, CACHES[scheme])
         jq.save(jq.load(folder), tmp_path / f"{scheme}-again")
         first, second = (jq.load_state(f) for f in (folder, tmp_path / f"{scheme}-again"))
         assert set(first) == set(second)

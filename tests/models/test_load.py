@@ -82,11 +82,12 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
         jq.load(write(tmp_path, tensors, config))
 
 
-def test_integers_are_no_dense_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_what_is_no_float_is_no_dense_weight(dtype: str, tmp_path: Path) -> None:
     tensors, config = tiny()
     name = "model.layers.0.mlp.up_proj.weight"
-    tensors[name] = tensors[name].view(np.int32)
-    with pytest.raises(jq.errors.CheckpointError, match=r"up_proj.weight: found dtype int32, expected a float"):
+    tensors[name] = tensors[name].astype(dtype)
+    with pytest.raises(jq.errors.CheckpointError, match=rf"up_proj.weight: found dtype {dtype}, expected a float"):
         jq.load(write(tmp_path, tensors, config))
 
 
