@@ -3,7 +3,7 @@
     python benchmarks/gpu_kinds.py --out benchmarks/results [--seconds 200]
 
 Protocol as in `gpu_matmul.py`, whose parts run here: CUPTI time, rotated weights, a bare read of the same bytes, torch's
-bf16 matmul (cuBLAS). `w8a16_g128` sweeps M; the other kinds run at a few.
+bf16 matmul (cuBLAS).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import gpu_matmul as common
 
 from pallas_kernels.timing import Jobs, copies, supervise
 
-FEW = (1, 8, 64, 256, 4096)
+ROWS = (1, 8, 64, 256, 4096)
+MORE = (1, 8, 16, 64, 128, 256, 512, 1024, 4096)
+SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336))
 GPT_OSS = ((5760, 2880), (2880, 2880))  # an expert of gpt-oss: gate and up, down
 
 
@@ -29,12 +31,12 @@ def forms() -> dict:
     from pallas_kernels.form import Form
 
     return {
-        "w8a16_g128": (Form(bits=8, zero_point=128), common.SHAPES, common.SWEEP),
-        "w8a16_row": (Form(bits=8, group=0, scale="f32", zero_point=128), common.SHAPES[:1], FEW),
-        "w8a16_g128_asym": (Form(bits=8, zero="u8"), common.SHAPES[:1], FEW),
-        "e4m3_row": (Form("e4m3", 8, 0, "f32"), (*common.SHAPES[:1], *common.SHAPES[2:4]), FEW),
-        "e5m2_row": (Form("e5m2", 8, 0, "f32"), common.SHAPES[:1], FEW),
-        "mxfp4": (Form("codebook", 4, 32, "e8m0"), (*common.SHAPES[:1], *common.SHAPES[2:4], *GPT_OSS), FEW),
+        "mxfp4": (Form("codebook", 4, 32, "e8m0"), (*SHAPES, *GPT_OSS), ROWS),
+        "e4m3_row": (Form("e4m3", 8, 0, "f32"), SHAPES, ROWS),
+        "w8a16_g128": (Form(bits=8, zero_point=128), SHAPES, MORE),
+        "w8a16_row": (Form(bits=8, group=0, scale="f32", zero_point=128), SHAPES[:1], ROWS),
+        "w8a16_g128_asym": (Form(bits=8, zero="u8"), SHAPES[:1], ROWS),
+        "e5m2_row": (Form("e5m2", 8, 0, "f32"), SHAPES[:1], ROWS),
     }
 
 
