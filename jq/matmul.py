@@ -34,11 +34,13 @@ def matmul(x: Array, w: Any, *, impl: Impl = None, quantize_activations: bool = 
       [..., N] in x's dtype; products are summed in float32. Differentiable with respect to x.
 
     Raises:
-      ValueError: shapes that do not fit, or impl="pallas" where no kernel fits (the message says why).
+      ValueError: shapes that do not fit, an x that is not of floats, or impl="pallas" where no kernel fits (the message says why).
     """
     x = jnp.asarray(x)
     if x.ndim < 1 or len(w.shape) != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(f"matmul: x of shape {x.shape} does not fit a weight of shape {tuple(w.shape)} ([N, K])")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"matmul: x has dtype {x.dtype}, expected float32, bfloat16 or float16")
     if impl not in (None, "jnp", "pallas"):
         raise ValueError(f"matmul: impl must be None, 'jnp' or 'pallas', got {impl!r}")
     if not isinstance(w, QTensor):

@@ -85,6 +85,7 @@ MADE: dict[str, Callable[[], Seed]] = {
     "gemma": _gemma,
     "spqr": _spqr,
     "qqq": lambda: _recorded("qqq-group"),
+    "auto-round-rotated": lambda: _recorded("auto-round-rotated-random"),
     "paroquant": lambda: _recorded("paroquant-g128"),
     "exl3": lambda: _recorded("exl3-mcg-3"),
     "ct-rotated": lambda: _recorded("ct-rotated-permuted"),

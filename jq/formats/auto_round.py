@@ -27,6 +27,7 @@ from jq.formats.gptq_config import checked_group, first, true_or_false, whole_nu
 from jq.qtensor import NarrowFloat, QTensor
 
 INTEGERS = ("qweight", "qzeros", "scales", "g_idx")
+ROTATIONS = ("rotation", "hadamard", "spinquant", "quarot")  # in keys of a config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +63,14 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
             f"{label}: AutoRound with data_type {kind!r}, packing_format {packing!r}, which is the storage of another "
             "library under AutoRound's name. Export it in auto-round as auto_round or llm_compressor"
         )
+    floats = not kind.startswith("int")
     for key, value in config.items():
-        if value and ("rotation" in key or "hadamard" in key):
+        if value and any(word in key for word in ROTATIONS) and not (floats and key == "rotation_config"):
             raise UnsupportedError(
                 f"{label}: quantization_config.{key} = {value!r:.80}: the inputs of each layer are rotated, which is not done here"
             )
-    if not kind.startswith("int"):
-        floats = parse_floats(config, kind, label)
-        return Options(int(config.get("bits") or 8), -1, True, "floats", floats)
+    if floats:
+        return Options(int(config.get("bits") or 8), -1, True, "floats", parse_floats(config, kind, label))
     if "fake" in packing:
         return Options(int(config.get("bits") or 8), -1, True, "fake")
     if config.get("act_bits") and whole_number(config["act_bits"], "act_bits", label) < 16:

@@ -7,6 +7,10 @@
     mx_int  weight_packed uint8 [N, K/2]: a sign (the high bit) and quarters 0 .. 7, weight_scale as for mx_fp
     fp      weight float8 [N, K], weight_scale dt [N] or [1], input_scale dt [1]; in blocks weight_scale_inv dt [N/r, K/c]
 
+With a rotation_config (nv_fp and mx_fp) the inputs are rotated in blocks of `block_size`, before they are quantized, by a
+Hadamard matrix; "random_hadamard" stores its transpose in each layer, `hadamard_matrix` dt [n, n]. The library's hooks
+would rotate inputs of layers left in floating point, too, whose weights are not rotated; here they are not.
+
 Dequantize, in float32: NVFP4 (value * (1 / global)) * scale, the others value * scale, then rounded to the model's
 dtype; FP8 of one scale a row in the dtype of the scale. Source: auto-round 0.16.1 (experimental/qmodules,
 export/export_to_autoround), whose layers run on a CPU.
@@ -22,16 +26,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jq.activations import Activation
+from jq import rotation
+from jq.activations import FLOAT, Activation
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Parts, expect_dtype, expect_one, expect_shape, take
 from jq.qtensor import Grouping, NarrowFloat, Source
+from jq.qtensor.affine import check_finite
+from jq.qtensor.rotated import hadamard
+from jq.rotation import Rotation
 
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 SUFFIXES = (
     *("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale"),
-    *("input_global_scale", "input_scale"),
+    *("input_global_scale", "input_scale", "hadamard_matrix"),
 )
 MARKERS = ("weight_packed", "weight_scale", "weight_scale_inv")
 INPUTS = ("input_global_scale", "input_scale")
@@ -39,12 +47,18 @@ INPUTS = ("input_global_scale", "input_scale")
 
 @dataclasses.dataclass(frozen=True)
 class FloatOptions:
-    """Kind of the data ("nv_fp", "nvfp4_v2", "mx_fp", "mx_int", "fp"), and how inputs are quantized ("" = not)."""
+    """Kind of the data ("nv_fp", "nvfp4_v2", "mx_fp", "mx_int", "fp"), how inputs are quantized ("" = not) and rotated.
+
+    Fields:
+      rotation: "", "hadamard" or "random_hadamard", in blocks of `block` inputs.
+    """
 
     kind: str
     inputs: str = ""
     input_bits: int = 16
     dynamic: bool = True
+    rotation: str = ""
+    block: int = 0
 
 
 def parse_floats(config: Mapping[str, Any], kind: str, label: str) -> FloatOptions:
@@ -59,7 +73,28 @@ def parse_floats(config: Mapping[str, Any], kind: str, label: str) -> FloatOptio
         raise UnsupportedError(f"{label}: AutoRound's data_type {kind!r} is not read; int, {', '.join(known)} are")
     bits = int(config.get("act_bits") or 16)
     inputs = str(config.get("act_data_type") or kind) if bits < 16 else ""
-    return FloatOptions(name, inputs, bits, bool(config.get("act_dynamic", True)))
+    return FloatOptions(name, inputs, bits, bool(config.get("act_dynamic", True)), *_rotation(config, name, label))
+
+
+def _rotation(config: Mapping[str, Any], kind: str, label: str) -> tuple[str, int]:
+    """(type, block) of rotation_config, which AutoRound exports for data with scales of 16 or 32 inputs alone."""
+    found = config.get("rotation_config")
+    if not found:
+        return "", 0
+    label = f"{label}: quantization_config.rotation_config"
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{label} is {found!r:.80}, expected an object")
+    how = found.get("hadamard_type") or "hadamard"
+    online = found.get("backend") not in ("inplace",) and not found.get("fuse_online_to_weight")
+    if not kind.startswith(("nv", "mx_fp")) or not online or how not in ("hadamard", "random_hadamard"):
+        raise UnsupportedError(
+            f"{label} is {dict(found)!r:.160}: rotations around whole blocks (QuaRot) are not done here, Hadamard matrices "
+            "on the inputs of MXFP and NVFP4 layers are"
+        )
+    block = found.get("block_size") or 32
+    if type(block) is not int or block < 1:
+        raise FormatError(f"{label}.block_size is {block!r:.60}, expected a positive integer")
+    return how, block
 
 
 def group(names: list[str], options: Any, context: Context) -> dict[str, dict[str, str]]:
@@ -90,7 +125,41 @@ def load_floats(prefix: str, parts: Parts, options: FloatOptions, context: Conte
         dtype=str(made.scales.dtype) if made.formula == "own" else context.model_dtype,
     )
     made.check(prefix)
-    return made
+    return _with_rotation(prefix, made, parts, options)
+
+
+def _with_rotation(prefix: str, tensor: NarrowFloat, parts: Parts, options: FloatOptions) -> NarrowFloat:
+    """The weight with the rotation of its inputs, whose matrix is rounded to their dtype."""
+    stored, name, size = parts.get("hadamard_matrix"), f"{prefix}.hadamard_matrix", options.block
+    if options.rotation != "random_hadamard":
+        if stored is not None:
+            raise FormatError(f"{name}: is there, but rotation_config asks for {options.rotation or 'nothing'}")
+        if not options.rotation:
+            return tensor
+    if tensor.in_features % size:
+        raise FormatError(
+            f"{prefix}: blocks of {size} (rotation_config.block_size) do not divide {tensor.in_features} inputs"
+        )
+    if options.rotation == "hadamard":
+        if size & (size - 1):
+            raise FormatError(f"{prefix}: a Hadamard matrix of rotation_config.block_size {size} is no power of two")
+        made, held = rotation.held(hadamard(size), scaled=True)
+        made = dataclasses.replace(made, key="~", sums="own")
+        arrays = {f"~{part}": array for part, array in held.items()}
+    else:
+        matrix = take(parts, "hadamard_matrix", prefix, why="rotation_config says random_hadamard.")
+        expect_dtype(matrix, FLOATS, name)
+        expect_shape(matrix, (size, size), name, "rotation_config.block_size")
+        check_finite(matrix, name)
+        made = Rotation("dense", size, transposed=True, key="hadamard_", sums="own")
+        arrays = {"hadamard_matrix": matrix}
+    activation = tensor.activation or Activation(FLOAT)
+    activation = dataclasses.replace(
+        activation,
+        parameters=(*activation.parameters, *arrays),
+        options=(*activation.options, ("prepare", "rotate"), ("rotate_input", (made,))),
+    )
+    return tensor.replace(extras={**tensor.extras, **arrays}, activation=activation)
 
 
 def _packed(prefix: str, parts: Parts, options: FloatOptions, name: str) -> NarrowFloat:
@@ -181,7 +250,7 @@ def dump_floats(q: NarrowFloat) -> Parts:
     source = q.source
     assert source is not None
     codes, scale = np.ascontiguousarray(np.asarray(q.codes)), np.asarray(q.scales)
-    found: Parts = {k: np.asarray(v) for k, v in q.extras.items()}
+    found: Parts = {k: np.asarray(v) for k, v in q.extras.items() if not k.startswith("~")}
     if source.get("kind") == "float8":
         found[source.get("suffix")] = scale.reshape(source.get("shape"))
         return {"weight": codes.view(np.dtype(getattr(ml_dtypes, source.get("dtype")))), **found}

@@ -106,6 +106,7 @@ class Affine(QTensor):
                 raise FormatError(
                     f"{name}: scales of shape {found}, expected ({rows}, {cols}) for a weight of ({n}, {k}) with {self.grouping}"
                 )
+        self._check_counts(name)
         if self.g_idx is not None:
             check_indices(self.g_idx, self.scales.shape[-1], f"{name}: g_idx")
             if self.g_idx.shape[-1] != k:
@@ -117,6 +118,27 @@ class Affine(QTensor):
         if self.formula == "div":
             check_divisor(self.scales, f"{name}: scales")
         check_inputs(self, name)
+
+    def _check_counts(self, name: str) -> None:
+        """Raises `FormatError` where scales or zeros are too few: JAX would repeat the last or fail much later."""
+        n, k = self.shape[-2:]
+        if self.grouping.kind != "block":
+            need = -(-n * k // self.grouping.cols)
+            for part in ("scales", "zeros"):
+                found = getattr(self, part)
+                if found is not None and (
+                    found.shape[-1] < need or (found.shape[-1] > need and self.grouping.kind == "strided")
+                ):
+                    raise FormatError(
+                        f"{name}: {found.shape[-1]} {part}, expected {need} for ({n}, {k}) with {self.grouping}"
+                    )
+            return
+        if self.zeros is None or self.zeros_bits:
+            return
+        zeros, scales = tuple(self.zeros.shape[-2:]), tuple(self.scales.shape[-2:])
+        enough = len(zeros) == 2 and (zeros[1] >= scales[1] or (zeros[1] == 1 and self.g_idx is None))
+        if not enough or zeros[0] not in (scales[0], 1):
+            raise FormatError(f"{name}: zeros of shape {tuple(self.zeros.shape)} beside scales of {scales}")
 
     @property
     def bits(self) -> int:

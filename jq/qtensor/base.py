@@ -157,6 +157,8 @@ class QTensor(_Common):
         """Slices leading stack axes; on an unstacked [N, K] tensor a slice of rows where blocks end with rows."""
         stack = self.ndim - 2
         if stack > 0:
+            if isinstance(index, int) and not -self.shape[0] <= index < self.shape[0]:  # JAX would clamp it
+                raise IndexError(f"{type(self).__name__}: index {index} of a stack of {self.shape[0]}")
             return jax.tree.map(lambda a: a[index], self)
         if not isinstance(index, slice):
             raise TypeError(f"{type(self).__name__}: only a slice of rows can be taken of [N, K], got {index!r}")

@@ -288,3 +288,44 @@ def test_sizes_are_told() -> None:
     assert tensor.bits_per_weight == pytest.approx(8 * tensor.nbytes / 512)
     assert tensor.replace(extras={"bias": np.zeros(8)}).bits_per_weight == tensor.bits_per_weight
     assert tensor.size == 512 and tensor.ndim == 2 and tensor.in_features == 64 and tensor.out_features == 8
+
+
+def affine_of(**fields):
+    codes = np.arange(32, dtype=np.uint8).reshape(4, 8) % 16
+    scales = fields.pop("scales", np.ones((4, 2), np.float16))
+    return Affine.make(codes, scales, code_bits=4, **{"grouping": Grouping("block", 1, 4), **fields})
+
+
+FLAT, STRIDED = Grouping("flat", 0, 4), Grouping("strided", 0, 4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"zeros": np.ones((2, 2), np.float16)},
+        {"zeros": np.ones(8, np.float16)},
+        {"zeros": np.ones((4, 1), np.float16), "g_idx": np.repeat(np.arange(2, dtype=np.int32), 4)},
+        {"scales": np.ones(7, np.float16), "grouping": FLAT},
+        {"scales": np.ones(8, np.float16), "zeros": np.ones(7, np.float16), "grouping": FLAT},
+        {"scales": np.ones(7, np.float16), "grouping": STRIDED},
+        {"scales": np.ones(9, np.float16), "grouping": STRIDED},
+    ],
+)
+def test_scales_and_zeros_that_do_not_fit_are_refused(fields):
+    with pytest.raises(FormatError, match=r"layer: (zeros of shape|\d scales|\d zeros)"):
+        affine_of(name="layer", **fields)
+
+
+def test_a_stack_ends():
+    stacked = stack([affine_of().to_jax() for _ in range(2)])
+    assert [q.shape for q in stacked] == [(4, 8), (4, 8)] and stacked[-2].shape == (4, 8)
+    for index in (2, -3):
+        with pytest.raises(IndexError, match="of a stack of 2"):
+            stacked[index]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.complex64])
+def test_matmul_takes_floats(dtype):
+    for w in (affine_of(), np.ones((4, 8), np.float32)):
+        with pytest.raises(ValueError, match=f"x has dtype {np.dtype(dtype)}, expected float32"):
+            jq.matmul(np.ones((2, 8), dtype), w)

@@ -146,12 +146,44 @@ def test_exports_under_the_names_of_gptq_and_awq_say_nothing(tmp_path):
     assert awq.parse(made | {"quant_method": "awq", "version": "gemm", "zero_point": False}, Context(label="b")).sym
 
 
-def test_rotated_inputs_are_refused():
+def test_rotations_of_whole_blocks_are_refused():
     config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True}
-    for key in ("rotation_config", "rotation_configs", "hadamard_config"):
+    for key in ("rotation_config", "rotation_configs", "hadamard_config", "spinquant_config"):
         with pytest.raises(UnsupportedError, match=f"{key}.*rotated"):
             auto_round.parse(config | {key: [{"algorithm": "hadamard"}]}, Context())
         auto_round.parse(config | {key: None}, Context())
+    floats = config | {"data_type": "mx_fp"}
+    for rotation in ({"backend": "inplace"}, {"fuse_online_to_weight": True}, {"hadamard_type": "quarot_hadamard"}):
+        with pytest.raises(UnsupportedError, match=r"rotation_config is .*QuaRot"):
+            auto_round.parse(floats | {"rotation_config": rotation}, Context())
+    with pytest.raises(UnsupportedError, match="rotation_config is"):
+        auto_round.parse(config | {"data_type": "fp", "rotation_config": {"hadamard_type": "hadamard"}}, Context())
+
+
+@pytest.mark.parametrize(
+    ("rotation", "matrix", "message"),
+    [
+        ({"block_size": 24}, None, "blocks of 24 .* do not divide 64"),
+        ({"block_size": 64.0}, None, "block_size is 64.0"),
+        (["hadamard"], None, "expected an object"),
+        ({"hadamard_type": "random_hadamard"}, None, r"m\.hadamard_matrix: missing"),
+        ({"hadamard_type": "random_hadamard"}, np.ones((16, 16), np.float32), r"m\.hadamard_matrix: found shape"),
+        (
+            {"hadamard_type": "random_hadamard"},
+            np.full((32, 32), np.nan, np.float32),
+            r"m\.hadamard_matrix: .*not finite",
+        ),
+        ({"hadamard_type": "hadamard"}, np.ones((32, 32), np.float32), "rotation_config asks for hadamard"),
+        (None, np.ones((32, 32), np.float32), "rotation_config asks for nothing"),
+    ],
+)
+def test_bad_rotations(rotation, matrix, message):
+    config = {"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp", "rotation_config": rotation}
+    parts = {"weight_packed": np.zeros((8, 32), np.uint8), "weight_scale": np.full((8, 2), 120, np.uint8)}
+    if matrix is not None:
+        parts["hadamard_matrix"] = matrix
+    with pytest.raises(FormatError, match=message):
+        auto_round.load("m", parts, auto_round.parse(config, Context()), Context())
 
 
 def test_no_config_at_all(tmp_path):
