@@ -29,7 +29,8 @@ from jq import activations
 from jq_torch import bridge, ops
 
 ORDERED = "mma16_"  # in the names of parameters that lie in the kernels' order
-_autocasts, _traces, _modes = torch.is_autocast_enabled, torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+_Tensor, _compiles, _autocasts = torch.Tensor, torch.compiler.is_dynamo_compiling, torch.is_autocast_enabled
+_traces, _modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack  # names: each look-up of one costs
 
 
 class Packed(nn.Module):
@@ -337,8 +338,9 @@ class JqLinear(Packed, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input
-        if self.kernels and (kernel := self._kernel(x)) is not None:
-            y, bias = kernel(x), self._parameters["bias"]  # nn.Module's __getattr__ takes a microsecond
+        if not _compiles() and (kernel := self._kernel(x)) is not None:
+            y = kernel(x)
+            bias = self._parameters["bias"]  # nn.Module's __getattr__ takes a microsecond
             return y if bias is None else y + bias.to(y.dtype)
         if x.is_meta:  # shapes alone: estimates of memory, models loaded on the meta device
             return x.new_empty((*x.shape[:-1], self.out_features))
@@ -353,8 +355,7 @@ class JqLinear(Packed, nn.Linear):
     def _kernel(self, x: torch.Tensor) -> Any:
         """The GPU kernel, where neither a graph nor a gradient is recorded: torch's dispatcher costs more than it does."""
         if (
-            torch.compiler.is_dynamo_compiling()
-            or type(x) is not torch.Tensor  # fake and distributed tensors have no memory to point at
+            type(x) is not _Tensor  # fake and distributed tensors have no memory to point at
             or _autocasts()
             or _traces() is not None  # torch.jit.trace
             or _modes()  # make_fx, counters, recomputation: they want to see an operator
@@ -367,7 +368,7 @@ class JqLinear(Packed, nn.Linear):
             lies = first is None or first.data_ptr() == pointer
             if lies and dtype is x.dtype and self._parameters.get(name) is first:  # the layer's arrays, still there
                 return kernel
-        if not x.is_cuda:
+        if not (self.kernels and x.is_cuda):
             return None
         held = self._held = self._hold(x.dtype)
         return held.kernel

@@ -25,7 +25,7 @@ def test_reads_what_the_library_stores(file: Path, cell) -> None:
     tensors, meta = raw(file)
     arrays = {name: array(entry) for name, entry in tensors.items()}
     fmt = jq.formats()[meta["format"]]
-    cell(fmt.name, "read", "write", "identical dequantize")
+    cell(fmt.name, "read", "write", "identical bits", "identical dequantize")
     module = meta.get("module", "m")
     stored = {name: a for name, a in arrays.items() if name.startswith(f"{module}.")}
     context = Context(

@@ -148,14 +148,12 @@ def run(
     vocab = model.spec.vocab_size
     if any(not 0 <= t < vocab for row in rows for t in row):
         raise ValueError(f"generate: a token id lies outside the vocabulary of {vocab}")
-    ids, starts_host = left_padded(rows, plan.pad if plan.pad < vocab else 0)
-    batch, length = ids.shape
-    slots = steps.bucket(length + plan.max_new_tokens, 128)
     graph, state = functional.split(model)
-    settings, starts = plan.settings(batch), jnp.asarray(starts_host)
-    token, carry = steps.prefill(graph, state, slots, plan.switches, jnp.asarray(ids), starts, settings)
-    stopped = yield np.asarray(token)[:, None]
-    made = 1
+    settings, so_far = plan.settings(len(rows)), [list(row) for row in rows]
+    token, carry, place = _read(graph, state, so_far, plan, settings, vocab, 0)
+    new = np.asarray(token)[:, None]
+    stopped = yield new
+    made, edge, longest = 1, model.spec.reread_at, max(map(len, rows))
     while made < plan.max_new_tokens:
         cache, seen, done = carry
         if stopped is not None:
@@ -163,25 +161,53 @@ def run(
         if bool(np.asarray(done).all()):
             return
         count = plan.max_new_tokens - made if chunk is None else min(chunk, plan.max_new_tokens - made)
-        # The newest token takes the slot behind the prompt and the tokens before it.
-        slot = length + made - 1
-        out, n, carry = steps.decode(
-            graph,
-            state,
-            slots,
-            plan.switches,
-            (cache, seen, done),
-            token,
-            jnp.int32(slot),
-            jnp.int32(made),
-            jnp.int32(count),
-            starts,
-            settings,
-        )
-        n = int(n)
-        new = np.asarray(out)[:, :n]
-        token, made = out[:, n - 1], made + n
+        if edge is not None and longest + made <= edge + 1:
+            for row, tokens in zip(so_far, new.tolist(), strict=True):
+                row.extend(tokens)
+            count = min(count, edge + 1 - longest - made)
+        if count == 0:
+            token, (cache, seen, ended), place = _read(graph, state, so_far, plan, settings, vocab, made)
+            token = jnp.where(done, plan.pad, token)
+            carry, n, new = (cache, seen, done | ended), 1, np.asarray(token)[:, None]
+        else:
+            out, n, carry = steps.decode(
+                graph,
+                state,
+                place.slots,
+                plan.switches,
+                (cache, seen, done),
+                token,
+                jnp.int32(place.shift + made - 1),
+                jnp.int32(made),
+                jnp.int32(count),
+                place.starts,
+                settings,
+            )
+            n = int(n)
+            new = np.asarray(out)[:, :n]
+            token = out[:, n - 1]
+        made += n
         stopped = yield new
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where tokens go in a cache: `slots` in all; new token i (from 0) takes slot `shift + i`; `starts` as in `steps`."""
+
+    slots: int
+    shift: int
+    starts: Any
+
+
+def _read(
+    graph: Any, state: Any, rows: list[list[int]], plan: Plan, settings: Settings, vocab: int, made: int
+) -> tuple[Any, Any, _Place]:
+    """Reads rows (the prompts, and `made` new tokens of each) into a fresh cache: (next token, carry, place)."""
+    ids, starts = left_padded(rows, plan.pad if plan.pad < vocab else 0)
+    length = ids.shape[1]
+    slots, on_device = steps.bucket(length + plan.max_new_tokens - made, 128), jnp.asarray(starts)
+    token, carry = steps.prefill(graph, state, slots, plan.switches, jnp.asarray(ids), on_device, settings, made)
+    return token, carry, _Place(slots, length - made, on_device)
 
 
 class Rows:

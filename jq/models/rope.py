@@ -191,8 +191,13 @@ def _yarn_scale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def switch(rope: Rope) -> int:
+    """The longest sequence that LongRoPE gives its short factors."""
+    return rope.get("original_max_position_embeddings", rope.max_positions)
+
+
 def _longrope(rope: Rope, length: Any) -> tuple[Any, float]:
-    original = rope.get("original_max_position_embeddings", rope.max_positions)
+    original = switch(rope)
     factor = rope.get("factor") or rope.max_positions / original
     scale = rope.get("attention_factor")
     if scale is None:

@@ -69,6 +69,7 @@ class DecoderSpec:
       attention_scale: factor of q . k, None for head_dim ** -0.5.
       *_softcap: c * tanh(x / c) on attention scores or logits.
       sinks: a learnt extra logit for each head in the softmax (gpt-oss).
+      reread_at: length beyond which a longer rope holds for every position, so that keys of before are no use (Phi-3).
     """
 
     family: str
@@ -100,6 +101,7 @@ class DecoderSpec:
     final_softcap: float | None = None
     sinks: bool = False
     experts: Experts | None = None
+    reread_at: int | None = None
 
     def replace(self, **fields: Any) -> DecoderSpec:
         return dataclasses.replace(self, **fields)

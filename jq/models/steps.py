@@ -44,7 +44,14 @@ def _positions(length: int, starts: jax.Array | None) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def prefill(
-    graph: Any, state: Any, slots: int, switches: Switches, ids: jax.Array, starts: jax.Array, settings: Settings
+    graph: Any,
+    state: Any,
+    slots: int,
+    switches: Switches,
+    ids: jax.Array,
+    starts: jax.Array,
+    settings: Settings,
+    step: Any = 0,
 ) -> tuple[jax.Array, Any]:
     """Reads the prompts into a fresh cache and picks the first token.
 
@@ -52,6 +59,7 @@ def prefill(
       slots: cache length, static.
       ids: int32[B, T], padded on the left.
       starts: int32[B].
+      step: number of the token that is made here (random numbers).
 
     Returns:
       (first token int32[B], carry of `decode`).
@@ -65,7 +73,7 @@ def prefill(
         valid = jnp.arange(ids.shape[1])[None] >= starts[:, None]
         rows = jnp.arange(ids.shape[0])[:, None]
         seen = jnp.zeros((ids.shape[0], last.shape[-1]), bool).at[rows, ids].max(valid)
-    token = sampling.pick(last, seen, settings, 0, switches)
+    token = sampling.pick(last, seen, settings, step, switches)
     done = jnp.any(token[:, None] == settings.eos[None], axis=-1)
     return token, (cache, sampling.mark(seen, token), done)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import transformers as hf
@@ -109,3 +112,49 @@ def test_t5_keeps_wo_in_float32(tmp_path, enabled):
     wo = model.encoder.block[0].layer[1].DenseReluDense.wo
     assert type(wo) is torch.nn.Linear and wo.weight.dtype == torch.float32
     assert torch.isfinite(outputs(model)).all()
+
+
+def clip():
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    text = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "eos_token_id": 2}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)), hf.AutoModel
+
+
+def llava():
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": 66, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**vision, image_size=16, patch_size=8),
+        text_config=hf.LlamaConfig(**text, num_attention_heads=2),
+        image_token_index=65, vision_feature_layer=-1,
+    )  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config), hf.AutoModelForImageTextToText
+
+
+@pytest.mark.parametrize("build, packed", [(clip, 13), (llava, 21)])
+def test_images_and_text(build, packed, enabled, tmp_path):
+    """Two towers, of which transformers knows no embedding; a quantization_config that lies under text_config."""
+    model, auto = build()
+    model.save_pretrained(tmp_path / "float")
+    inputs = {"input_ids": torch.tensor([[3, 65, 65, 65, 65, 5, 6, 2]]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    if build is clip:
+        inputs["input_ids"] = ids(batch=1)
+    config = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    made = auto.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert sum(isinstance(m, JqLinear) for m in made.modules()) == packed
+    made.save_pretrained(tmp_path / "nf4")
+    folders = [tmp_path / "nf4"]
+    if build is llava:
+        found = json.loads((tmp_path / "nf4" / "config.json").read_text())
+        found["text_config"]["quantization_config"] = found.pop("quantization_config")
+        shutil.copytree(tmp_path / "nf4", tmp_path / "under")
+        (tmp_path / "under" / "config.json").write_text(json.dumps(found))
+        folders.append(tmp_path / "under")
+    with torch.no_grad():
+        want = made(**inputs)
+        for folder in folders:
+            again = auto.from_pretrained(folder)(**inputs)
+            key = "logits_per_image" if build is clip else "logits"
+            assert torch.equal(again[key], want[key])

@@ -1,8 +1,9 @@
 """Formats of whose library no whole checkpoint is at hand: files made here give the numbers of jq in JAX, and save unchanged.
 
 HIGGS, Four Over Six, FP-Quant, SINQ, Quark and ModelOpt by jq's own methods, which are held to the libraries elsewhere
-(tests/formats, tests/test_recorded_codes.py). SpQR's words by the packer of its test, Gemma's bytes at random: beside
-JAX, the first is held to the dense weight that it stands for, the second to transformers, which needs no library for it.
+(tests/formats, tests/test_recorded_codes.py). SpQR's words by the packer of its test, Gemma's bytes, QQQ's words, EXL3's
+tiles and ParoQuant's pairs at random: beside JAX, the first is held to the dense weight that it stands for, the second to
+transformers, which needs no library for it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from formats.test_exl3 import module as exl3_parts
+from formats.test_paroquant import integers, rotation
 from formats.test_spqr import checkpoint as spqr_parts
 from reference_dirs import relative_error
 from safetensors.torch import save_file
@@ -75,7 +78,30 @@ def gemma(source: Path, target: Path) -> None:
     written(source, target / "packed", tensors, {"quantization_config": config})
 
 
-ACTIVE = ("gemma", "fp_quant", "fouroversix", "modelopt")  # whose activations are quantized
+def at_random(config: dict[str, Any], parts_of: Callable[[int, int, int], dict[str, np.ndarray]]) -> Any:
+    """A maker of files whose layers [n, k] hold `parts_of(n, k, seed)`."""
+
+    def make(source: Path, target: Path) -> None:
+        tensors = tensors_of(source)
+        for seed, (prefix, weight) in enumerate(linears(tensors).items()):
+            del tensors[f"{prefix}weight"]
+            parts = parts_of(*weight.shape, seed)
+            tensors |= {prefix + name: torch.from_numpy(np.array(a)) for name, a in parts.items()}
+        written(source, target / "packed", tensors, {"quantization_config": config})
+
+    return make
+
+
+def qqq_parts(n: int, k: int, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "B": rng.integers(-(1 << 31), 1 << 31, (k // 16, 2 * n)).astype(np.int32),
+        "s_group": rng.uniform(1, 15, (k // 128, n)).astype(np.float16),
+        "s_channel": rng.uniform(0.5, 1.5, (1, n)).astype(np.float32) / 64 / k**0.5,
+    }
+
+
+ACTIVE = ("gemma", "fp_quant", "fouroversix", "modelopt", "qqq")  # whose activations are quantized
 MAKERS: dict[str, Callable[[Path, Path], None]] = {
     "spqr": spqr,
     "gemma": gemma,
@@ -85,6 +111,12 @@ MAKERS: dict[str, Callable[[Path, Path], None]] = {
     "fouroversix": by(jq.FourOverSix()),
     "sinq": by(jq.SINQ(tiling_mode="2D")),
     "modelopt": by(jq.NVFP4()),
+    "qqq": at_random({"quant_method": "qqq", "bits": 4, "group_size": 128}, qqq_parts),
+    "exl3": at_random({"quant_method": "exl3", "bits": 3.0}, lambda n, k, seed: exl3_parts(n, k, 3, seed=seed)),
+    "paroquant": at_random(
+        {"quant_method": "paroquant", "bits": 4, "group_size": 32, "krot": 3},
+        lambda n, k, seed: integers(n, k, seed=seed) | rotation(k, seed=seed),
+    ),
 }
 
 
@@ -114,7 +146,8 @@ def check_saved(model: Any, source: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("active", [False, True])
-def test_numbers_are_those_of_jax_and_files_as_they_were(made, active, tmp_path):
+def test_numbers_are_those_of_jax_and_files_as_they_were(made, active, tmp_path, cell):
+    cell(json.loads((made / "config.json").read_text())["quantization_config"]["quant_method"], "torch adapter")
     if active and not made.parent.name.startswith(ACTIVE):
         pytest.skip("its activations are not quantized")
     with jq_torch.enable(quantize_activations=active):
