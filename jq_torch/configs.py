@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from typing import Any
 
@@ -35,6 +36,7 @@ class Verbatim:
     """Mixin in front of a transformers config class: remembers the dict of a file."""
 
     _file: dict[str, Any] | None = None  # the dict as the checkpoint has it
+    _unknown: tuple[str, ...] = ()  # arguments that the original drops without a word
     quant_method: Any
 
     @classmethod
@@ -64,13 +66,12 @@ class Verbatim:
         """The file's dict, or the arguments for a config made by the user."""
         if self._file is not None:
             return copy.deepcopy(self._file)
-        found = {k: v for k, v in super().to_dict().items() if k != "_file"}  # type: ignore[misc]
-        return found
+        return {k: v for k, v in super().to_dict().items() if k not in ("_file", "_unknown")}  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
         if self._file is not None:
             return self.to_dict()
-        return {k: v for k, v in super().to_diff_dict().items() if k != "_file"}  # type: ignore[misc]
+        return {k: v for k, v in super().to_diff_dict().items() if k not in ("_file", "_unknown")}  # type: ignore[misc]
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
@@ -122,6 +123,26 @@ def _hqq_init(
         self.quant_config = hqq_options(nbits, group_size, view_as_float=view_as_float, axis=axis)
     self.quant_method = hf.QuantizationMethod.HQQ
     self.skip_modules = ["lm_head"] if skip_modules is None else skip_modules
+    _note_unknown(self, kwargs, {"quant_zero", "quant_scale", "offload_meta"})  # of older versions
+
+
+def _hqq_of_file(cls: Any, config_dict: dict[str, Any]) -> Any:
+    """A file has hqq's own dict; a user may give the arguments as a dict."""
+    if "quant_config" in config_dict:
+        return Verbatim._of_file.__func__(cls, config_dict)  # type: ignore[attr-defined]
+    return cls(**config_dict)
+
+
+def _note_unknown(config: Any, given: dict[str, Any], known: Any) -> None:
+    """Remembers arguments that mean nothing, for `unknown_options`; a file may have such keys, a user mistypes them."""
+    found = tuple(key for key in given if key not in known and key != "quant_method" and not key.startswith("_"))
+    if found:
+        config.__dict__["_unknown"] = found
+
+
+def unknown_options(config: Any) -> tuple[str, ...]:
+    """Arguments of a config that its class does not have."""
+    return getattr(config, "_unknown", ())
 
 
 def hqq_options(
@@ -249,7 +270,7 @@ def _gptq_post_init(self: Any) -> None:
 
 # Class name -> methods in place of those that need a library.
 _OWN: dict[str, dict[str, Any]] = {
-    "HqqConfig": {"__init__": _hqq_init},
+    "HqqConfig": {"__init__": _hqq_init, "_of_file": classmethod(_hqq_of_file)},
     "CompressedTensorsConfig": {
         "__init__": _compressed_init,
         "_arguments": _compressed_dict,
@@ -277,11 +298,13 @@ def replacement(original: type) -> type:
     made: type
 
     if "__init__" not in own:
+        arguments_of = inspect.signature(original.__init__).parameters  # type: ignore[misc]
 
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             extra = {key: kwargs.pop(key) for key in kept if key in kwargs and key != "checkpoint_format"}
             original.__init__(self, *args, **kwargs)  # type: ignore[misc]
             self.__dict__.update(extra)
+            _note_unknown(self, kwargs, {*arguments_of, *vars(self)})
 
         init.__wrapped__ = original.__init__  # type: ignore[attr-defined,misc]  # inspect.signature shows its arguments
         body["__init__"] = init
@@ -334,6 +357,7 @@ class JqConfig(Verbatim, hf.QuantizationConfigMixin):
         self.quant_method = "jq"  # type: ignore[assignment]
         self.method, self.modules_to_not_convert = method, skip
         self.__dict__.update(kwargs)
+        _note_unknown(self, kwargs, {"modules_to_not_convert"})
 
     def to_dict(self) -> dict[str, Any]:
         if self._file is not None:

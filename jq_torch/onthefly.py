@@ -23,7 +23,7 @@ from transformers.utils import logging
 import jq
 from jq.errors import CalibrationError, JqError, UnsupportedError
 from jq.formats import table
-from jq_torch import bridge, experts
+from jq_torch import bridge, configs, experts
 from jq_torch.linear import JqLinear, Packed
 from jq_torch.plan import Origin
 from jq_torch.sources import Sides
@@ -38,6 +38,8 @@ def _dtype_name(dtype: Any, default: str) -> str:
 def _bnb(config: Any) -> Any:
     if config.load_in_8bit:
         return jq.Int8(threshold=config.llm_int8_threshold)
+    if not config.load_in_4bit:
+        raise UnsupportedError("BitsAndBytesConfig: neither load_in_4bit nor load_in_8bit is set")
     if config.bnb_4bit_quant_type not in ("nf4", "fp4"):
         raise UnsupportedError(f"bnb_4bit_quant_type must be nf4 or fp4, got {config.bnb_4bit_quant_type!r}")
     kind = jq.NF4 if config.bnb_4bit_quant_type == "nf4" else jq.FP4
@@ -219,6 +221,8 @@ def method_of(config: Any) -> Any:
         raise UnsupportedError(
             f"quantizing while loading with {type(config).__name__} ({name}) is not done here; it works with {known}"
         )
+    if unknown := configs.unknown_options(config):
+        raise UnsupportedError(f"{type(config).__name__}: unknown option {', '.join(map(repr, unknown))}")
     try:
         return METHODS[name](config)
     except AttributeError as e:

@@ -150,6 +150,8 @@ def _supports(owner: Any) -> Callable[[dict], bool]:
         if not isinstance(quantization_config_dict, dict):
             quantization_config_dict = quantization_config_dict.to_dict()
         if not original(quantization_config_dict):
+            if quantization_config_dict.get("quant_method") == "bitsandbytes":
+                raise UnsupportedError("quantization_config: neither load_in_4bit nor load_in_8bit is set")
             by_method(str(quantization_config_dict.get("quant_method")), "config.json: quantization_config")
             raise UnsupportedError(
                 f"config.json: quant_method {quantization_config_dict.get('quant_method')!r} is not enabled"

@@ -41,7 +41,7 @@ def choice_for(prologue: Norm | Gate, m: int, w: Packed) -> Choice | None:
         return None
     device = jax.devices()[0]
     cores = getattr(device, "core_count", None) or 132
-    choice = choose(m, n, k, w.form, device_key(device.device_kind), cores)
+    choice = choose(m, n, k, w.form, device_key(device.device_kind), cores, kernels=("stream", "gemm"))
     if choice.kernel != "stream":
         return None
     if not worthwhile(prologue, m, k, choice.config.cluster):

@@ -1,7 +1,8 @@
 """Which kernel and configuration multiplies: a plain table from measurements, and an estimate where it is silent.
 
 `tuned/<device>.json` holds rows {"kind", "bits", "n", "k", "m", "kernel", "config"}; a row serves all M up to its `m`
-down to the next smaller one of the same weight. `python -m pallas_kernels.tune` writes it.
+down to the next smaller one of the same weight. Of several rows with one `m` the first that can run is taken: the direct
+kernel knows no nested scales and no act-order, and a fused product asks for the streaming kernel. `python -m pallas_kernels.tune` writes it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.form import CHUNK, ROWS, Form
-from pallas_kernels.skeletons import gemm, stream
+from pallas_kernels.skeletons import direct, gemm, stream
 
 TABLES = Path(__file__).parent / "tuned"
-KERNELS: dict[str, Any] = {"stream": stream, "gemm": gemm}
+KERNELS: dict[str, Any] = {"direct": direct, "stream": stream, "gemm": gemm}
 
 # Architectures (compute capability) with kernels, and multiprocessors to assume where no device can be asked.
 ARCHITECTURES = {"9.0": 132}
@@ -60,25 +61,46 @@ def table(device: str) -> dict[tuple, list[tuple[int, Choice]]]:
 def measured_rows(device: str) -> dict[tuple, list[tuple[int, Choice]]]:
     """`table` of a device; what was not measured on it is as on an H100."""
     own, common = table(device), table("h100")
-    return {key: sorted((dict(common.get(key, ())) | dict(own.get(key, ()))).items()) for key in common | own}
+    out = {}
+    for key in common | own:
+        measured = {m for m, _ in own.get(key, ())}
+        rows = [*own.get(key, ()), *(row for row in common.get(key, ()) if row[0] not in measured)]
+        out[key] = sorted(rows, key=lambda r: r[0])
+    return out
 
 
 def choose(
-    m: int, n: int, k: int, form: Form, device: str = "h100", multiprocessors: int = 132, gathered: bool = False
+    m: int,
+    n: int,
+    k: int,
+    form: Form,
+    device: str = "h100",
+    multiprocessors: int = 132,
+    gathered: bool = False,
+    kernels: tuple[str, ...] = tuple(KERNELS),
 ) -> Choice:
-    """The kernel for x [m, k] and a weight [n, k]. `gathered`: an act-order weight and one row of x."""
+    """The kernel for x [m, k] and a weight [n, k].
+
+    Args:
+      gathered: an act-order weight and one row of x.
+      kernels: the table's rows of others do not count.
+    """
     entries = measured_rows(device)
     rows: list[tuple[int, Choice]] = []
     # where a decode function was not measured, what is best for integers of its width, or for int4, is a good guess
     for key in (form.decode, ("affine", form.bits), ("affine", 4)):
-        rows += [r for r in entries.get((*key, n, k), []) if not rows or r[0] > rows[-1][0]]
-    choice = next((c for largest, c in rows if m <= largest), None)
-    if choice is not None and fits(choice, m, n, k, form, gathered):
-        return choice
+        most = max((largest for largest, _ in rows), default=0)
+        rows += [r for r in entries.get((*key, n, k), []) if r[0] > most]
+    rows = [(largest, c) for largest, c in rows if m <= largest and c.kernel in kernels]
+    for largest, choice in rows:
+        if largest == rows[0][0] and fits(choice, m, n, k, form, gathered):
+            return choice
     return estimate(m, n, k, form, multiprocessors, gathered)
 
 
 def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = False) -> bool:
+    if choice.kernel == "direct" and gathered:
+        return False
     if choice.kernel == "gemm" and form.scale == "u8":
         if m <= stream.MAX_ROWS:  # plain scales would be made for each call
             return False
@@ -90,13 +112,25 @@ def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = Fa
 
 
 def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, gathered: bool = False) -> list[Choice]:
-    """Configurations that can run; those of the streaming kernel first, in the order of preference."""
+    """Configurations that can run; those for few rows first, in the order of preference."""
     out = []
     if m <= stream.MAX_ROWS:
-        out = [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered, form.bits)]
+        out = [Choice("direct", c) for c in directs(m, n, k, multiprocessors)]
+        out += [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered, form.bits)]
     if not out or m > 8:
         out += [Choice("gemm", config) for config in tilings(m, form, multiprocessors)]
     return [c for c in out if fits(c, m, n, k, form, gathered)]
+
+
+def directs(m: int, n: int, k: int, multiprocessors: int) -> Iterator[direct.Config]:
+    """Configurations of the direct kernel, the best first, where each block has a tile: two blocks share K where one
+    would load more of x than of the weight.
+    """
+    for warps in (16, 8):
+        clusters = (2, 1) if m > 8 and -(-n // ROWS) <= 4 * multiprocessors else (1, 2)
+        for cluster in clusters:
+            if -(-n // ROWS) * cluster >= multiprocessors:
+                yield direct.Config(warps, cluster, multiprocessors // cluster * cluster)
 
 
 def streams(
@@ -187,7 +221,8 @@ def estimate(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, gat
     if not choices:
         raise ValueError(f"no kernel for {m} rows and a weight of {n}x{k}")
     narrow = -(-n // ROWS) <= 4 * multiprocessors
-    if m <= stream.MAX_ROWS and choices[0].kernel == "stream" and not (m > 8 and narrow):
+    first = choices[0].kernel
+    if m <= stream.MAX_ROWS and (first == "direct" or (first == "stream" and not (m > 8 and narrow))):
         return choices[0]
     return min(choices, key=lambda c: microseconds(c, m, n, k, form))
 
@@ -213,7 +248,7 @@ START = 3.5  # microseconds until the first wgmma, and after the last store
 
 def microseconds(choice: Choice, m: int, n: int, k: int, form: Form) -> float:
     """Rough time of a launch: the slowest of tensor core, L2 and DRAM, and some of the faster ones' time."""
-    if choice.kernel == "stream":
+    if choice.kernel != "gemm":
         return float("inf")
     c = choice.config
     plan = gemm.Plan(m, n, k, dataclasses.replace(form, scale="bf16") if form.scale == "u8" else form, c, "bf16")

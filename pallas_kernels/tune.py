@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from pallas_kernels import api, layout, reference, select
 from pallas_kernels.decode import DECODES
 from pallas_kernels.form import Form, Packed
 from pallas_kernels.select import Choice
-from pallas_kernels.skeletons import stream
+from pallas_kernels.skeletons import direct, stream
 from pallas_kernels.timing import Jobs, copies, median_us, supervise
 
 # Linear layers of 8B and 70B models: square, fused q/k/v, fused gate/up, down, and gate/up of 70B.
@@ -102,6 +103,8 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
         if m > 2:  # rows for which `fused` asks for a configuration of the streaming kernel
             out += best_estimates(m, n, k, form, sms, 6)
     if m <= 16:
+        for warps, cluster, depth in itertools.product((8, 16), (1, 2), (1, 2)):
+            out.append(Choice("direct", direct.Config(warps, cluster, sms // cluster * cluster, depth)))
         return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
     return best_estimates(m, n, k, form, sms)
 

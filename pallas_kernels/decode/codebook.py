@@ -21,6 +21,10 @@ order = "natural"
 ENTRY = 128  # bytes: one pair for each of 32 lanes
 
 
+def unit(form: Form, dtype: str) -> int:
+    return 1
+
+
 def shared_bytes(form: Form) -> int:
     return 256 * ENTRY
 

@@ -15,9 +15,14 @@ from pallas_kernels import ptx
 from pallas_kernels.decode.affine import fill, shared_bytes
 from pallas_kernels.form import Form
 
-__all__ = ["fill", "fragment", "order", "shared_bytes"]
+__all__ = ["fill", "fragment", "order", "shared_bytes", "unit"]
 
 order = "pairs"
+
+
+def unit(form: Form, dtype: str) -> int:
+    return 1
+
 
 _TO_BF16 = (
     "mov.b32 {a, b}, h; cvt.f32.f16 x, a; cvt.f32.f16 y, b; cvt.rn.bf16x2.f32 $0, y, x;",

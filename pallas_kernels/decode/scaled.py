@@ -8,7 +8,7 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
-from pallas_kernels.decode import DECODES
+from pallas_kernels.decode import DECODES, affine
 from pallas_kernels.form import Form
 from pallas_kernels.ptx import Int
 
@@ -45,6 +45,44 @@ def shifts(form: Form, scale: Sequence[ir.Value], zero: Sequence[ir.Value]) -> l
     return [ptx.fma(s, point, ptx.mul(sign, z)) for s, z in zip(scale, zero)]
 
 
+def folds(form: Form, dtype: str) -> bool:
+    """Whether `Powers` is for this form: the zero point's product with a scale must be exact."""
+    plain = form.kind == "affine" and form.bits == 4 and form.scale == "bf16" and not form.zero
+    return plain and dtype == "bf16" and form.zero_point & (form.zero_point - 1) == 0
+
+
+class Powers:
+    """The scale inside of the decode's multiply-add: weights of rows g and g + 8, divided by powers of two.
+
+    A code is k * 2**-133, so the scale is multiplied with 2**133 / 2**q. That must be finite: q follows from the row's
+    largest scale. Every weight is rounded as the product of scale and code is.
+
+    Fields:
+      factors: 2**(133 - q) of row g and 2**(129 - q) of row g + 8, each in both halves of a register.
+    """
+
+    def __init__(self, largest: Sequence[Int]):
+        """`largest`: bits of the largest absolute scales of the two rows, bfloat16."""
+        self.factors = []
+        for bits, most in zip(largest, (381, 377)):
+            fitting, widest = most - (bits >> 7), most - 129  # scales below 8 have one q
+            self.factors.append(ptx.raw((ptx.select(fitting < widest, fitting, widest) << 7) * 0x10001))
+
+    def fragment(self, form: Form, words: Sequence[ir.Value], params: Sequence) -> list[ir.Value]:
+        """Words of one or more k16 steps -> weights, four registers a step."""
+        scale = twice(form.scale, "bf16", params[0])
+        factors = [ptx.mul_pair(s, f, "bf16") for s, f in zip(scale, self.factors)]
+        points = (-form.zero_point * 2.0**-133, -form.zero_point * 2.0**-129)
+        terms = [ptx.mul_pair(f, affine.pair_of(p), "bf16") for f, p in zip(factors, points)]
+        return affine.multiplied(words, factors, terms)
+
+    def whole(self, sums: Sequence[ir.Value]) -> list[ir.Value]:
+        """The sums times 2**q: in two steps, since it can be more than a float holds."""
+        q = [260 - ((Int(self.factors[0]) >> 7) & 255), 256 - ((Int(self.factors[1]) >> 7) & 255)]
+        gains = [[ptx.as_float((part + 127) << 23) for part in (v >> 1, v - (v >> 1))] for v in q]
+        return [ptx.mul(ptx.mul(s, gains[i // 2 % 2][0]), gains[i // 2 % 2][1]) for i, s in enumerate(sums)]
+
+
 def scaled_fragment(
     form: Form,
     dtype: str,
@@ -53,7 +91,7 @@ def scaled_fragment(
     table: Int,
     magic: Any = None,
 ) -> list[ir.Value]:
-    """Words of one or more k16 steps -> weights, four registers a step.
+    """Words of one or more k16 steps -> weights / `unit`, four registers a step.
 
     Args:
       params: stored scales (and zeros) of rows g and g + 8.
@@ -71,8 +109,8 @@ def scaled_fragment(
         values = decode.fragment(form, dtype, words, None, magic=magic)
         if form.zero:
             shift = shifts(form, as_floats(form.scale, params[0]), as_floats(form.zero, params[1]))
-            add = [ptx.pack_pair(s, s, dtype) for s in shift]
+            small = ptx.constant(1 / affine.unit(form, dtype))
+            add = [ptx.pack_pair(s, s, dtype) for s in (ptx.mul(s, small) for s in shift)]
             text = f"fma.rn.{kind} $0, $1, $2, $3;"
             return [ptx.asm([ptx.i32()], text, v, scale[i % 2], add[i % 2], pure=True)[0] for i, v in enumerate(values)]
-    text = f"mul.rn.{kind} $0, $1, $2;"
-    return [ptx.asm([ptx.i32()], text, v, scale[i % 2], pure=True)[0] for i, v in enumerate(values)]
+    return [ptx.mul_pair(v, scale[i % 2], dtype) for i, v in enumerate(values)]

@@ -17,6 +17,12 @@ def address(pointer: ir.Value, offset: Any = 0, scale: int = 1) -> ir.Value:
     return asm([i64()], "mad.wide.u32 $0, $1, $2, $3;", offset, scale, pointer, pure=True)[0]
 
 
+def slice_address(pointer: ir.Value, index: Int, nbytes: int) -> ir.Value:
+    """64-bit address `pointer + index * nbytes`, where slices may be larger than 4 GiB."""
+    wide = asm([i64()], "cvt.u64.u32 $0, $1;", index, pure=True)[0]
+    return asm([i64()], f"mad.lo.u64 $0, $1, {nbytes}, $2;", wide, pointer, pure=True)[0]
+
+
 def global_pointer(ref: ir.Value) -> ir.Value:
     """64-bit address of a GMEM memref."""
     from jax.experimental.mosaic.gpu import utils
@@ -69,6 +75,25 @@ def load_stream(pointer: ir.Value) -> list[ir.Value]:
     """Four 32-bit words of data that is read once; L2 fetches the 256 bytes around them, which are wanted next."""
     text = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];"
     return asm([i32()] * 4, text, pointer)
+
+
+def load_once(pointer: ir.Value, offset: int, policy: ir.Value, exists: Any) -> list[ir.Value]:
+    """Four 32-bit words of data that is read once, zeros where `exists` is 0. The loads of a kernel leave in their
+    order: as cached read-only ones they would be moved behind barriers, to where they are used.
+    """
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    text = "ld.weak.global.L1::no_allocate.L2::cache_hint.v4.b32 {$0, $1, $2, $3}"
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $6, 0; {zeros} @p {text}, [$4+{offset}], $5; }}"
+    return asm([i32()] * 4, text, pointer, policy, exists, early=True)
+
+
+def load_kept(pointer: ir.Value, kind: str) -> list[ir.Value]:
+    """Two neighbours of a type of stored parameters: a register for 8- and 16-bit ones, two for float32."""
+    if kind == "f32":
+        return asm([f32()] * 2, "ld.relaxed.gpu.global.v2.f32 {$0, $1}, [$2];", pointer)
+    if kind in ("u8", "e8m0"):
+        return asm([i32()], "{ .reg .u16 h; ld.relaxed.gpu.global.u16 h, [$1]; cvt.u32.u16 $0, h; }", pointer)
+    return asm([i32()], "ld.relaxed.gpu.global.u32 $0, [$1];", pointer)
 
 
 def store_rounded(pointer: ir.Value, value: ir.Value, dtype: str) -> None:

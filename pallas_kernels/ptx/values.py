@@ -67,6 +67,9 @@ class Int:
     def __and__(self, other: Any) -> Int:
         return Int(arith.andi(self.value, raw(other)))
 
+    def __or__(self, other: Any) -> Int:
+        return Int(arith.ori(self.value, raw(other)))
+
     def __xor__(self, other: Any) -> Int:
         return Int(arith.xori(self.value, raw(other)))
 
@@ -99,7 +102,9 @@ def select_float(condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
     return arith.select(condition, yes, no)
 
 
-def asm(results: Sequence[ir.Type], text: str, *operands: Any, pure: bool = False) -> list[ir.Value]:
+def asm(
+    results: Sequence[ir.Type], text: str, *operands: Any, pure: bool = False, early: bool = False
+) -> list[ir.Value]:
     """Inline PTX. Operands are numbered after the results: `$0` is the first result.
 
     Args:
@@ -107,9 +112,12 @@ def asm(results: Sequence[ir.Type], text: str, *operands: Any, pure: bool = Fals
       text: PTX; braces make registers and labels local.
       operands: `Int`, integers or MLIR values; their constraint follows from their type.
       pure: the instruction may be moved, merged or removed.
+      early: results are written before all operands are read.
     """
     values = [raw(o) for o in operands]
-    constraints = ["=" + _CONSTRAINTS[str(t)] for t in results] + [_CONSTRAINTS[str(v.type)] for v in values]
+    constraints = ["=" + "&" * early + _CONSTRAINTS[str(t)] for t in results] + [
+        _CONSTRAINTS[str(v.type)] for v in values
+    ]
     if not results:
         out_type = ir.Type.parse("!llvm.void")
     elif len(results) == 1:
@@ -192,6 +200,11 @@ def mul(a: ir.Value, b: ir.Value) -> ir.Value:
     return asm([f32()], "mul.rn.f32 $0, $1, $2;", a, b, pure=True)[0]
 
 
+def mul_pair(a: Any, b: Any, dtype: str) -> ir.Value:
+    """Products of the two 16-bit floats of registers."""
+    return asm([i32()], f"mul.rn.{dtype}x2 $0, $1, $2;", a, b, pure=True)[0]
+
+
 def maximum(a: ir.Value, b: ir.Value) -> ir.Value:
     return asm([f32()], "max.f32 $0, $1, $2;", a, b, pure=True)[0]
 
@@ -218,6 +231,16 @@ def rsqrt(a: ir.Value) -> ir.Value:
 def shuffle_xor(value: ir.Value, mask: int) -> ir.Value:
     """The value of lane `lane ^ mask` (float32); for whole warps."""
     return asm([f32()], f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, 0xffffffff;", value)[0]
+
+
+def shuffle(value: Any, lane: Any) -> Int:
+    """The 32 bits of another lane; for whole warps."""
+    return Int(asm([i32()], "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", value, lane)[0])
+
+
+def larger_halves(a: Any, b: Any) -> Int:
+    """The larger of the low halves and of the high halves of two registers, as unsigned integers."""
+    return Int(asm([i32()], "max.u16x2 $0, $1, $2;", a, b, pure=True)[0])
 
 
 def unpack_pair(pair: Any, dtype: str) -> list[ir.Value]:

@@ -69,7 +69,7 @@ class _Kernel(Sums, Output):
             ptx.barrier_init(self.arrived, 1)
             ptx.barrier_init(self.freed, plan.block_units * max(1, c.split - 1))
             ptx.fence_barrier_init()
-            ptx.store_shared(self.at["magic"], [Int(affine.MAGIC[plan.dtype] * 0x10001)])
+            ptx.store_shared(self.at["magic"], [Int(affine.MAGIC * 0x10001)])
         ptx.sync_warp()
         if plan.cluster > 1:
             ptx.cluster_arrive(relaxed=True)
@@ -88,6 +88,8 @@ class _Kernel(Sums, Output):
         with ptx.when(self.wg < c.wn):
             ptx.sync_warp()
             hopper.set_registers(CONSUMER_REGISTERS[c.wn], "inc")
+            if self.folded:
+                self.prefetch_scales()
             if "table" in self.refs:
                 table = ptx.global_pointer(self.refs["table"])
                 if self.layer:
@@ -183,7 +185,7 @@ class _Kernel(Sums, Output):
             ptx.sync_warp()
             with ptx.when(Int(0) < count):
                 slot, parity = self.skip(slot, parity, mine.begin)
-                sums, (slot, parity) = self.multiply(slot, parity, count)
+                sums, (slot, parity) = self.multiply(slot, parity, count, n0)
                 self.skip(slot, parity, plan.steps - mine.end)
                 with ptx.when(count == plan.steps):
                     self.epilogue(n0, row, sums, "y")
@@ -217,7 +219,7 @@ class _Kernel(Sums, Output):
             mine = ptx.when(ptx.select(self.wg < low, 1 - i, i) == 1) if plan.heights[1:] else contextlib.nullcontext()
             with mine:
                 ptx.sync_warp()
-                sums, _ = self.multiply(slot, parity, own, height)
+                sums, _ = self.multiply(slot, parity, own, n0, height)
                 for u in range(height):
                     self.finish(t, n0 + u * (c.wn * UNIT), row0, sums[u * plan.sums : (u + 1) * plan.sums])
             ptx.sync_warp()

@@ -7,7 +7,7 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from pallas_kernels import hopper, ptx
-from pallas_kernels.decode.scaled import scaled_fragment
+from pallas_kernels.decode.scaled import Powers, folds, scaled_fragment
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.gemm_block import Block
@@ -59,13 +59,17 @@ class Sums(Block):
 
     def magic(self) -> Any:
         """The constant of the decode, read anew: see `multiply`."""
-        pinned = self.plan.config.ahead and self.plan.form.kind == "affine"
+        pinned = self.plan.config.ahead and self.plan.form.kind == "affine" and self.plan.dtype == "f16"
         return hopper.load_shared_here(self.at["magic"]) if pinned else None
 
-    def fragment(self, i: int, words: list[Any], params: list[Any], magic: Any = None) -> list[ir.Value]:
+    def fragment(
+        self, i: int, words: list[Any], params: list[Any], magic: Any = None, powers: Powers | None = None
+    ) -> list[ir.Value]:
         """Weights of k16 step i of a step of the ring, whose codes are `words`."""
         plan, form = self.plan, self.plan.form
         group = i * 16 // form.group if form.group and form.group < plan.span else 0
+        if powers:
+            return powers.fragment(form, words, params[group])
         table = self.at["tables"] + self.lane * 4
         return scaled_fragment(form, plan.dtype, words, params[group], table, magic)
 
@@ -76,11 +80,17 @@ class Sums(Block):
         words = ptx.chain(*(self.words(slot, i, self.unit) for i in range(self.plan.config.chunks)))
         return {"words": words, "params": self.params(slot, self.unit)}
 
-    def first_fragment(self, ready: dict[str, list[Any]]) -> list[ir.Value]:
-        return self.fragment(0, ready["words"][: self.plan.form.bits // 4], ready["params"], self.magic())
+    def first_fragment(self, ready: dict[str, list[Any]], powers: Powers | None = None) -> list[ir.Value]:
+        return self.fragment(0, ready["words"][: self.plan.form.bits // 4], ready["params"], self.magic(), powers)
 
     def step(
-        self, sums: list[Any], ready: dict[str, list[Any]], slot: Int, before: Int | None = None, after: Any = None
+        self,
+        sums: list[Any],
+        ready: dict[str, list[Any]],
+        slot: Int,
+        before: Int | None = None,
+        after: Any = None,
+        powers: Powers | None = None,
     ) -> tuple[list[Any], Any]:
         """Issues the wgmmas of a step.
 
@@ -88,6 +98,7 @@ class Sums(Block):
           ready: codes and parameters, and "a", the weights of the first wgmma, if they are decoded already.
           before: the slot of the step before it, to release once the tensor core has read it.
           after: slot and parity of the next step.
+          powers: where the scale is part of the decode's arithmetic.
 
         Returns:
           The sums, and the codes and parameters of the next step if the plan wants them before the last wgmma.
@@ -98,13 +109,13 @@ class Sums(Block):
         x = self.at["x"] + slot * plan.x_bytes
         words, params = ready["words"], ready["params"]
         per = plan.form.bits // 4  # words of a k16 step
-        a = ready.get("a") or self.first_fragment(ready)
+        a = ready.get("a") or self.first_fragment(ready, powers)
         magic, following = [None, self.magic()], None
         for i in range(count):
             if after is not None and i == count - 1 and plan.fetch_early:
                 following = self.fetch(*after)
             if i:
-                a = self.fragment(i, words[i * per : (i + 1) * per], params, magic[i])
+                a = self.fragment(i, words[i * per : (i + 1) * per], params, magic[i], powers)
             if i % 4 == 0:
                 b = hopper.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
             hopper.wgmma_fence()
@@ -119,26 +130,27 @@ class Sums(Block):
         hopper.wgmma_commit()
         return sums, following
 
-    def step_in_turn(self, sums: list[Any], slot: Int, height: int) -> list[Any]:
+    def step_in_turn(self, sums: list[Any], slot: Int, height: int, powers: list[Any]) -> list[Any]:
         """As `step`, for `height` units and with fewer registers: each chunk is read while the one before is multiplied.
 
         Args:
           sums: those of all units, one after the other.
+          powers: of each unit.
         """
         plan, c = self.plan, self.plan.config
         x, per = self.at["x"] + slot * plan.x_bytes, plan.form.bits // 4
         order = [(u, chunk) for u in range(height) for chunk in range(c.chunks)]
         parts = [sums[u * plan.sums : (u + 1) * plan.sums] for u in range(height)]
-        words, params = self.words(slot, 0, self.unit), self.params(slot, self.unit)
+        stored = [self.params(slot, self.unit + u * c.wn) for u in range(height)]
+        words = self.words(slot, 0, self.unit)
         for at, (u, chunk) in enumerate(order):
-            now = words, params
+            now = words
             if at + 1 < len(order):
                 v, following = order[at + 1]
                 words = self.words(slot, following, self.unit + v * c.wn)
-                params = self.params(slot, self.unit + v * c.wn) if v != u else params
             b = hopper.matrix_descriptor(x + chunk * (c.tile_m * CHUNK * 2))
             for i in range(4):
-                a = self.fragment(4 * chunk + i, now[0][i * per : (i + 1) * per], now[1])
+                a = self.fragment(4 * chunk + i, now[i * per : (i + 1) * per], stored[u], powers=powers[u])
                 hopper.wgmma_fence()
                 parts[u] = hopper.wgmma(parts[u], a, hopper.advance(b, 32 * i) if i else b, plan.dtype)
                 if (i + 1) % plan.burst == 0:
@@ -147,29 +159,80 @@ class Sums(Block):
                         hopper.wgmma_wait(1)
         return ptx.chain(*parts)
 
-    def multiply(self, slot: Int, parity: Int, steps: Int, height: int = 1) -> tuple[list[Any], list[Int]]:
-        """y^T of `height` units: sums over `steps` steps from this slot on, each `depth` slots behind the one before it;
+    @property
+    def folded(self) -> bool:
+        return not self.plan.config.ahead and folds(self.plan.form, self.plan.dtype)
+
+    def scales_of(self, n0: Int) -> ir.Value:
+        """Address of the scales of this warp's tile of the unit that begins at row n0."""
+        plan = self.plan
+        nbytes, last = plan.form.groups(plan.k) * (ROWS * 2), -(-plan.n // ROWS) - 1
+        tile = (n0 >> 4) + (self.warp & 3)
+        at = ptx.global_pointer(self.refs["scales"])
+        if self.layer:
+            at = ptx.slice_address(at, self.layer[0], (last + 1) * nbytes)
+        return ptx.address(at, ptx.select(tile < last, tile, last), nbytes)
+
+    def prefetch_scales(self) -> None:
+        """Asks for what `largest_scales` reads in the first pass, before the block's threads have met."""
+        groups = self.plan.form.groups(self.plan.k)
+        _, first = self.work.tile(Int(0))
+        at = self.scales_of(self.work.share(Int(0), first, self.unit).unit * UNIT)
+        for i in range(min(-(-groups // 32), 4)):
+            group = self.lane + i * 32
+            ptx.prefetch(ptx.address(at, ptx.select(group < groups, group, 0), ROWS * 2))
+
+    def largest_scales(self, n0: Int) -> list[Int]:
+        """Bits of the largest absolute scales of this lane's rows g and g + 8 of the unit that begins at row n0."""
+        vectors, at = 2 * self.plan.form.groups(self.plan.k), self.scales_of(n0)  # of 8 scales
+
+        def some(i: Int, most: list[Int]) -> list[Int]:
+            for j in range(4):
+                v = self.lane + (i + j) * 32
+                words = ptx.load_words(ptx.address(at, ptx.select(v < vectors, v, self.lane & 1), 16))
+                most = [ptx.larger_halves(m, Int(w) & 0x7FFF7FFF) for m, w in zip(most, words)]
+            return most
+
+        most = [Int(0)] * 4
+        most = ptx.loop(0, -(-vectors // 32), 4, most, some) if vectors > 128 else some(Int(0), most)
+        for mask in (2, 4, 8, 16):
+            most = [ptx.larger_halves(m, ptx.shuffle(m, self.lane ^ mask)) for m in most]
+        g = self.lane >> 2
+        pairs = [ptx.shuffle(m, g >> 2) for m in most]
+        low, high = (ptx.select((g & 1) == 0, a, b) for a, b in (pairs[:2], pairs[2:]))
+        pair = ptx.select((g & 2) == 0, low, high)
+        return [pair & 0xFFFF, pair >> 16]
+
+    def multiply(self, slot: Int, parity: Int, steps: Int, n0: Int, height: int = 1) -> tuple[list[Any], list[Int]]:
+        """y^T of `height` units from row n0 of the weight on: sums over `steps` steps from this slot on, each `depth` slots behind the one before it;
         and the slot behind them.
         """
-        count, depth = height * self.plan.sums, self.plan.depth
+        plan = self.plan
+        count, depth = height * plan.sums, plan.depth
         zero = [ptx.zero()] * count
         if not self.plan.config.ahead:
+            rows = [n0 + u * (plan.config.wn * UNIT) for u in range(height if self.folded else 0)]
+            powers = [Powers(self.largest_scales(row)) for row in rows]
 
             def alone(_: Int, carry: list[Any]) -> list[Any]:
                 sums, (slot, parity) = carry[:count], carry[count:]
-                if self.plan.in_turn:
+                if plan.in_turn:
                     ptx.barrier_wait(self.full + slot * 8, parity)
                     ptx.sync_warp()
-                    sums = self.step_in_turn(sums, slot, height)
+                    sums = self.step_in_turn(sums, slot, height, powers or [None] * height)
                 else:
-                    sums, _ = self.step(sums, self.fetch(slot, parity), slot)
+                    sums, _ = self.step(sums, self.fetch(slot, parity), slot, powers=powers[0] if powers else None)
                 hopper.wgmma_wait(0)
                 self.release(slot)
                 ptx.sync_warp()
                 return [*sums, *self.after(slot, parity, depth)]
 
             out = ptx.loop(0, steps, 1, [*zero, slot, parity], alone)
-            return out[:count], out[count:]
+            sums, behind = out[:count], out[count:]
+            if not powers:
+                return self.in_units(sums), behind
+            parts = (sums[u * plan.sums : (u + 1) * plan.sums] for u in range(height))
+            return ptx.chain(*(p.whole(part) for p, part in zip(powers, parts))), behind
 
         # Each step is committed in two halves, and the tensor core always has one of them left to do while the first
         # weights of the next step are decoded.
@@ -203,4 +266,8 @@ class Sums(Block):
         hopper.wgmma_wait(0)
         self.release(slot)
         ptx.sync_warp()
-        return sums, list(self.after(slot, parity, depth))
+        return self.in_units(sums), list(self.after(slot, parity, depth))
+
+    def in_units(self, sums: list[Any]) -> list[Any]:
+        gain = self.plan.gain
+        return sums if gain == 1 else [ptx.mul(s, ptx.constant(gain)) for s in sums]

@@ -34,6 +34,11 @@ class Launch:
     dtype: str
 
     @property
+    def gain(self) -> int:
+        """What sums of products with decoded weights are to be multiplied with."""
+        return DECODES[self.form.decode].unit(self.form, self.dtype)
+
+    @property
     def table_bytes(self) -> int:
         """Tables of the decode function in shared memory."""
         return DECODES[self.form.decode].shared_bytes(self.form)

@@ -66,8 +66,7 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
         if layer is not None:
             index = Int(ptx.load_global(at["layer"], "u32"))
             for name, stride in strides.items():
-                wide = ptx.asm([ptx.i64()], "cvt.u64.u32 $0, $1;", index, pure=True)[0]
-                at[name] = ptx.asm([ptx.i64()], f"mad.lo.u64 $0, $1, {stride}, $2;", wide, at[name], pure=True)[0]
+                at[name] = ptx.slice_address(at[name], index, stride)
         _Kernel(plan, at, shared).run()
 
     out = {"y": jax.ShapeDtypeStruct((m, n), x.dtype)}
@@ -95,7 +94,6 @@ class _Kernel:
         self.inputs = Inputs(plan, pointers, shared, bars, self.thread, self.rank)
         self.params = Params(plan, pointers, shared, self.thread, self.rank)
         self.tables = shared + at["tables"]
-        self.lifts = shared + at["lifts"] + (self.lane & 3) * 16
         self.policy = ptx.evict_first() if c.hint else None
 
     def run(self) -> None:
@@ -121,8 +119,6 @@ class _Kernel:
             ptx.cluster_arrive(relaxed=True)
             ptx.cluster_wait()
         self.inputs.wait()
-        if plan.lifted:
-            self.lift()
         self.stream(state)
 
     def stream(self, state: list[Any]) -> None:
@@ -297,23 +293,6 @@ class _Kernel:
             params.append([self.params.load(at, h, group + g) for g in range(plan.part_groups)])
         return words, params
 
-    def lift(self) -> None:
-        """All threads: what the sums of each chunk start from, see `Plan.lifted`."""
-        plan = self.plan
-        offset = [affine.lift(plan.form, plan.dtype)] * 4
-
-        def item(i: Int, carry: list[Any]) -> list[Any]:
-            sums = [ptx.zero()] * 4
-            for x in self.inputs.fragments(i, 0):
-                sums = ptx.mma(offset, x, sums, plan.dtype)
-            with ptx.when(self.lane < 4):  # all rows are equal
-                ptx.store_shared(self.lifts + i * 64, sums)
-            ptx.sync_warp()
-            return carry
-
-        ptx.loop(self.warp, plan.block_chunks, plan.config.warps, [], item)
-        ptx.sync_block()
-
     def chunk(self, sums: list[Any], words: list[Any], params: list[Any], k_chunk: Int, c: int) -> list[Any]:
         """Adds the product of `height` tiles of 16 x 64 with the rows of x; k_chunk counts from the block's first one."""
         plan, form = self.plan, self.plan.form
@@ -321,23 +300,20 @@ class _Kernel:
         table = self.tables + self.lane * 4
         steps = 4 if not form.group or form.group >= CHUNK else form.group // 16
         none = [ptx.zero()] * 4
-        start = ptx.load_shared(self.lifts + k_chunk * 64, "f32", 4) if plan.lifted else none
-        ones = {"bf16": 0x3F803F80, "f16": 0x3C003C00}[plan.dtype]
         for first in range(0, 4, steps):
             group = min((c * CHUNK + first * 16) // form.group if form.group else 0, plan.part_groups - 1)
             totals = [none] * plan.columns  # sums of x
             for column in range(plan.columns):
                 for s in range(steps if "shift" in params[0][group] else 0):
-                    totals[column] = ptx.mma([ones] * 4, x[column][first + s], totals[column], plan.dtype)
+                    totals[column] = ptx.mma(
+                        [affine.ones(plan.dtype)] * 4, x[column][first + s], totals[column], plan.dtype
+                    )
             for h in range(plan.height):
                 p = params[h][group]
                 used = words[h][first * form.bits // 4 : (first + steps) * form.bits // 4]
-                if plan.lifted:
-                    a = affine.fragment(form, plan.dtype, used, None, lifted=True)
-                else:
-                    a = self.decode.fragment(form, plan.dtype, used, p.get("zero"), table)
+                a = self.decode.fragment(form, plan.dtype, used, p.get("zero"), table)
                 for column in range(plan.columns):
-                    part = start
+                    part = none
                     for s in range(steps):
                         part = ptx.mma(a[4 * s : 4 * s + 4], x[column][first + s], part, plan.dtype)
                     for i in range(0, 4, 2 if plan.m == 1 else 1):  # column 1 of one row of x does not exist

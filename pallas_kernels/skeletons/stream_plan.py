@@ -148,7 +148,7 @@ class Plan(Launch):
     def fixed_bytes(self) -> int:
         """Shared memory that does not depend on the length of the rings."""
         tables = self.table_bytes + (1024 if self.form.scale == "u8" else 0)
-        x = self.m * self.x_pitch + self.lift_bytes + self.unordered_bytes
+        x = self.m * self.x_pitch + self.unordered_bytes
         return x + tables + self.sums_bytes + self.loose_bytes
 
     @property
@@ -160,22 +160,6 @@ class Plan(Launch):
     def x_warps(self) -> int:
         """Warps that fetch rows of x."""
         return min(self.m, self.config.warps)
-
-    @property
-    def lifted(self) -> bool:
-        """Whether codes are multiplied with the constant on them that their decode would take off, a third of its
-        instructions: the sums start from what it adds, which is known from x alone. Measured on an H100: up to 3 %
-        faster for 2 to 8 rows, slower for more (registers) and for one (x is long where it is not shared out). fp16's
-        constant is eight times as large as bf16's: too near to what its results are rounded to.
-        """
-        form = self.form
-        plain = form.decode == ("affine", 4) and not form.zero and (not form.group or form.group % CHUNK == 0)
-        return plain and self.dtype == "bf16" and 1 < self.m <= 8 and self.block_chunks <= 4 * self.config.warps
-
-    @property
-    def lift_bytes(self) -> int:
-        """Starting values of the sums of each chunk."""
-        return self.block_chunks * 64 if self.lifted else 0
 
     @property
     def unordered_bytes(self) -> int:
@@ -243,7 +227,6 @@ class Plan(Launch):
             "ring": self.config.warps * self.stages * self.stage_bytes,
             "barriers": 8 * (self.config.warps * (self.stages + BUFFERS) + self.x_warps + 1),
             "x": self.m * self.x_pitch,
-            "lifts": self.lift_bytes,
             "unordered": self.unordered_bytes,
             "tables": self.table_bytes,
             "table2": 1024 if self.form.scale == "u8" else 0,

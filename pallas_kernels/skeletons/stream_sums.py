@@ -12,10 +12,11 @@ from jaxlib.mlir import ir
 from pallas_kernels import ptx
 from pallas_kernels.form import ROWS
 from pallas_kernels.ptx import Int
+from pallas_kernels.skeletons.output import Writer
 from pallas_kernels.skeletons.stream_plan import BUFFERS, Plan
 
 
-class Sums:
+class Sums(Writer):
     """What becomes of the sums of a strip. A lane's sums of a strip lie tile by tile, in each tile 8 rows of x by 8 rows
     of x, in each of these as an m16n8 accumulator (for one row of x: rows g and g + 8, in every fourth lane).
     """
@@ -212,21 +213,3 @@ class Sums:
             text = f"{{ .reg .b16 h; cvt.rn.{plan.dtype}.f32 h, $1; st.global.b16 [$0], h; }}"
             ptx.asm([], text, ptx.address(self.pointers["y"], m * plan.n + n, 2), total)
         ptx.sync_warp()
-
-    def put_pairs(self, n: Int, m: Int, totals: Sequence[ir.Value]) -> None:
-        """8 rows of the weight from n by 8 rows of x from m: the warp turns the square, two neighbours in N a lane."""
-        plan = self.plan
-        g, t = self.lane >> 2, self.lane & 3
-        if "bias" in self.pointers:
-            totals = [self.biased(ptx.select(n < plan.n, n + g, 0), v) for v in totals]
-        pair = ptx.transpose_pairs(ptx.pack_pair(totals[0], totals[1], plan.dtype))
-        inside = ptx.select(n < plan.n, 1, 0) & ptx.select(m + g < plan.m, 1, 0)  # N is a multiple of 8
-        with ptx.when(inside == 1):
-            at = ptx.address(self.pointers["y"], (m + g) * plan.n + n + t * 2, 2)
-            ptx.asm([], "st.global.b32 [$0], $1;", at, pair)
-        ptx.sync_warp()
-
-    def biased(self, n: Int, total: ir.Value) -> ir.Value:
-        if "bias" not in self.pointers:
-            return total
-        return ptx.add(total, ptx.load_global(ptx.address(self.pointers["bias"], n, 4), "f32"))

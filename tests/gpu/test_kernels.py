@@ -10,7 +10,7 @@ import pallas_kernels
 from jq.qtensor import stack
 from pallas_kernels import reference, tune
 from pallas_kernels.form import Form
-from pallas_kernels.skeletons import stream
+from pallas_kernels.skeletons import direct, gemm, stream
 
 pytestmark = pytest.mark.gpu
 
@@ -145,6 +145,61 @@ def test_ways_to_share_a_stream(m, config):
         w = tune.random_weight(form, n, 1024)
         y = jax.jit(stream.matmul, static_argnums=2)(rows(m, 1024), w, config)
         assert error(y, reference.product(rows(m, 1024), w)) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (1, direct.Config(16, 1, 132)),
+        (5, direct.Config(8, 1, 20, 2)),
+        (13, direct.Config(8, 2, 132)),
+        (16, direct.Config(8, 2, 24, 2)),  # passes that do not exist
+        (16, direct.Config(4, 1, 264)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [Form(), Form(group=32), Form(zero="u8"), Form("codebook", 4, 64, "bf16")], ids=str)
+def test_ways_to_go_direct(m, config, form):
+    for n, k in ((2048, 1024), (2056, 1000), (16, 1024)):
+        w = tune.random_weight(form, n, k)
+        run = jax.jit(direct.matmul, static_argnums=2)
+        y = run(rows(m, k), w, config)
+        assert error(y, reference.product(rows(m, k), w)) < 4e-3
+        assert not any(bool((run(rows(m, k), w, config) != y).any()) for _ in range(50))
+
+
+def scales_of_all_sizes(scales, kind):
+    """Groups of a row that differ by up to 2**12, rows by 2**200; a row that grows along K; zeros."""
+    if kind == "rows":
+        rows_ = jax.random.randint(jax.random.key(7), (len(scales), 1, 16), -100, 100)
+        return (2.0 ** (rows_ + jax.random.randint(jax.random.key(8), scales.shape, 0, 12))).astype(scales.dtype)
+    if kind == "growing":
+        return jnp.broadcast_to(2.0 ** (jnp.arange(scales.shape[1])[:, None] * 6.0 - 90), scales.shape).astype(
+            scales.dtype
+        )
+    return scales.at[:, ::2].set(0).at[3].set(0)
+
+
+@pytest.mark.parametrize("kind", ["rows", "growing", "zeros"])
+def test_scales_of_all_sizes(kind):
+    """The wgmma kernel holds weights divided by powers of two, which follow the scales."""
+    w = tune.random_weight(Form(), 2048, 4096)
+    w = w.replace(scales=scales_of_all_sizes(w.scales, kind))
+    for m, config in (
+        (64, gemm.Config(64, 4, 2, ahead=False)),
+        (50, gemm.Config(64, 4, 2, ahead=False, units=7)),
+        (64, gemm.Config(64, 4, 2, ahead=False, even=True)),
+        (16, gemm.Config(16, 4, 4, split=2, units=1, ahead=False)),
+        (200, gemm.Config(128, 2, 2, split=2)),
+        (16, direct.Config(16, 2)),
+    ):
+        matmul = direct.matmul if isinstance(config, direct.Config) else gemm.matmul
+        y = np.asarray(jax.jit(matmul, static_argnums=2)(rows(m, 4096), w, config), np.float64)
+        ref = np.asarray(reference.product(rows(m, 4096), w), np.float64)
+        off = np.linalg.norm(y - ref, axis=0) / np.maximum(
+            np.linalg.norm(ref, axis=0), 1e-300
+        )  # of each row of the weight
+        assert off.max() < 6e-3, (config, off.max())
 
 
 def test_many_short_runs_are_bit_identical():

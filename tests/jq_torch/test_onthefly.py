@@ -132,6 +132,40 @@ def test_methods_that_jq_only_reads(folder, enabled):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=transformers.AqlmConfig())
 
 
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (_config("BitsAndBytesConfig", load_in_4bit=True, bnb_4bit_use_doublequant=True), "bnb_4bit_use_doublequant"),
+        (_config("HqqConfig", nbits=4, groupsize=64), "HqqConfig: unknown option 'groupsize'"),
+        (_config("QuantoConfig", weight="int4"), "QuantoConfig: unknown option 'weight'"),
+        (_config("EetqConfig", skip=["lm_head"]), "EetqConfig: unknown option 'skip'"),
+        (lambda: jq_torch.JqConfig(jq.NF4(), skipped=["lm_head"]), "JqConfig: unknown option 'skipped'"),
+        (lambda: {"quant_method": "hqq", "nbits": 4, "groupsize": 64}, "HqqConfig: unknown option 'groupsize'"),
+        (_config("BitsAndBytesConfig"), "neither load_in_4bit nor load_in_8bit"),
+    ],
+)
+def test_unknown_options_are_named(folder, enabled, config, message):
+    with pytest.raises(UnsupportedError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config())
+
+
+@pytest.mark.parametrize("name", ["bnb-nf4", "hqq", "quanto-int8", "fp8"])
+def test_a_config_as_a_dict(folder, enabled, name, tmp_path):
+    arguments = {
+        "bnb-nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "hqq": {"quant_method": "hqq", "nbits": 4, "group_size": 64},
+        "quanto-int8": {"quant_method": "quanto", "weights": "int8"},
+        "fp8": {"quant_method": "fp8"},
+    }
+    want = AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIGS[name]())
+    made = AutoModelForCausalLM.from_pretrained(folder, quantization_config=arguments[name])
+    made.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(made(ids()).logits, want(ids()).logits)
+        assert torch.equal(again(ids()).logits, want(ids()).logits)
+
+
 def test_what_goes_wrong_on_the_way_is_raised_as_it_is(folder, enabled):
     config = transformers.HqqConfig(nbits=4, group_size=24)
     with pytest.raises(FormatError, match=r"model\.layers\.0\..*group"):

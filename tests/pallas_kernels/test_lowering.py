@@ -9,7 +9,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import api, select, tune
 from pallas_kernels.form import Form
-from pallas_kernels.skeletons import gemm, stream
+from pallas_kernels.skeletons import direct, gemm, stream
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason=f"jax {jax.__version__}: Mosaic GPU of 0.11 is needed"
@@ -48,13 +48,17 @@ def lower(form, n, k, m, choice, dtype=jnp.bfloat16, perm=False, bias=False, sta
 
 
 STREAM = select.Choice("stream", stream.Config(cluster=2))
+DIRECT = select.Choice("direct", direct.Config(8, 1, 16))
 GEMM = select.Choice("gemm", gemm.Config(64, 2, 2, 0, 1, 2, ahead=False))
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("choice", [STREAM, GEMM], ids=["stream", "gemm"])
+@pytest.mark.parametrize("choice", [DIRECT, STREAM, GEMM], ids=["direct", "stream", "gemm"])
 def test_skeleton_times_decode(name, choice):
-    m = 5 if choice is STREAM else 70
+    if choice is DIRECT and (FORMS[name].scale == "u8" or FORMS[name].bits != 4):
+        assert not select.fits(DIRECT, 5, 256, 512, FORMS[name])
+        return
+    m = 70 if choice is GEMM else 5
     assert "mosaic_gpu_v2" in lower(FORMS[name], 256, 512, m, choice)
 
 
@@ -67,6 +71,9 @@ def test_options():
     for m, choice in ((1, STREAM), (16, STREAM), (33, GEMM)):
         lower(FORMS["w8_asym"], 200, 584, m, choice, jnp.float16, bias=True, stack=2)
         lower(FORMS["w8_g128"], 256, 512, m, choice, perm=True)
+    for m, config in ((1, direct.Config(4, 1, 5)), (3, direct.Config(4, 1, 264, 3)), (12, direct.Config(4, 2, 6, 2))):
+        lower(FORMS["g32"], 200, 504, m, select.Choice("direct", config), jnp.float16, bias=True, stack=2)
+        lower(FORMS["hqq"], 200, 512, m, select.Choice("direct", config))
     for m, config in (
         (1, stream.Config(4, 1, 2, 16 << 10, 264)),
         (8, stream.Config(8, 4, 2, 32 << 10, 8)),  # loose strips and whole ones
@@ -112,6 +119,15 @@ def test_a_choice_exists_for_any_shape():
             for form in FORMS.values():
                 choice = select.choose(m, n, k, form)
                 assert select.fits(choice, m, n, k, form)
+
+
+def test_what_a_kernel_cannot_run_takes_the_next_row():
+    """The direct kernel is the first row for some rows of x; nested scales and fused products pass it over."""
+    for m in (4, 8):
+        assert select.choose(m, 4096, 4096, Form()).kernel == "direct"
+        assert select.choose(m, 4096, 4096, FORMS["nf4_dq"]).kernel == "stream"
+        assert select.choose(m, 4096, 4096, Form(), kernels=("stream", "gemm")).kernel != "direct"
+    assert not select.fits(DIRECT, 1, 4096, 4096, Form(), gathered=True)
 
 
 def test_shared_memory_is_counted():

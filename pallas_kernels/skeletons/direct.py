@@ -1,0 +1,263 @@
+"""Few rows of x (M <= 16) and an even K: codes go from memory straight into registers.
+
+A block multiplies one tile of 16 rows of the weight after the other. Its warps share K evenly, each keeps to its part in
+every pass, and a lane's 16 bytes of a 16 x 64 tile are four steps of `mma.sync`: there is no ring, no barrier and no
+copy engine between the memory and the arithmetic. As soon as a chunk is decoded, the same chunk of a later pass is asked
+for. x stays in shared memory from the first pass on, and every warp waits for its own part of it alone.
+
+At the end of a pass the warps meet once, and a few of them add up what all have summed, in a fixed order, while the
+others go on. With many rows of x a block would load more of it than of the weight: then two blocks share K, and add up
+half of the outputs each (distributed shared memory).
+
+Compared with `stream`: the first products come earlier and the tail is shorter, the work of a block is coarser.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jaxlib.mlir import ir
+
+from pallas_kernels import hopper, ptx
+from pallas_kernels.decode import DECODES, affine
+from pallas_kernels.decode.scaled import as_floats, shifts
+from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
+from pallas_kernels.launch import launch, pointers
+from pallas_kernels.ptx import Int
+from pallas_kernels.skeletons.direct_plan import MAX_ROWS, Config, Plan
+from pallas_kernels.skeletons.output import Writer
+
+__all__ = ["MAX_ROWS", "Config", "Plan", "matmul"]
+
+
+def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = None, layer: jax.Array | None = None):
+    """y = x @ w.T (+ bias); arguments and result as `stream.matmul`."""
+    (m, k), (n, _) = x.shape, w.shape
+    dtype = {"bfloat16": "bf16", "float16": "f16"}[str(x.dtype)]
+    plan = Plan(m, n, k, w.form, config, dtype)
+    if reason := plan.reason():
+        raise ValueError(f"direct.matmul: {reason}")
+    if w.perm is not None:
+        raise ValueError("direct.matmul: x must be in the order of the codes already")
+    optional = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "bias": bias}
+    optional |= {**w.tables, "layer": layer}
+    arrays = {name: array for name, array in optional.items() if array is not None}
+    strides = {
+        name: math.prod(a.shape[1:]) * a.dtype.itemsize
+        for name, a in arrays.items()
+        if layer is not None and name not in ("x", "bias", "layer")
+    }
+
+    def emit(ctx: Any, refs: dict[str, ir.Value], shared: Int) -> None:
+        ptx.skip_preamble()
+        at = pointers(refs)
+        if layer is not None:
+            index = Int(ptx.load_global(at["layer"], "u32"))
+            for name, stride in strides.items():
+                at[name] = ptx.slice_address(at[name], index, stride)
+        x_map = hopper.tensor_map(ctx, refs["x"], (m, CHUNK), 128 if m > 1 else None)
+        _Kernel(plan, x_map, at, shared).run()
+
+    out = {"y": jax.ShapeDtypeStruct((m, n), x.dtype)}
+    size = {"clusters": plan.clusters, "cluster": config.cluster, "warps": config.warps}
+    return launch(emit, "direct_matmul", arrays, out, shared_bytes=plan.layout["bytes"], **size)[0]
+
+
+class _Kernel(Writer):
+    """Emits the kernel."""
+
+    def __init__(self, plan: Plan, x_map: ir.Value, pointers: dict[str, ir.Value], shared: Int):
+        self.plan, self.x_map, self.pointers = plan, x_map, pointers
+        c, at = plan.config, plan.layout
+        self.decode = DECODES[plan.form.decode]
+        self.thread = ptx.special("tid.x")
+        self.lane, self.warp = self.thread & 31, hopper.uniform(self.thread >> 5)
+        self.rank = ptx.special("cluster_ctarank") if c.cluster > 1 else Int(0)
+        self.first_tile = ptx.special("clusterid.x") if c.cluster > 1 else ptx.special("ctaid.x")
+        self.x, self.sums, self.mail = shared + at["x"], shared + at["sums"], shared + at["mail"]
+        self.tables = shared + at["tables"]
+        self.bars = shared + at["barriers"]
+        self.mail_bars = self.bars + 8 * c.warps
+        self.policy = ptx.evict_first()
+        self.local = self.warp * plan.chunks  # first chunk of the warp, in the block and along the whole K
+        self.first = self.local + self.rank * plan.block_chunks
+        self.passes = (plan.tiles + plan.clusters - 1 - self.first_tile) // plan.clusters
+
+    def run(self) -> None:
+        plan, c = self.plan, self.plan.config
+        entries = (
+            self.decode.read(self.pointers["table"], self.thread, c.warps * 32) if "table" in self.pointers else []
+        )
+        if plan.m > 1:  # much of it: ahead of the weight
+            self.fetch_x()
+        sets = [self.fetch(Int(d), ptx.select(Int(d) < self.passes, 1, 0)) for d in range(c.depth)]
+        if plan.m == 1:
+            self.fetch_x()
+        if entries:
+            self.decode.write(plan.dtype, self.tables, entries)
+            ptx.sync_block()
+        ptx.barrier_wait(self.bars + self.warp * 8, 0)
+        ptx.sync_warp()
+        if c.cluster > 1:
+            ptx.cluster_wait()  # the other block's barriers are there
+        leaves, tree = jax.tree.flatten(sets)
+
+        def several(t: Int, carry: list[Any]) -> list[Any]:
+            sets = jax.tree.unflatten(tree, carry)
+            return jax.tree.leaves([self.one_pass(t + d, *ready) for d, ready in enumerate(sets)])
+
+        # passes that do not exist multiply zeros and write nothing
+        ptx.loop(0, self.passes, c.depth, leaves, several)
+
+    # ---- loads
+
+    def fetch_x(self) -> None:
+        """Each warp fetches its own part of x."""
+        plan, c = self.plan, self.plan.config
+        if c.cluster > 1:
+            with ptx.when(self.thread == 0):
+                for i in range(plan.passes):
+                    ptx.barrier_init(self.mail_bars + i * 8, 1)
+                    ptx.barrier_expect(self.mail_bars + i * 8, plan.part_bytes // 2)
+                ptx.fence_barrier_init()
+            ptx.sync_warp()
+            ptx.cluster_arrive(relaxed=True)
+        bar = self.bars + self.warp * 8
+        with ptx.when(self.lane == 0):
+            ptx.barrier_init(bar, 1)
+            ptx.fence_barrier_init()
+            ptx.barrier_expect(bar, plan.chunks * plan.m * CHUNK * 2)
+            for i in range(plan.chunks):
+                target = self.x + (self.local + i) * plan.chunk_bytes
+                hopper.tensor_copy(target, self.x_map, [(self.first + i) * CHUNK, 0], bar)
+        ptx.sync_warp()
+
+    def row(self, t: Int) -> Int:
+        """The tile of pass t, or the last one."""
+        last = self.plan.tiles - 1
+        tile = self.first_tile + t * self.plan.clusters
+        return ptx.select(tile < last, tile, last)
+
+    def codes_of(self, t: Int) -> ir.Value:
+        chunk = self.row(t) * self.plan.k_chunks + self.first
+        return ptx.address(ptx.address(self.pointers["codes"], chunk, 512), self.lane, 16)
+
+    def fetch(self, t: Int, exists: Int) -> tuple[list[Any], list[Any]]:
+        """This lane's codes and parameters of pass t."""
+        at = self.codes_of(t)
+        return [self.fetch_chunk(at, c, exists) for c in range(self.plan.chunks)], self.fetch_params(t)
+
+    def fetch_chunk(self, at: ir.Value, chunk: int, exists: Int) -> list[ir.Value]:
+        return ptx.load_once(at, chunk * self.plan.form.chunk_bytes, self.policy, exists)
+
+    def fetch_params(self, t: Int) -> list[list[list[ir.Value]]]:
+        """Stored parameters of rows g and g + 8: for each group, for each array."""
+        plan, form = self.plan, self.plan.form
+        span, part = plan.chunks * CHUNK, self.rank * plan.config.warps + self.warp
+        group = self.row(t) * form.groups(plan.k)
+        if form.group:
+            group = group + (part * (span // form.group) if span >= form.group else part // (form.group // span))
+        out = []
+        for g in range(len(plan.segments)):
+            one = []
+            for name, kind in zip(("scales", "zeros"), form.params):
+                size = ITEM_BYTES[kind]
+                at = ptx.address(self.pointers[name], group + g, ROWS * size)
+                one.append(ptx.load_kept(ptx.address(at, self.lane >> 2, 2 * size), kind))
+            out.append(one)
+        return out
+
+    # ---- arithmetic
+
+    def fragments(self, chunk: int, column: int) -> list[list[ir.Value]]:
+        """B fragments of the four steps of a chunk; rows of x that do not exist are whatever lies there."""
+        r = self.lane & 7 if self.plan.m > 1 else Int(0)
+        base = self.x + (self.local + chunk) * self.plan.chunk_bytes + column * 1024 + r * 128
+        out = []
+        for half in (0, 4):
+            words = ptx.load_matrices(base + ((((self.lane >> 3) + half) ^ r) << 4))
+            out += [words[:2], words[2:]]
+        return out
+
+    def convert(self, stored: list[list[ir.Value]]) -> dict[str, Any]:
+        """Scales of rows g and g + 8, and what the zeros need."""
+        form = self.plan.form
+        scales = as_floats(form.scale, stored[0])
+        out: dict[str, Any] = {"scale": scales}
+        if form.zero == "u8" and form.zero_form == "code":
+            out["zero"] = self.decode.integer_zeros(self.plan.dtype, stored[1][0])
+        elif form.zero:
+            out["shift"] = shifts(form, scales, as_floats(form.zero, stored[1]))
+        return out
+
+    def one_pass(self, t: Int, codes: list[Any], stored: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Multiplies the tile of pass t; returns what has been asked for in its place."""
+        plan, c = self.plan, self.plan.config
+        exists, at = ptx.select(t + c.depth < self.passes, 1, 0), self.codes_of(t + c.depth)
+        sums = [ptx.zero()] * (4 * plan.columns)
+        following = []
+        for (begin, end), params in zip(plan.segments, stored):
+            p = self.convert(params)
+            parts = [[ptx.zero()] * 4 for _ in range(plan.columns)]
+            totals = [[ptx.zero()] * 4 for _ in range(plan.columns)]  # sums of x
+            for s in range(begin, end):
+                chunk, step = divmod(s, 4)
+                if step == 0 or s == begin:
+                    x = [self.fragments(chunk, column) for column in range(plan.columns)]
+                table = self.tables + self.lane * 4
+                a = self.decode.fragment(plan.form, plan.dtype, codes[chunk][step : step + 1], p.get("zero"), table)
+                for column in range(plan.columns):
+                    parts[column] = ptx.mma(a, x[column][step], parts[column], plan.dtype)
+                    if "shift" in p:
+                        ones = [affine.ones(plan.dtype)] * 4
+                        totals[column] = ptx.mma(ones, x[column][step], totals[column], plan.dtype)
+                if step == 3:
+                    following.append(self.fetch_chunk(at, chunk, exists))
+            for i in range(len(sums)):
+                sums[i] = ptx.fma(p["scale"][i // 2 % 2], parts[i // 4][i % 4], sums[i])
+                if "shift" in p:
+                    sums[i] = ptx.fma(p["shift"][i // 2 % 2], totals[i // 4][i % 4], sums[i])
+        params = self.fetch_params(t + c.depth)
+        self.finish(t, sums)
+        return following, params
+
+    # ---- sums
+
+    def finish(self, t: Int, sums: list[ir.Value]) -> None:
+        """All warps: adds up the block's sums of pass t, and those of the other block of a cluster."""
+        plan, c = self.plan, self.plan.config
+        # two sets: a warp writes the next one while others still read this one
+        parts = self.sums + (t & 1) * (c.warps * plan.part_bytes) + self.lane * 8
+        for i in range(plan.squares):
+            ptx.store_shared(parts + self.warp * plan.part_bytes + i * 256, sums[2 * i : 2 * i + 2])
+        ptx.sync_warp()
+        ptx.sync_block()
+        tile = self.first_tile + t * plan.clusters
+
+        def square(i: Int, carry: list[Any]) -> list[Any]:
+            values = [ptx.load_shared(parts + i * 256 + w * plan.part_bytes, "f32", 2) for w in range(c.warps)]
+            total = values[0]
+            for v in values[1:]:
+                total = [ptx.add(a, b) for a, b in zip(total, v)]
+            half, column = i & 1, i >> 1
+            n, m = tile * ROWS + half * 8, column * 8
+            if c.cluster == 1:
+                self.put_pairs(n, m, total)
+                return carry
+            place, bar = self.mail + t * plan.part_bytes + i * 256 + self.lane * 8, self.mail_bars + t * 8
+            mine = half == self.rank
+            with ptx.when(ptx.select(mine, 0, 1) == 1):
+                ptx.store_remote(ptx.remote(place, half), total, ptx.remote(bar, half))
+            ptx.sync_warp()
+            with ptx.when(mine):
+                ptx.sync_warp()
+                ptx.barrier_wait(bar, 0, "cluster")
+                ptx.sync_warp()
+                self.put_pairs(n, m, [ptx.add(a, b) for a, b in zip(total, ptx.load_shared(place, "f32", 2))])
+            ptx.sync_warp()
+            return carry
+
+        ptx.loop((self.warp + t * 5) % c.warps, plan.squares, c.warps, [], square)
+        ptx.sync_warp()

@@ -1,0 +1,50 @@
+"""The arithmetic that the decode functions emit, followed in float64 with bfloat16's rounding."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.decode import affine, affine_bytes
+
+CODES = np.arange(256)
+
+
+def rounded(values):
+    return np.asarray(jnp.asarray(np.asarray(values, np.float64).astype(np.float32)).astype(jnp.bfloat16), np.float64)
+
+
+def number(pair):
+    assert pair >> 16 == pair & 0xFFFF
+    return float(np.uint32(pair << 16 & 0xFFFFFFFF).view(np.float32))
+
+
+def test_bits_of_integers_are_numbers():
+    """Subnormal below 128, and linear up to 255."""
+    values = CODES.astype(np.uint32) << 16
+    np.testing.assert_array_equal(values.view(np.float32).astype(np.float64), CODES * 2.0**-133)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 7, 8, 15, 255])
+def test_integers_come_out_exactly(zero):
+    term, codes = number(affine.constant_zeros("bf16", zero)[0]), CODES[:16]
+    for shift, factor in ((0, 2.0**127), (4, 2.0**123)):
+        assert number(affine.pair_of(factor)) == factor
+        values = rounded((codes << shift) * 2.0**-133 * factor + term)
+        np.testing.assert_array_equal(values * affine.unit(None, "bf16"), codes - float(zero))
+    wide = rounded(CODES * 2.0**-133 * 2.0**127 + number(affine_bytes.constant_zeros("bf16", zero)[0]))
+    np.testing.assert_array_equal(wide * affine_bytes.unit(None, "bf16"), CODES - float(zero))
+
+
+@pytest.mark.parametrize("point", [8, 4, 0])
+def test_a_folded_scale_rounds_as_a_product(point):
+    """(code * 2**-133) * (scale * 2**(133 - q)) - point * scale * 2**-q is the rounded product of scale and code."""
+    codes, q = np.arange(16), 8
+    mantissas = (1 + np.arange(128) / 128)[:, None]
+    for exponent in (-100, -20, -7, 0, 2):
+        scale = mantissas * 2.0**exponent
+        for shift in (0, 4):
+            factor = rounded(scale * 2.0 ** (133 - q - shift))
+            assert np.isfinite(factor).all()
+            term = rounded(factor * (-point * 2.0 ** (shift - 133)))
+            folded = rounded((codes << shift) * 2.0**-133 * factor + term)
+            np.testing.assert_array_equal(folded * 2.0**q, rounded(scale * (codes - point)))
