@@ -21,7 +21,7 @@ from flax import nnx
 from jq import activations
 from jq.errors import JqWarning, UnsupportedError
 from jq.matmul import matmul
-from jq.qtensor import Affine, Codebook, QTensor
+from jq.qtensor import Affine, Codebook, NarrowFloat, QTensor
 from jq.quantize import Skip, chosen
 
 Array = Any  # numpy.ndarray | jax.Array
@@ -131,7 +131,11 @@ class FusedLinear(nnx.Module):
 
 
 # Fields that hold one row for each row of the weight.
-BY_ROW: dict[type, tuple[str, ...]] = {Affine: ("codes", "scales", "zeros"), Codebook: ("codes", "absmax")}
+BY_ROW: dict[type, tuple[str, ...]] = {
+    Affine: ("codes", "scales", "zeros"),
+    Codebook: ("codes", "absmax"),
+    NarrowFloat: ("codes", "scales"),
+}
 
 
 def fuse(weights: Sequence[QTensor]) -> tuple[QTensor, tuple[QTensor, ...]] | None:

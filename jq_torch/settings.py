@@ -14,7 +14,7 @@ class Settings:
       quantize_activations: False computes with float activations where the checkpoint quantizes them.
       packed: False dequantizes every layer once, at its first use, and keeps the dense weight beside the packed one
         (no work at each call, the memory of the float model on top).
-      kernels: GPU kernels on torch's current stream where they fit (4-bit layers, compute capability 9.0, jax 0.11);
+      kernels: GPU kernels on torch's current stream where they fit (4 and 8 bits, compute capability 9.0, jax 0.11);
         False dequantizes at each call.
     """
 

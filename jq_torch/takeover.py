@@ -84,7 +84,7 @@ def enable(*names: str, quantize_activations: bool = True, packed: bool = True, 
       names: methods to take over, as `methods()` lists them ("bitsandbytes" means both of its kinds); none: all.
       quantize_activations: False computes with float activations where a checkpoint quantizes them (weight-only).
       packed: False keeps a dequantized copy of each weight from its first use on, at the memory of the float model.
-      kernels: on a GPU of compute capability 9.0, hold 4-bit layers in the order of the project's kernels and multiply
+      kernels: on a GPU of compute capability 9.0, hold 4- and 8-bit layers in the order of the project's kernels and multiply
         by these; False dequantizes at each call.
 
     Returns:

@@ -11,7 +11,7 @@ ROWS = 16  # rows of one tile: the M of one mma instruction
 CHUNK = 64  # weights along K of one tile: four mma steps, 16 bytes of 4-bit codes per thread
 NESTED_BLOCK = 256  # codes of a nested scale that share a second-level scale
 
-ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "u8": 1}
+ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "u8": 1, "e8m0": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,23 +19,28 @@ class Form:
     """What the arrays of a packed weight mean. Hashable: equal forms share one compiled kernel.
 
     Fields:
-      kind: decode function, a key of `pallas_kernels.decode.DECODES`.
-      bits: width of a code.
+      kind, bits: what a code means and its width; they name the decode function, see `pallas_kernels.decode.DECODES`.
       group: weights along K that share a scale, a multiple of 32; 0 for one scale per row.
       scale: type of the stored scales: "bf16", "f16", "f32", or "u8" for scales that are themselves codes of a
-        256-entry table (nested absmax): scale = table2[code] * absmax2[block // 256] + offset.
+        256-entry table (nested absmax): scale = table2[code] * absmax2[block // 256] + offset; or "e8m0" for
+        2**(byte - 127), where a byte of 0 counts as 0.
       zero: type of the stored zeros, "" if there are none.
       zero_form: how a zero enters: "code" (code - zero) * scale, "minus" code * scale - zero, "plus" code * scale + zero.
       zero_point: the zero where none is stored.
     """
 
-    kind: Literal["affine", "codebook"] = "affine"
+    kind: Literal["affine", "codebook", "e4m3", "e5m2"] = "affine"
     bits: int = 4
     group: int = 128
-    scale: Literal["bf16", "f16", "f32", "u8"] = "bf16"
+    scale: Literal["bf16", "f16", "f32", "u8", "e8m0"] = "bf16"
     zero: Literal["", "u8", "bf16", "f16", "f32"] = ""
     zero_form: Literal["code", "minus", "plus"] = "code"
     zero_point: int = 8
+
+    @property
+    def decode(self) -> tuple[str, int]:
+        """Key of the decode function."""
+        return self.kind, self.bits
 
     @property
     def params(self) -> tuple[str, ...]:

@@ -49,7 +49,9 @@ def choice_for(prologue: Norm | Gate, m: int, w: Packed) -> Choice | None:
     # the weight's copies that leave ahead must last as long as x is made: more of them than where x is only copied
     per = -(-choice.config.blocks // MULTIPROCESSORS)
     config = dataclasses.replace(
-        choice.config, chunks=max(8, choice.config.chunks), ring_bytes=max(RING // per, choice.config.ring_bytes)
+        choice.config,
+        chunks=max(32 // w.form.bits, choice.config.chunks),
+        ring_bytes=max(RING // per, choice.config.ring_bytes),
     )
     return None if Plan(m, n, k, w.form, config, "bf16").reason() else dataclasses.replace(choice, config=config)
 

@@ -9,12 +9,14 @@ from pallas_kernels import layout
 from pallas_kernels.decode import DECODES
 from pallas_kernels.form import Packed
 
+FLOATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+
 
 def dense(w: Packed) -> jax.Array:
     """float32 [N, K] of an unstacked packed weight, in the order of the original inputs."""
     n, k = w.shape
     form = w.form
-    codes = layout.unpack_codes(w.codes, DECODES[form.kind].order, (n, k))
+    codes = layout.unpack_codes(w.codes, DECODES[form.decode].order, (n, k))
     scales = layout.unpack_rows(w.scales, n)
     if form.scale == "u8":
         block = (jnp.arange(n * scales.shape[1]) // 256).reshape(n, -1)
@@ -23,8 +25,12 @@ def dense(w: Packed) -> jax.Array:
     def spread(params: jax.Array) -> jax.Array:
         return jnp.repeat(params.astype(jnp.float32), form.group or k, 1)[:, :k]
 
+    if form.scale == "e8m0":
+        scales = jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
     scale = spread(scales)
-    if form.kind == "codebook":
+    if form.kind in FLOATS:
+        weight = jax.lax.bitcast_convert_type(codes, FLOATS[form.kind]).astype(jnp.float32) * scale
+    elif form.kind == "codebook":
         weight = w.tables["table"][codes.astype(jnp.int32)] * scale
     elif not form.zero:
         weight = (codes.astype(jnp.float32) - form.zero_point) * scale

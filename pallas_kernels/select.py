@@ -86,11 +86,12 @@ def choose(
       kernels: the table's rows of others do not count.
     """
     entries = measured_rows(device)
-    own = entries.get((form.kind, form.bits, n, k), [])
-    most = max((largest for largest, _ in own), default=0)
-    # where a decode function was not measured, what is best for int4 is a good guess
-    other = [r for r in entries.get(("affine", form.bits, n, k), []) if r[0] > most]
-    rows = [(largest, c) for largest, c in [*own, *other] if m <= largest and c.kernel in kernels]
+    rows: list[tuple[int, Choice]] = []
+    # where a decode function was not measured, what is best for integers of its width, or for int4, is a good guess
+    for key in (form.decode, ("affine", form.bits), ("affine", 4)):
+        most = max((largest for largest, _ in rows), default=0)
+        rows += [r for r in entries.get((*key, n, k), []) if r[0] > most]
+    rows = [(largest, c) for largest, c in rows if m <= largest and c.kernel in kernels]
     for largest, choice in rows:
         if largest == rows[0][0] and fits(choice, m, n, k, form, gathered):
             return choice
@@ -115,7 +116,7 @@ def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, g
     out = []
     if m <= stream.MAX_ROWS:
         out = [Choice("direct", c) for c in directs(m, n, k, multiprocessors)]
-        out += [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered)]
+        out += [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered, form.bits)]
     if not out or m > 8:
         out += [Choice("gemm", config) for config in tilings(m, form, multiprocessors)]
     return [c for c in out if fits(c, m, n, k, form, gathered)]
@@ -132,7 +133,9 @@ def directs(m: int, n: int, k: int, multiprocessors: int) -> Iterator[direct.Con
                 yield direct.Config(warps, cluster, multiprocessors // cluster * cluster)
 
 
-def streams(m: int, n: int, k: int, multiprocessors: int, gathered: bool = False) -> Iterator[stream.Config]:
+def streams(
+    m: int, n: int, k: int, multiprocessors: int, gathered: bool = False, bits: int = 4
+) -> Iterator[stream.Config]:
     """Configurations of the streaming kernel, the best first, also such as cannot run.
 
     Two copies in the ring of a warp are enough, and more are slower (measured): what waits in the copy engine and in L2
@@ -143,16 +146,16 @@ def streams(m: int, n: int, k: int, multiprocessors: int, gathered: bool = False
     if m == 1 and not gathered:
         # two small blocks a processor end more smoothly, unless their number does not suit the tiles
         even = {blocks: tiles / blocks / -(-tiles // blocks) for blocks in (multiprocessors, 2 * multiprocessors)}
-        chunks = 4 if tiles <= 4 * multiprocessors else 8
-        small = stream.Config(4, 1, chunks, ring(4, chunks), 2 * multiprocessors, unroll=4)
-        large = stream.Config(8, 1, chunks, ring(8, chunks), multiprocessors)
+        chunks = (4 if tiles <= 4 * multiprocessors else 8) * 4 // bits
+        small = stream.Config(4, 1, chunks, ring(4, chunks, bits), 2 * multiprocessors, unroll=4)
+        large = stream.Config(8, 1, chunks, ring(8, chunks, bits), multiprocessors)
         yield from (small, large) if even[2 * multiprocessors] >= even[multiprocessors] else (large, small)
     narrow = tiles <= 4 * multiprocessors
-    chunks = 4 if narrow and k <= 128 * CHUNK else 8
+    chunks = (4 if narrow and k <= 128 * CHUNK else 8) * 4 // bits
     share = 1 << 15 if narrow else 1 << 16  # bytes of x that a block should load
     first = 1 if m * k * 2 <= 1 << 15 else next((c for c in (2, 4) if m * k * 2 <= c * share), 4)
     if gathered:
-        first, chunks = 2, 8  # every block loads the whole row, and orders its part
+        first, chunks = 2, 8 * 4 // bits  # every block loads the whole row, and orders its part
 
     def copied(cluster: int) -> int:
         """Chunks of a copy, which must divide those of a block."""
@@ -160,15 +163,15 @@ def streams(m: int, n: int, k: int, multiprocessors: int, gathered: bool = False
         return max((c for c in range(1, chunks + 1) if block % c == 0 and block), default=0)
 
     # below four chunks a copy the copies cost more than x does
-    for cluster in sorted(dict.fromkeys((first, 4, 2, 8, 1)), key=lambda c: -min(copied(c), 4)):
+    for cluster in sorted(dict.fromkeys((first, 4, 2, 8, 1)), key=lambda c: -min(copied(c), 16 // bits)):
         blocks = whole_clusters(multiprocessors, cluster)
-        yield stream.Config(8, cluster, chunks, ring(8, chunks), blocks)
-        yield stream.Config(8, cluster, 4, ring(8, 4), blocks)
+        for piece in (chunks, 16 // bits):
+            yield stream.Config(8, cluster, piece, ring(8, piece, bits), blocks)
 
 
-def ring(warps: int, chunks: int) -> int:
-    """Bytes for two copies of each warp."""
-    return warps * chunks * 1088
+def ring(warps: int, chunks: int, bits: int = 4) -> int:
+    """Bytes for two copies of each warp, of codes and the scales of short groups."""
+    return warps * chunks * (256 * bits + 64)
 
 
 def whole_clusters(blocks: int, cluster: int) -> int:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq import bits as _bits
-from jq.qtensor import Affine, Codebook, QTensor
+from jq.qtensor import Affine, Codebook, NarrowFloat, QTensor
+from jq.qtensor.narrow_float import TABLES
 from pallas_kernels import layout
 from pallas_kernels.decode import DECODES
 from pallas_kernels.form import CHUNK, NESTED_BLOCK, ROWS, Form, Packed
@@ -27,6 +28,11 @@ ZERO_FORMS = {
     "mul_sub": "minus",
     **dict.fromkeys(("mul_add", "fma", "f32_mul_add"), "plus"),
 }
+# Largest constant zero point by width of the codes: with the decode's constant it is a bf16 number.
+MOST_ZERO = {4: 111, 8: 255}
+# Kinds of narrow floats -> decode function; e2m1 is a table of 16 values.
+FLOATS = {"e2m1": ("codebook", 4), "e4m3fn": ("e4m3", 8), "e5m2": ("e5m2", 8)}
+FLOAT_FORMULAS = ("f32", "own", "cast", "gguf")  # code * scale; they differ in where they round
 LOW = "kernel.absmax_low"  # key in extras: lower halves of a split float32 absmax
 BEHIND = {
     "scales": "kernel.scales_behind",
@@ -36,14 +42,16 @@ BEHIND = {
 
 def refusal(w: Any) -> str | None:
     """Why no kernel takes this QTensor, or None. Looks at static properties, and at `g_idx` where it is concrete."""
-    if not isinstance(w, (Affine, Codebook)):
+    if not isinstance(w, (Affine, Codebook, NarrowFloat)):
         return f"{type(w).__name__} has no kernel"
     if w.layout:
         return None if w.layout.startswith(NAME) else f"unknown layout {w.layout!r}"
     if isinstance(w.codes, QTensor):
         return "sparse codes; kernels take packed ones"
-    if w.bits != 4:
-        return f"{w.bits}-bit codes; kernels take 4"
+    if isinstance(w, NarrowFloat):
+        return _float_refusal(w)
+    if (w.kind_name, w.bits) not in DECODES:
+        return f"{w.bits}-bit codes; kernels take {' and '.join(str(b) for kind, b in DECODES if kind == w.kind_name)}"
     return _affine_refusal(w) if isinstance(w, Affine) else _codebook_refusal(w)
 
 
@@ -61,20 +69,22 @@ def _affine_refusal(w: Affine) -> str | None:
     if w.formula not in ZERO_FORMS:
         return f"formula {w.formula!r}"
     if w.zeros is None:
-        point = w.zero_point + (8 if w.signed else 0)
-        if not 0 <= point < 112 or (ZERO_FORMS[w.formula] != "code" and w.zero_point):
+        point = w.zero_point + _half(w)
+        if not 0 <= point <= MOST_ZERO[w.bits] or (ZERO_FORMS[w.formula] != "code" and w.zero_point):
             return f"zero point {w.zero_point} with formula {w.formula!r}"
     elif not hasattr(w.zeros, "dtype"):
         return "zeros that are themselves quantized"
     elif w.zeros_bits:
-        if w.zeros_bits > 6 or ZERO_FORMS[w.formula] != "code" or w.signed:
+        if w.zeros_bits > {4: 6, 8: 8}[w.bits] or ZERO_FORMS[w.formula] != "code" or w.signed:
             return f"{w.zeros_bits}-bit zeros with formula {w.formula!r}"
     elif w.zeros.shape != w.scales.shape:
         return f"zeros of {w.zeros.dtype} {tuple(w.zeros.shape)}"
     elif np.dtype(w.zeros.dtype).kind in "iu":
         if ZERO_FORMS[w.formula] != "code":
             return f"zeros of {w.zeros.dtype} with formula {w.formula!r}"
-        if isinstance(w.zeros, jax.core.Tracer) or not _all_within(w.zeros, -8 if w.signed else 0, 56):
+        if isinstance(w.zeros, jax.core.Tracer) or not _all_within(
+            w.zeros, -_half(w), 56 if w.bits == 4 else 256 - _half(w)
+        ):
             return f"zeros of {w.zeros.dtype} that are not known to lie near the codes"
     elif str(w.zeros.dtype) not in SCALES or w.signed:
         return f"zeros of {w.zeros.dtype} for {'signed' if w.signed else 'unsigned'} codes"
@@ -85,9 +95,36 @@ def _affine_refusal(w: Affine) -> str | None:
     return None
 
 
+def _half(w: Affine) -> int:
+    """What makes two's complement codes (and their zeros) offset binary."""
+    return 1 << (w.bits - 1) if w.signed else 0
+
+
+def _decode(w: Any) -> tuple[str, int]:
+    """Key of the decode function."""
+    return FLOATS[w.kind] if isinstance(w, NarrowFloat) else (w.kind_name, w.bits)
+
+
 def _all_within(values: Any, low: int, end: int) -> bool:
     values = np.asarray(values)
     return bool(values.size) and low <= values.min() and values.max() < end
+
+
+def _float_refusal(w: NarrowFloat) -> str | None:
+    n, k = w.shape[-2:]
+    rows, cols = w.grouping.rows or n, w.grouping.cols or k
+    if w.kind not in FLOATS:
+        return f"{w.kind} codes; kernels take {', '.join(FLOATS)}"
+    if w.formula not in FLOAT_FORMULAS or w.global_scale is not None:
+        return f"formula {w.formula!r}" + (" with a scale of the whole tensor" if w.global_scale is not None else "")
+    one = tuple(w.scales.shape[-2:]) == (1, 1)
+    if w.grouping.kind != "block" or not (rows == 1 or one) or isinstance(w.scales, QTensor):
+        return f"scales by {w.grouping}; kernels take groups along K"
+    if cols % 32 and cols < k:
+        return f"groups of {cols}; kernels take multiples of 32"
+    if w.scale_kind not in ("float", "e8m0") or (w.scale_kind == "float" and str(w.scales.dtype) not in SCALES):
+        return f"scales of {w.scale_kind}"
+    return None
 
 
 def _codebook_refusal(w: Codebook) -> str | None:
@@ -119,7 +156,7 @@ def prepare(w: Any) -> Any:
     act-order `g_idx` is replaced by the permutation of K that sorts it.
 
     Args:
-      w: `jq.qtensor.Affine` or `Codebook` with concrete arrays; stack axes allowed.
+      w: `jq.qtensor.Affine`, `Codebook` or `NarrowFloat` with concrete arrays; stack axes allowed.
 
     Raises:
       ValueError: no kernel takes this tensor; the message ends with `refusal(w)`.
@@ -139,8 +176,8 @@ def prepare(w: Any) -> Any:
         else:
             notes["order"] = "perm"
             perm = jnp.asarray(np.argsort(g_idx, axis=-1, kind="stable").astype(np.int32))
-    order = DECODES[w.kind_name].order
-    flip = isinstance(w, Affine) and w.signed
+    order = DECODES[_decode(w)].order
+    flip = _half(w) if isinstance(w, Affine) else 0
     codes = _over_stack(w.ndim, _pack_codes, w.codes, perm, k=k, order=order, flip=flip)
     fields: dict[str, Any] = {"codes": codes, "pad": -k % CHUNK}
     if isinstance(w, Affine):
@@ -149,13 +186,19 @@ def prepare(w: Any) -> Any:
             zeros: Any = w.group_zeros()
             notes |= {"zeros": w.zeros_bits, "zeros_type": str(w.zeros.dtype)}
             integer = np.dtype(zeros.dtype).kind in "iu"
-            params["zeros"] = (zeros + (8 if flip else 0)).astype(jnp.uint8) if integer else jnp.asarray(zeros)
+            params["zeros"] = (zeros.astype(jnp.int32) + flip).astype(jnp.uint8) if integer else jnp.asarray(zeros)
         fields |= {"g_idx": perm, "zeros_bits": 0, "extras": dict(w.extras)}
         for name, values in params.items():
             groups = -(-k // (w.grouping.cols or k))
             fields[name] = _rows(w.ndim, values[..., :groups])
             if values.shape[-1] > groups:
                 fields["extras"][BEHIND[name]] = values[..., groups:]
+    elif isinstance(w, NarrowFloat):
+        scales = jnp.asarray(w.scales)
+        if scales.shape[-2:] == (1, 1):
+            notes["scales"] = "one"
+            scales = jnp.broadcast_to(scales, (*scales.shape[:-2], w.out_features, 1))
+        fields["scales"] = _rows(w.ndim, scales)
     else:
         fields |= _pack_absmax(w, notes)
     return w.replace(layout=";".join([NAME, *(f"{key}={value}" for key, value in notes.items())]), **fields)
@@ -168,10 +211,12 @@ def restore(w: Any) -> Any:
     notes = dict(item.split("=", 1) for item in w.layout.split(";")[1:])
     n, k = w.out_features, int(notes["k"])
     perm = w.g_idx if notes.get("order") == "perm" else None
-    order = DECODES[w.kind_name].order
-    flip = isinstance(w, Affine) and w.signed
+    order = DECODES[_decode(w)].order
+    flip = _half(w) if isinstance(w, Affine) else 0
     pad = int(notes["pad"])
     codes = _over_stack(w.ndim, _unpack_codes, w.codes, perm, shape=(n, k), order=order, flip=flip, pad=pad)
+    if str(codes.dtype) != notes["word"]:  # bit patterns of 8 bits, one by one
+        codes = jax.lax.bitcast_convert_type(codes, notes["word"]).reshape(*codes.shape[:-1], -1)
     fields: dict[str, Any] = {"codes": codes, "pad": pad}
     if isinstance(w, Affine):
         fields["scales"] = _with_behind(w, "scales", n)
@@ -181,10 +226,13 @@ def restore(w: Any) -> Any:
             if width:
                 zeros = _pack_zeros(zeros, width)
             elif np.dtype(zeros.dtype).kind in "iu":
-                zeros = (zeros.astype(jnp.int32) - (8 if flip else 0)).astype(notes["zeros_type"])
+                zeros = (zeros.astype(jnp.int32) - flip).astype(notes["zeros_type"])
             fields |= {"zeros": zeros, "zeros_bits": width}
         if "order" in notes:
             fields["g_idx"] = _group_index(w, perm, k)
+    elif isinstance(w, NarrowFloat):
+        scales = _rows(w.ndim, w.scales, back=n)
+        fields["scales"] = scales[..., :1, :1] if notes.get("scales") == "one" else scales
     else:
         fields |= _unpack_absmax(w, notes)
     return w.replace(layout="", **fields)
@@ -202,13 +250,18 @@ def packed(w: Any) -> Packed:
 
     codes = w.codes if w.codes.dtype == jnp.int32 else jax.lax.bitcast_convert_type(w.codes, jnp.int32)
     codes = codes.reshape(*stack, -(-n // ROWS), -1, w.bits * 32)
-    group = cols if isinstance(w, Affine) else _common_group(w)
+    group = _common_group(w) if isinstance(w, Codebook) else cols
     group = group if group < k else 0
+    if isinstance(w, NarrowFloat):
+        kind, bits = FLOATS[w.kind]
+        tables = {"table": jnp.broadcast_to(TABLES[w.kind], (*stack, 16))} if w.kind in TABLES else {}
+        scale = "e8m0" if w.scale_kind == "e8m0" else SCALES[str(w.scales.dtype)]
+        return Packed(codes, tiles(w.scales), None, tables, None, Form(kind, bits, group, scale), (n, k))  # type: ignore[arg-type]
     if isinstance(w, Affine):
         zero = ""
         if w.zeros is not None:
             zero = "u8" if w.zeros.dtype == jnp.uint8 else SCALES[str(w.zeros.dtype)]
-        point = w.zero_point + (8 if w.signed else 0) if not zero else 8
+        point = 1 << (w.bits - 1) if zero else w.zero_point + _half(w)
         form = Form("affine", w.bits, group, SCALES[str(w.scales.dtype)], zero, ZERO_FORMS[w.formula], point)  # type: ignore[arg-type]
         zeros = None if w.zeros is None else tiles(w.zeros)
         perm = w.g_idx if notes.get("order") == "perm" else None
@@ -239,22 +292,22 @@ def _program(stacked: int, function: Any, axes: tuple[int | None, ...], static: 
     return jax.jit(made)
 
 
-def _pack_codes(words: jax.Array, perm: jax.Array | None, *, k: int, order: str, flip: bool) -> jax.Array:
-    codes = _bits.unpack(words, 4, k).astype(jnp.uint8)
-    codes = codes ^ 8 if flip else codes  # two's complement to offset binary
+def _pack_codes(words: jax.Array, perm: jax.Array | None, *, k: int, order: str, flip: int) -> jax.Array:
+    codes = _bits.unpack(words, layout.BITS[order], k).astype(jnp.uint8)
+    codes = codes ^ flip  # two's complement to offset binary
     codes = codes if perm is None else codes[:, perm]
     out = layout.pack_codes(codes, order)
     return jax.lax.bitcast_convert_type(out, jnp.uint32).reshape(out.shape[0] * ROWS, -1)
 
 
 def _unpack_codes(
-    words: jax.Array, perm: jax.Array | None, *, shape: tuple[int, int], order: str, flip: bool, pad: int
+    words: jax.Array, perm: jax.Array | None, *, shape: tuple[int, int], order: str, flip: int, pad: int
 ) -> jax.Array:
-    tiles = jax.lax.bitcast_convert_type(words, jnp.int32).reshape(-(-shape[0] // ROWS), -1, 128)
+    tiles = jax.lax.bitcast_convert_type(words, jnp.int32).reshape(-(-shape[0] // ROWS), -1, 32 * layout.BITS[order])
     codes = layout.unpack_codes(tiles, order, shape)
     codes = codes if perm is None else codes[:, jnp.argsort(perm)]
-    codes = codes ^ 8 if flip else codes
-    return _bits.pack(jnp.pad(codes, ((0, 0), (0, pad))) if pad > 1 else codes, 4)
+    codes = codes ^ flip
+    return _bits.pack(jnp.pad(codes, ((0, 0), (0, pad))) if pad > 1 else codes, layout.BITS[order])
 
 
 def _rows(ndim: int, params: jax.Array, back: int = 0) -> jax.Array:

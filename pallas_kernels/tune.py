@@ -32,10 +32,15 @@ from pallas_kernels.timing import Jobs, copies, median_us, supervise
 
 # Linear layers of 8B and 70B models: square, fused q/k/v, fused gate/up, down, and gate/up of 70B.
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (6144, 4096))
-FORMS = {"affine": Form(), "codebook": Form("codebook", 4, 64, "bf16")}
+FORMS = {
+    ("affine", 4): Form(),
+    ("affine", 8): Form(bits=8, zero_point=128),
+    ("codebook", 4): Form("codebook", 4, 64, "bf16"),
+}
 ROWS = {
-    "affine": (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192),
-    "codebook": (1, 2, 8, 16, 32, 48, 64, 96, 128),
+    ("affine", 4): (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192),
+    ("affine", 8): (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
+    ("codebook", 4): (1, 2, 8, 16, 32, 48, 64, 96, 128),
 }
 MAX_ERROR = 1e-2
 TYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
@@ -45,12 +50,16 @@ TYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 def random_weight(form: Form, n: int, k: int, seed: int = 0) -> Packed:
     """A packed weight of random codes and scales."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & 15
+    most = (1 << form.bits) - 1
+    codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & most
     groups = form.groups(k)
     tables = {}
     if form.kind == "codebook":
         tables["table"] = jnp.linspace(-1, 1, 16) ** 3
-    if form.scale == "u8":
+    codes &= {"e4m3": 0xF7, "e5m2": 0xBF}.get(form.kind, most)  # no NaN, nothing infinite
+    if form.scale == "e8m0":
+        scales = 120 + (jax.random.bits(keys[1], (n, groups), jnp.uint8) & 7)
+    elif form.scale == "u8":
         scales = jax.random.bits(keys[1], (n, groups), jnp.uint8)
         second = jax.random.uniform(keys[2], (-(-n * groups // 256),)) * 0.02 + 0.001
         tables |= {"table2": jnp.linspace(-1, 1, 256) ** 3, "absmax2": second, "offset": jnp.float32(0.03)}
@@ -58,10 +67,10 @@ def random_weight(form: Form, n: int, k: int, seed: int = 0) -> Packed:
         scales = (jax.random.uniform(keys[1], (n, groups)) * 0.02 + 0.001).astype(TYPES[form.scale])
     zeros = None
     if form.zero == "u8":
-        zeros = layout.pack_rows(jax.random.bits(keys[3], (n, groups), jnp.uint8) & 15)
+        zeros = layout.pack_rows(jax.random.bits(keys[3], (n, groups), jnp.uint8) & most)
     elif form.zero:
-        zeros = layout.pack_rows((jax.random.uniform(keys[3], (n, groups)) * 15).astype(TYPES[form.zero]))
-    packed = layout.pack_codes(codes, DECODES[form.kind].order)
+        zeros = layout.pack_rows((jax.random.uniform(keys[3], (n, groups)) * most).astype(TYPES[form.zero]))
+    packed = layout.pack_codes(codes, DECODES[form.decode].order)
     return Packed(packed, layout.pack_rows(scales), zeros, tables, None, form, (n, k))
 
 
@@ -74,7 +83,8 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
     out: list[Choice] = []
 
     def put(warps: int, cluster: int, chunks: int, blocks: int, unroll: int = 8, height: int = 1) -> None:
-        ring = select.ring(warps, chunks * height)
+        chunks = chunks * 4 // form.bits  # copies of the same size
+        ring = select.ring(warps, chunks * height, form.bits)
         config = stream.Config(warps, cluster, chunks, ring, blocks, unroll=unroll, height=height)
         out.append(Choice("stream", config))
 
@@ -107,14 +117,14 @@ def best_estimates(m: int, n: int, k: int, form: Form, sms: int, count: int = 12
     return list(dict.fromkeys([*choices[:count], used]))
 
 
-def measure(jobs: Jobs, rows: list[int] | None = None) -> None:
-    """The worker: every configuration of every shape (and of these rows of x, if given) that has no result yet."""
+def measure(jobs: Jobs, rows: list[int] | None = None, forms: list[str] | None = None) -> None:
+    """The worker: every configuration of every shape (of these rows of x and forms, if given) that has no result yet."""
     device = jax.devices()[0]
-    for kind, form in FORMS.items():
-        for n, k in SHAPES:
+    for (kind, bits), form in FORMS.items():
+        for n, k in SHAPES if forms is None or f"{kind}{bits}" in forms else ():
             todo = [
-                (f"{kind} {n}x{k} m={m} {c}", m, c)
-                for m in ROWS[kind]
+                (f"{kind}{bits} {n}x{k} m={m} {c}", m, c)
+                for m in ROWS[kind, bits]
                 if rows is None or m in rows
                 for c in configurations(m, n, k, form, device.core_count)
             ]
@@ -134,7 +144,7 @@ def measure(jobs: Jobs, rows: list[int] | None = None) -> None:
             for (name, m, choice), kernel in zip(todo, built):
                 job = functools.partial(time_one, kernel, x[:m], sets if m < 512 else sets[:3], expected)
                 config = dataclasses.asdict(choice.config)
-                jobs.run(name, job, 10, kind=kind, bits=4, n=n, k=k, m=m, kernel=choice.kernel, config=config)
+                jobs.run(name, job, 10, kind=kind, bits=bits, n=n, k=k, m=m, kernel=choice.kernel, config=config)
 
 
 def build(m: int, choice: Choice, weight: Any) -> Any:
@@ -157,16 +167,18 @@ def time_one(kernel: Any, x: jax.Array, sets: list[Packed], expected: np.ndarray
 
 
 def write(jobs: Jobs, device: str) -> Path:
-    """The fastest configuration of each shape and M into the device's table."""
+    """The fastest configuration of each shape and M into the device's table; what was not measured again stays."""
+    path = select.TABLES / f"{select.device_key(device)}.json"
     best: dict[tuple, dict] = {}
     for row in jobs.rows:
         if row.get("us") and row["rel_err"] < MAX_ERROR:
             key = (row["kind"], row["bits"], row["n"], row["k"], row["m"])
             if key not in best or row["us"] < best[key]["us"]:
                 best[key] = row
+    for row in json.loads(path.read_text())["rows"] if path.exists() else ():
+        best.setdefault((row["kind"], row["bits"], row["n"], row["k"], row["m"]), row)
     fields = ("kind", "bits", "n", "k", "m", "kernel", "config", "us")
-    rows = [{f: best[key][f] for f in fields} for key in sorted(best)]
-    path = select.TABLES / f"{select.device_key(device)}.json"
+    rows = [{f: best[key][f] for f in fields if f in best[key]} for key in sorted(best)]
     head = {"device": device, "date": datetime.date.today().isoformat(), "jax": jax.__version__}
     lines = ",\n  ".join(json.dumps(r) for r in rows)
     path.parent.mkdir(exist_ok=True)
@@ -179,15 +191,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=Path, default=Path("tune.jsonl"), help="results, one JSON line each")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--write", metavar="DEVICE", help="write the table from the results and end")
-    parser.add_argument("--rows", type=int, nargs="+", help=f"rows of x, among {ROWS['affine']}; all by default")
+    parser.add_argument("--rows", type=int, nargs="+", help=f"rows of x, among {ROWS['affine', 4]}; all by default")
+    names = [f"{kind}{bits}" for kind, bits in FORMS]
+    parser.add_argument("--forms", nargs="+", choices=names, help="kinds of weights; all by default")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        measure(Jobs(args.jobs), args.rows)
+        measure(Jobs(args.jobs), args.rows, args.forms)
         return
     if not args.write:
-        rows = ["--rows", *map(str, args.rows)] if args.rows else []
-        supervise(["-m", "pallas_kernels.tune", "--worker", "--jobs", str(args.jobs), *rows], args.seconds)
+        only = ["--rows", *map(str, args.rows)] if args.rows else []
+        only += ["--forms", *args.forms] if args.forms else []
+        supervise(["-m", "pallas_kernels.tune", "--worker", "--jobs", str(args.jobs), *only], args.seconds)
     device = args.write or jax.devices()[0].device_kind
     print(write(Jobs(args.jobs), device))
 

@@ -131,6 +131,29 @@ def gpu_matmul() -> str:
     return table(header, rows) + gpu_line(found)
 
 
+KINDS = {"w8a16_g128": "int8 in groups of 128", "e4m3_row": "float8 e4m3, rows", "mxfp4": "MXFP4"}
+
+
+def gpu_kinds() -> str:
+    """Kernels for other weights beside a bare read and cuBLAS: one row a kind and shape."""
+    found = read("gpu_kinds_h100")
+    if found is None:
+        return NOT_YET
+    cells = {(row["kernel"], row["n"], row["k"], row["m"]): row for row in found["rows"]}
+    rows = []
+    for name, title in KINDS.items():
+        for n, k in ((4096, 4096), (28672, 4096)):
+            one = cells.get((name, n, k, 1))
+            if one is None:
+                continue
+            many = [cells.get((name, n, k, m)) for m in (1, 64, 256, 4096)]
+            shares = ("-" if m is None else f"{m['cublas_us'] / m['us']:.2f}" for m in many)
+            rows.append([title, f"{n}x{k}", f"{one['us']:.1f}", f"{one['bare_read_us'] / one['us']:.2f}", *shares])
+    header = ["weights", "out x in", "M=1, us", "of a bare read"]
+    header += [f"cuBLAS bf16 / ours, M={m}" for m in (1, 64, 256, 4096)]
+    return table(header, rows) + gpu_line(found)
+
+
 DECODE_WEIGHTS = {
     "w4a16_g128": "int4 in groups of 128",
     "nf4": "NF4",
@@ -201,6 +224,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cpu_generate": cpu_generate,
     "perplexity": perplexity,
     "gpu_matmul": gpu_matmul,
+    "gpu_kinds": gpu_kinds,
     "gpu_decode": gpu_decode,
     "gpu_torch": gpu_torch,
     "formats": formats,

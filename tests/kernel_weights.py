@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq.qtensor import Affine, Codebook
+from jq.qtensor import Affine, Codebook, NarrowFloat
 from jq.qtensor.base import Grouping
 
 # QLoRA paper, appendix E
@@ -17,49 +17,72 @@ _FP4 = np.array([0.0, 0.0052083333, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0
 FP4 = np.concatenate([_FP4, -_FP4])
 
 KINDS = (
-    "w4a16_g128", "w4a16_g32", "w4a16_row", "w4a16_signed", "w4a16_g128_asym", "w4a16_actorder", "hqq_g64", "awq_sub",
-    "w4a16_behind", "tinygemm", "signed_zeros", "nf4_b64", "nf4_b64_dq", "fp4_b64", "nf4_b4096", "nf4_b384",
+    "w4a16_g128", "w4a16_g32", "w4a16_row", "w4a16_signed", "w4a16_g128_asym", "w4a16_actorder", "w4a16_hqq", "w4a16_awq_sub",
+    "w4a16_behind", "w4a16_tinygemm", "w4a16_signed_zeros", "w8a16_g128", "w8a16_row",
+    "w8a16_g128_asym", "w8a16_actorder", "w8a16_signed", "w8a16_signed_zeros", "w8a16_hqq", "w8a16_tinygemm", "mxfp4", "e4m3_row",
+    "e4m3_one", "e4m3_g128", "e5m2_row", "nf4_b64", "nf4_b64_dq", "fp4_b64", "nf4_b4096", "nf4_b384",
 )  # fmt: skip
 
 
 def make(kind: str, n: int, k: int, seed: int = 0):
     """A QTensor [n, k] with random codes and parameters."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & 15
+    if kind.startswith(("mxfp4", "e4m3", "e5m2")):
+        return _float(kind, n, k, keys)
+    bits = 8 if kind.startswith("w8") else 4
+    most, half = (1 << bits) - 1, 1 << (bits - 1)
+    codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & most
     if kind.startswith(("nf4", "fp4")):
         block = int(kind.split("_b")[1].removesuffix("_dq"))
         return _codebook(kind, codes, block, keys)
-    group = {"w4a16_g32": 32, "w4a16_row": k, "hqq_g64": 64}.get(kind, 128)
-    scale_dtype = jnp.float16 if kind in ("hqq_g64", "awq_sub") else jnp.bfloat16
+    kind = kind.removeprefix(f"w{bits}a16_")
+    group = {"g32": 32, "row": k, "signed": k if bits == 8 else 128, "hqq": 64}.get(kind, 128)
+    scale_dtype = jnp.float16 if kind in ("hqq", "awq_sub") else jnp.bfloat16
     groups = -(-k // group)
     scales = (jax.random.uniform(keys[1], (n, groups)) * 0.02 + 0.001).astype(scale_dtype)
-    common = {"code_bits": 4, "grouping": Grouping("block", 1, group), "dtype": str(np.dtype(scale_dtype))}
-    if kind == "w4a16_signed":
-        return Affine.make((codes.astype(jnp.int8) - 8).astype(jnp.int8), scales, signed=True, **common)
-    if kind in ("w4a16_g128_asym", "w4a16_actorder"):
-        zeros = jax.random.bits(keys[2], (n, groups), jnp.uint8) & 15
-        g_idx = None
-        if kind == "w4a16_actorder":
-            g_idx = jax.random.permutation(keys[3], jnp.arange(k, dtype=jnp.int32) // group)
-            return Affine.make(codes, scales, zero_point=8, g_idx=g_idx, **common)
-        return Affine.make(codes, scales, zeros=zeros.astype(jnp.int32), zeros_bits=4, **common)
-    if kind == "hqq_g64":
-        zeros = (jax.random.uniform(keys[2], (n, groups)) * 15).astype(scale_dtype)
+    common = {"code_bits": bits, "grouping": Grouping("block", 1, group), "dtype": str(np.dtype(scale_dtype))}
+    signed = (codes.astype(jnp.int32) - half).astype(jnp.int8)
+    if kind == "signed":
+        return Affine.make(signed, scales, signed=True, **common)
+    if kind == "g128_asym":
+        zeros = (jax.random.bits(keys[2], (n, groups), jnp.uint8) & most).astype(jnp.int32)
+        return Affine.make(codes, scales, zeros=zeros, zeros_bits=bits, **common)
+    if kind == "actorder":
+        g_idx = jax.random.permutation(keys[3], jnp.arange(k, dtype=jnp.int32) // group)
+        return Affine.make(codes, scales, zero_point=half, g_idx=g_idx, **common)
+    if kind == "hqq":
+        zeros = (jax.random.uniform(keys[2], (n, groups)) * most).astype(scale_dtype)
         return Affine.make(codes, scales, zeros=zeros, **common)
-    if kind == "w4a16_behind":  # AWQ's GEMV files round the number of groups up
+    if kind == "behind":  # AWQ's GEMV files round the number of groups up
         more = jnp.concatenate([scales, scales + 1], 1)
-        zeros = jax.random.bits(keys[2], more.shape, jnp.uint8) & 15
-        return Affine.make(codes, more, zeros=zeros.astype(jnp.int32), zeros_bits=4, **common)
+        zeros = (jax.random.bits(keys[2], more.shape, jnp.uint8) & most).astype(jnp.int32)
+        return Affine.make(codes, more, zeros=zeros, zeros_bits=bits, **common)
     if kind == "tinygemm":
         zeros = (jax.random.normal(keys[2], (n, groups)) * 0.05).astype(scale_dtype)
         return Affine.make(codes, scales, zeros=zeros, formula="f32_mul_add", **common)
     if kind == "signed_zeros":
-        zeros = (jax.random.bits(keys[2], (n, groups), jnp.uint8) & 15).astype(jnp.int8) - 8
-        return Affine.make((codes.astype(jnp.int8) - 8).astype(jnp.int8), scales, zeros=zeros, signed=True, **common)
+        zeros = ((jax.random.bits(keys[2], (n, groups), jnp.uint8) & most).astype(jnp.int32) - half).astype(jnp.int8)
+        return Affine.make(signed, scales, zeros=zeros, signed=True, **common)
     if kind == "awq_sub":
         zeros = (scales * 7.5).astype(scale_dtype)
         return Affine.make(codes, scales, zeros=zeros, formula="mul_sub", **common)
-    return Affine.make(codes, scales, zero_point=8, **common)
+    return Affine.make(codes, scales, zero_point=half, **common)
+
+
+def _float(kind, n, k, keys):
+    if kind == "mxfp4":
+        codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & 15
+        scales = 115 + jax.random.bits(keys[1], (n, k // 32), jnp.uint8) // 32
+        options = {"scale_kind": "e8m0", "grouping": Grouping("block", 1, 32), "formula": "own"}
+        return NarrowFloat.make(codes, scales, kind="e2m1", **options)
+    codes = jax.random.normal(keys[0], (n, k)) * 60
+    name, _, rule = kind.partition("_")
+    codes = codes.astype(jnp.float8_e4m3fn if name == "e4m3" else jnp.float8_e5m2)
+    codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    rows, cols = {"row": (n, 1), "one": (1, 1), "g128": (n, k // 128)}[rule]
+    scales = jax.random.uniform(keys[1], (rows, cols)) * 0.02 + 0.001
+    grouping = Grouping("block", 0 if rule == "one" else 1, 128 if rule == "g128" else 0)
+    return NarrowFloat.make(codes, scales, kind="e4m3fn" if name == "e4m3" else "e5m2", grouping=grouping)
 
 
 def _codebook(kind, codes, block, keys):

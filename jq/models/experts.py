@@ -110,8 +110,11 @@ class StackedExpertMLP(nnx.Module):
 
     def _gathered(self, rows: jax.Array, top: jax.Array, index: jax.Array) -> jax.Array:
         """rows [M, hidden] by the experts index [M, top]."""
-        wide = jnp.repeat(rows, self.spec.top, axis=0)
-        out = jax.vmap(self._expert)(wide[:, None], index.reshape(-1))[:, 0]
+        wide, chosen = jnp.repeat(rows, self.spec.top, axis=0), index.reshape(-1)
+        if in_kernels_order(self.experts.gate_up_proj.get_value()):  # the stack is read in place, expert by expert
+            out = jnp.concatenate([self._expert(wide[s : s + 1], chosen[s]) for s in range(len(wide))])
+        else:
+            out = jax.vmap(self._expert)(wide[:, None], chosen)[:, 0]
         return jnp.sum(out.reshape(*top.shape, -1) * top[..., None].astype(rows.dtype), axis=1)
 
     def _through_all(self, rows: jax.Array, shares: jax.Array) -> jax.Array:
@@ -132,8 +135,16 @@ class StackedExpertMLP(nnx.Module):
         return stacked_product(hidden, p.down_proj.get_value(), i) + p.down_proj_bias.get_value()[i]
 
 
+def in_kernels_order(weight: Any) -> bool:
+    return isinstance(weight, QTensor) and bool(getattr(weight, "layout", ""))
+
+
 def stacked_product(x: jax.Array, weight: Any, i: Any) -> jax.Array:
     """x [M, K] times expert i of a stack: QTensor [E, N, K] or array [E, K, N]."""
+    if in_kernels_order(weight):
+        import pallas_kernels
+
+        return pallas_kernels.matmul(x, weight, layer=i)
     if isinstance(weight, QTensor):
         one = weight[i]
         return activations.matmul(x, one) if one.activation is not None else product(x, one.dequantize(x.dtype))

@@ -170,8 +170,10 @@ class Reader:
             return nnx.Param(self._compute(name, value)), None
         if value.activation is not None and not self.quantize_activations:
             value = activations.without_quantization(value)
-        if self.packed or value.activation is not None:  # inputs are rounded to the grid of each expert's product
+        if value.activation is not None:  # inputs are rounded to the grid of each expert's product
             return QVar(value), None
+        if self.packed:
+            return QVar(prepared(value, self.dtype)), None
         return nnx.Param(jnp.swapaxes(value.dequantize(self.dtype), 1, 2)), Packed(value)
 
     def optional(self, name: str, shape: tuple[int, ...], *others: tuple[int, ...]) -> Any:

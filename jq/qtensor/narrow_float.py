@@ -159,7 +159,7 @@ class NarrowFloat(QTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return codes_shape(self.codes, self.bits, self.pad)
+        return codes_shape(self.codes, self.bits, self.pad, self.layout)
 
     def describe(self) -> str:
         return f"{self.kind}, {self.grouping}, {self.scale_kind} scales"

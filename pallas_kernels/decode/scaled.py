@@ -8,7 +8,7 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
-from pallas_kernels.decode import affine, codebook
+from pallas_kernels.decode import DECODES, affine
 from pallas_kernels.form import Form
 from pallas_kernels.ptx import Int
 
@@ -20,6 +20,8 @@ def as_floats(kind: str, stored: Sequence[ir.Value]) -> list[ir.Value]:
     pair = Int(stored[0])
     if kind == "bf16":
         return [ptx.as_float(pair << 16), ptx.as_float(pair & 0xFFFF0000)]
+    if kind == "e8m0":  # the exponent of a float32
+        return [ptx.as_float((pair & 255) << 23), ptx.as_float((pair >> 8) << 23)]
     if kind == "u8":
         return [ptx.asm([ptx.f32()], "cvt.rn.f32.u32 $0, $1;", half, pure=True)[0] for half in (pair & 255, pair >> 8)]
     text = "{{ .reg .b16 lo, hi; mov.b32 {{lo, hi}}, $1; cvt.f32.f16 $0, {}; }}"
@@ -98,12 +100,13 @@ def scaled_fragment(
     """
     kind = f"{dtype}x2"
     scale = twice(form.scale, dtype, params[0])
-    if form.kind == "codebook":
-        values = codebook.fragment(form, dtype, words, None, table)
+    decode = DECODES[form.decode]
+    if form.kind != "affine":
+        values = decode.fragment(form, dtype, words, None, table)
     elif form.zero == "u8" and form.zero_form == "code":
-        values = affine.fragment(form, dtype, words, affine.integer_zeros(dtype, params[1][0]), magic=magic)
+        values = decode.fragment(form, dtype, words, decode.integer_zeros(dtype, params[1][0]), magic=magic)
     else:
-        values = affine.fragment(form, dtype, words, None, magic=magic)
+        values = decode.fragment(form, dtype, words, None, magic=magic)
         if form.zero:
             shift = shifts(form, as_floats(form.scale, params[0]), as_floats(form.zero, params[1]))
             small = ptx.constant(1 / affine.unit(form, dtype))

@@ -91,7 +91,7 @@ def load_kept(pointer: ir.Value, kind: str) -> list[ir.Value]:
     """Two neighbours of a type of stored parameters: a register for 8- and 16-bit ones, two for float32."""
     if kind == "f32":
         return asm([f32()] * 2, "ld.relaxed.gpu.global.v2.f32 {$0, $1}, [$2];", pointer)
-    if kind == "u8":
+    if kind in ("u8", "e8m0"):
         return asm([i32()], "{ .reg .u16 h; ld.relaxed.gpu.global.u16 h, [$1]; cvt.u32.u16 $0, h; }", pointer)
     return asm([i32()], "ld.relaxed.gpu.global.u32 $0, [$1];", pointer)
 

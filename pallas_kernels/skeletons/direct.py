@@ -71,7 +71,7 @@ class _Kernel(Writer):
     def __init__(self, plan: Plan, x_map: ir.Value, pointers: dict[str, ir.Value], shared: Int):
         self.plan, self.x_map, self.pointers = plan, x_map, pointers
         c, at = plan.config, plan.layout
-        self.decode = DECODES[plan.form.kind]
+        self.decode = DECODES[plan.form.decode]
         self.thread = ptx.special("tid.x")
         self.lane, self.warp = self.thread & 31, hopper.uniform(self.thread >> 5)
         self.rank = ptx.special("cluster_ctarank") if c.cluster > 1 else Int(0)
@@ -187,7 +187,7 @@ class _Kernel(Writer):
         scales = as_floats(form.scale, stored[0])
         out: dict[str, Any] = {"scale": scales}
         if form.zero == "u8" and form.zero_form == "code":
-            out["zero"] = affine.integer_zeros(self.plan.dtype, stored[1][0])
+            out["zero"] = self.decode.integer_zeros(self.plan.dtype, stored[1][0])
         elif form.zero:
             out["shift"] = shifts(form, scales, as_floats(form.zero, stored[1]))
         return out

@@ -20,7 +20,7 @@ class Block:
     def __init__(self, plan: Plan, ctx: Any, refs: dict[str, ir.Value], shared: Int):
         self.plan, self.refs = plan, refs
         c = plan.config
-        self.decode = DECODES[plan.form.kind]
+        self.decode = DECODES[plan.form.decode]
         self.thread = ptx.special("tid.x")
         self.lane, self.warp = self.thread & 31, hopper.uniform(self.thread >> 5)
         self.wg, self.t = self.warp >> 2, self.thread & 127

@@ -12,6 +12,7 @@ from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.gemm_block import Block
 from pallas_kernels.skeletons.gemm_plan import UNIT
+from pallas_kernels.skeletons.plan import tile_words
 
 
 class Sums(Block):
@@ -35,9 +36,9 @@ class Sums(Block):
     def words(self, slot: Int, chunk: int, unit: Int) -> list[ir.Value]:
         """This thread's codes of a tile of 64 along K, from shared memory."""
         plan, form = self.plan, self.plan.form
-        at = self.at["codes"] + slot * plan.code_bytes + self.lane * (form.bits * 4)
+        at = self.at["codes"] + slot * plan.code_bytes + self.lane * 16
         tile = unit * (UNIT // ROWS) + (self.warp & 3)
-        return ptx.load_shared(at + (tile * plan.config.chunks + chunk) * form.chunk_bytes, "u32", form.bits)
+        return tile_words(form, at + (tile * plan.config.chunks + chunk) * form.chunk_bytes)
 
     def params(self, slot: Int, unit: Int) -> list[Any]:
         """Scales (and zeros) of a unit in a step: for each group, for each array, the registers."""
@@ -52,7 +53,7 @@ class Sums(Block):
                 if kind == "f32":
                     one.append(ptx.load_shared(base, "f32", 2))
                 else:
-                    one.append(ptx.load_shared(base, "u16" if kind == "u8" else "u32"))
+                    one.append(ptx.load_shared(base, "u16" if size == 1 else "u32"))
             params.append(one)
         return params
 

@@ -6,8 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlib.mlir import ir
+
+from pallas_kernels import ptx
 from pallas_kernels.decode import DECODES
 from pallas_kernels.form import Form
+from pallas_kernels.ptx import Int
 
 SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
 
@@ -32,12 +36,21 @@ class Launch:
     @property
     def gain(self) -> int:
         """What sums of products with decoded weights are to be multiplied with."""
-        return DECODES[self.form.kind].unit(self.form, self.dtype)
+        return DECODES[self.form.decode].unit(self.form, self.dtype)
 
     @property
     def table_bytes(self) -> int:
         """Tables of the decode function in shared memory."""
-        return DECODES[self.form.kind].shared_bytes(self.form)
+        return DECODES[self.form.decode].shared_bytes(self.form)
+
+
+def tile_words(form: Form, at: Int) -> list[ir.Value]:
+    """A lane's words of the codes of one tile, see `layout.pack_codes`.
+
+    Args:
+      at: the tile's address in shared memory plus 16 times the lane.
+    """
+    return ptx.chain(*(ptx.load_shared(at + p if p else at, "u32", 4) for p in range(0, form.chunk_bytes, 512)))
 
 
 def groups_of(form: Form, span: int) -> int:

@@ -27,6 +27,7 @@ from pallas_kernels.decode import DECODES, affine
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
 from pallas_kernels.launch import launch, pointers
 from pallas_kernels.ptx import Int
+from pallas_kernels.skeletons.plan import tile_words
 from pallas_kernels.skeletons.stream_inputs import Inputs
 from pallas_kernels.skeletons.stream_params import Params
 from pallas_kernels.skeletons.stream_plan import BUFFERS, MAX_ROWS, SMEM_BYTES, Config, Plan
@@ -79,7 +80,7 @@ class _Kernel:
     def __init__(self, plan: Plan, pointers: dict[str, ir.Value], shared: Int):
         self.plan, self.pointers = plan, pointers
         c, at = plan.config, plan.layout
-        self.decode = DECODES[plan.form.kind]
+        self.decode = DECODES[plan.form.decode]
         self.thread = ptx.special("tid.x")
         self.lane, self.warp = self.thread & 31, self.thread >> 5
         self.rank = ptx.special("cluster_ctarank") if c.cluster > 1 else Int(0)
@@ -255,7 +256,7 @@ class _Kernel:
                     params = [
                         value for of_tile in stored for of_group in of_tile for kind in of_group for value in kind
                     ]
-                    release([first for of_tile in words for first, *_ in of_tile] + params)
+                    release([first for of_tile in words for of_chunk in of_tile for first in of_chunk[::4]] + params)
                 params = [
                     [self.params.convert(p, nested, h, g) for g, p in enumerate(of_tile)]
                     for h, of_tile in enumerate(stored)
@@ -281,14 +282,14 @@ class _Kernel:
     def load_part(self, at: Int, first: Int) -> tuple[list[Any], list[Any]]:
         """Codes and stored parameters of `unroll` chunks of a slot, from chunk `first` on; for each tile of the strip."""
         plan, form = self.plan, self.plan.form
-        lane = at + self.lane * (form.bits * 4) + first * form.chunk_bytes
+        lane = at + self.lane * 16 + first * form.chunk_bytes
         group = Int(0)
         if form.group:
             group = first // (form.group // CHUNK) if form.group > CHUNK else first * (CHUNK // form.group)
         words, params = [], []
         for h in range(plan.height):
             here = lane + h * plan.code_bytes
-            words.append([ptx.load_shared(here + c * form.chunk_bytes, "u32", form.bits) for c in range(plan.unroll)])
+            words.append([tile_words(form, here + c * form.chunk_bytes) for c in range(plan.unroll)])
             params.append([self.params.load(at, h, group + g) for g in range(plan.part_groups)])
         return words, params
 

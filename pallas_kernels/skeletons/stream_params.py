@@ -7,7 +7,7 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
-from pallas_kernels.decode import affine
+from pallas_kernels.decode import DECODES
 from pallas_kernels.decode.scaled import as_floats, shifts
 from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS
 from pallas_kernels.ptx import Int
@@ -41,7 +41,7 @@ class Params:
             if kind == "f32":
                 out.append(ptx.load_shared(where, "f32", 2))
             else:
-                out.append(ptx.load_shared(where, "u16" if kind == "u8" else "u32"))
+                out.append(ptx.load_shared(where, "u16" if size == 1 else "u32"))
         return out
 
     def convert(self, stored: list, nested: list, h: int, group: int) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Params:
             scales = as_floats(form.scale, stored[0])
         out: dict[str, Any] = {"scale": scales}
         if form.zero == "u8" and form.zero_form == "code":
-            out["zero"] = affine.integer_zeros(self.plan.dtype, stored[1][0])
+            out["zero"] = DECODES[form.decode].integer_zeros(self.plan.dtype, stored[1][0])
         elif form.zero:
             # (code - zero) * scale = (code - point) * scale + shift, and the like; shift meets the sum of x
             out["shift"] = shifts(form, scales, as_floats(form.zero, stored[1]))

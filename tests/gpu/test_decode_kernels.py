@@ -154,7 +154,7 @@ def prologues(m, k):
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 6144, 4096), (1, 4096, 14336), (2, 576, 1536), (1, 1152, 576)])
-@pytest.mark.parametrize("kind", ["w4a16_g128", "nf4_b64"])
+@pytest.mark.parametrize("kind", ["w4a16_g128", "w8a16_row", "nf4_b64"])
 def test_packed_product_makes_its_input(kind, m, n, k):
     from pallas_kernels import fused, prepare, tensors
     from pallas_kernels.prologue import Plain
@@ -179,7 +179,7 @@ def test_packed_product_makes_its_input(kind, m, n, k):
 
 
 @pytest.mark.parametrize(("n", "k"), [(28672, 4096), (3072, 576), (64, 512), (6144, 2048)])
-@pytest.mark.parametrize("kind", ["w4a16_g32", "nf4_b64"])
+@pytest.mark.parametrize("kind", ["w4a16_g32", "w8a16_row", "nf4_b64"])
 def test_packed_product_with_a_gate_behind_it(kind, n, k):
     from pallas_kernels import fused, prepare, tensors
     from pallas_kernels.prologue import Gate, Norm

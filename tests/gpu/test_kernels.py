@@ -65,23 +65,25 @@ def test_rows_with_a_mean(dtype, limit):
     [(16, 64), (144, 192), (4096, 576), (272, 11008), (48, 4096), (1, 256), (21, 640), (1001, 2048), (52, 100)],
 )
 def test_ragged_shapes(n, k):
-    kind = "w4a16_g32" if k % 128 else "w4a16_g128"
-    q = weights.make(kind, n, k, seed=n)
-    w = pallas_kernels.prepare(q)
-    for m in (1, 3, 16, 17, 130):
-        hold(rows(m, k), q, w)
+    for kind in ("w4a16_g32" if k % 128 else "w4a16_g128", "w8a16_row"):
+        q = weights.make(kind, n, k, seed=n)
+        w = pallas_kernels.prepare(q)
+        for m in (1, 3, 16, 17, 130):
+            hold(rows(m, k), q, w)
 
 
-def test_every_m_to_300():
-    q = weights.make("w4a16_g128", 256, 512)
+@pytest.mark.parametrize("kind", ["w4a16_g128", "w8a16_g128_asym"])
+def test_every_m_to_300(kind):
+    q = weights.make(kind, 256, 512)
     w = pallas_kernels.prepare(q)
     ref = product(rows(300, 512), q.dequantize("float32"))
     for m in [*range(1, 20), *range(20, 300, 23), 127, 128, 129, 255, 256, 257, 300]:
         assert error(pallas_kernels.matmul(rows(300, 512)[:m], w), ref[:m]) < 4e-3, m
 
 
-def test_small_integers_are_exact():
-    q = weights.make("w4a16_g128", 256, 512)
+@pytest.mark.parametrize("kind", ["w4a16_g128", "w8a16_g128", "w8a16_g128_asym"])
+def test_small_integers_are_exact(kind):
+    q = weights.make(kind, 256, 512)
     q = q.replace(scales=jnp.ones_like(q.scales))
     w = pallas_kernels.prepare(q)
     for m in (1, 8, 64):
@@ -93,9 +95,18 @@ def test_small_integers_are_exact():
 
 def test_every_code_against_one_hot_rows():
     """x = unit vectors read single weights: all bit patterns, both tables' ends, extreme scales."""
-    for kind in ("w4a16_g128", "nf4_b64", "w4a16_g128_asym"):
+    for kind in (
+        "w4a16_g128",
+        "nf4_b64",
+        "w4a16_g128_asym",
+        "w8a16_g128",
+        "w8a16_g128_asym",
+        "mxfp4",
+        "e4m3_g128",
+        "e5m2_row",
+    ):
         q = weights.make(kind, 128, 256)
-        if kind == "w4a16_g128":
+        if kind.endswith("g128"):
             q = q.replace(scales=q.scales.at[:2].set(jnp.asarray([[1e-30], [1e30]], q.scales.dtype)))
         w = pallas_kernels.prepare(q)
         for begin in (0, 64, 250):
@@ -104,8 +115,9 @@ def test_every_code_against_one_hot_rows():
             np.testing.assert_allclose(np.asarray(pallas_kernels.matmul(x, w), np.float32), ref, rtol=2e-2)
 
 
-def test_repeated_runs_are_bit_identical():
-    q = weights.make("w4a16_g128", 4096, 4096)
+@pytest.mark.parametrize("kind", ["w4a16_g128", "w8a16_g128"])
+def test_repeated_runs_are_bit_identical(kind):
+    q = weights.make(kind, 4096, 4096)
     w = pallas_kernels.prepare(q)
     for m in (1, 8, 16, 64, 256):
         x = rows(m, 4096)
@@ -129,8 +141,8 @@ def test_repeated_runs_are_bit_identical():
 )
 def test_ways_to_share_a_stream(m, config):
     """Strips that come out even and loose ones, sums inside a block and over the blocks of a cluster."""
-    for n in (2048, 2064, 4096):
-        w = tune.random_weight(Form(), n, 1024)
+    for n, form in ((2048, Form()), (2064, Form()), (4096, Form()), (2064, Form(bits=8, zero_point=128))):
+        w = tune.random_weight(form, n, 1024)
         y = jax.jit(stream.matmul, static_argnums=2)(rows(m, 1024), w, config)
         assert error(y, reference.product(rows(m, 1024), w)) < 4e-3
 
@@ -192,12 +204,12 @@ def test_scales_of_all_sizes(kind):
 
 def test_many_short_runs_are_bit_identical():
     """A weight in the L2 cache and look-ups for every pair of codes: copies come back as soon as they ever do."""
-    form = Form("codebook", 4, 64, "bf16")
-    w = tune.random_weight(form, 4096, 4096)
-    run = jax.jit(stream.matmul, static_argnums=2)
-    config = stream.Config(4, 1, 4, 17 << 10, 264)
-    first = run(rows(1, 4096), w, config)
-    assert not any(bool((run(rows(1, 4096), w, config) != first).any()) for _ in range(500))
+    for form in (Form("codebook", 4, 64, "bf16"), Form(bits=8, zero_point=128)):
+        w = tune.random_weight(form, 4096, 4096)
+        run = jax.jit(stream.matmul, static_argnums=2)
+        config = stream.Config(4, 1, 16 // form.bits, 17 << 10, 264)
+        first = run(rows(1, 4096), w, config)
+        assert not any(bool((run(rows(1, 4096), w, config) != first).any()) for _ in range(500))
 
 
 def test_bias_stack_scan_vmap_and_gradient():
@@ -226,6 +238,12 @@ def test_bias_stack_scan_vmap_and_gradient():
 
 
 def test_memory_after_prepare():
-    for kind, limit in (("w4a16_g128", 1.0), ("w4a16_g128_asym", 1.02), ("nf4_b64", 1.001), ("nf4_b64_dq", 1.001)):
+    for kind, limit in (
+        ("w8a16_g128", 1.0),
+        ("w4a16_g128", 1.0),
+        ("w4a16_g128_asym", 1.02),
+        ("nf4_b64", 1.001),
+        ("nf4_b64_dq", 1.001),
+    ):
         q = weights.make(kind, 1024, 4096)
         assert pallas_kernels.prepare(q).nbytes <= limit * q.nbytes

@@ -25,6 +25,8 @@ NAMES = [
         "bnb-nf4",
         "bnb-nf4-dq-bf16storage",
         "awq-gemm-g64",
+        "eetq-int8",
+        "mxfp4-gptoss",
     )
     if n in REFERENCE
 ] + [p.name for p in MORE]

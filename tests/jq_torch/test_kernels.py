@@ -19,6 +19,9 @@ METHODS = {
     "hqq": lambda: jq.HQQ(group_size=64),
     "nf4": lambda: jq.NF4(),
     "nf4-double": lambda: jq.NF4(double_quant=True),
+    "rtn-8": lambda: jq.RTN(bits=8, group_size=64),
+    "eetq": lambda: jq.EETQ(),
+    "mxfp4": lambda: jq.MXFP4A16(),
     "act-order": lambda: jq.RTN(group_size=128),
 }
 N, K = 256, 512
@@ -120,7 +123,7 @@ def test_numbers_of_the_kernel(name, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["rtn", "hqq", "nf4", "nf4-double"])
+@pytest.mark.parametrize("name", ["rtn", "hqq", "nf4", "nf4-double", "rtn-8", "mxfp4"])
 def test_a_stack_of_experts(name):
     """Few rows and many, none for some experts, rows of the expert that is not there, in a CUDA graph."""
     from pallas_kernels import torch as kernels

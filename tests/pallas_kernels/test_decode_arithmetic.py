@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode import affine
+from pallas_kernels.decode import affine, affine_bytes
 
 CODES = np.arange(256)
 
@@ -31,6 +31,8 @@ def test_integers_come_out_exactly(zero):
         assert number(affine.pair_of(factor)) == factor
         values = rounded((codes << shift) * 2.0**-133 * factor + term)
         np.testing.assert_array_equal(values * affine.unit(None, "bf16"), codes - float(zero))
+    wide = rounded(CODES * 2.0**-133 * 2.0**127 + number(affine_bytes.constant_zeros("bf16", zero)[0]))
+    np.testing.assert_array_equal(wide * affine_bytes.unit(None, "bf16"), CODES - float(zero))
 
 
 @pytest.mark.parametrize("point", [8, 4, 0])

@@ -21,13 +21,13 @@ UNPACK = jax.jit(layout.unpack_codes, static_argnums=(1, 2))
 @given(
     n=st.sampled_from((1, 16, 17, 70)),  # few shapes: each is compiled
     k=st.sampled_from((1, 63, 64, 200)),
-    order=st.sampled_from(("split", "natural")),
+    order=st.sampled_from(tuple(layout.BITS)),
     seed=st.integers(0, 99),
 )
 def test_codes_come_back(n, k, order, seed):
-    codes = np.random.default_rng(seed).integers(0, 16, (n, k), np.uint8)
+    codes = np.random.default_rng(seed).integers(0, 1 << layout.BITS[order], (n, k), np.uint8)
     packed = PACK(jnp.asarray(codes), order)
-    assert packed.shape == (-(-n // 16), -(-k // 64), 128)
+    assert packed.shape == (-(-n // 16), -(-k // 64), 32 * layout.BITS[order])
     np.testing.assert_array_equal(UNPACK(packed, order, (n, k)), codes)
 
 
@@ -39,6 +39,9 @@ def test_position_of_one_code():
     natural = np.asarray(layout.pack_codes(jnp.asarray(codes), "natural")).view(np.uint32).reshape(32, 4)
     assert split[23, 2] == 15 << (4 * 3 + 16)
     assert natural[23, 2] == 15 << (8 * 3 + 4)
+    wide = np.asarray(layout.pack_codes(jnp.asarray(codes), "bytes")).view(np.uint32).reshape(2, 32, 4)
+    assert wide[1, 23, 1] == 15 << (8 + 16)  # step 2: the second piece; the second word of the step
+    assert np.count_nonzero(wide) == 1
     assert np.count_nonzero(split) == np.count_nonzero(natural) == 1
 
 
@@ -49,7 +52,16 @@ def test_parameters_come_back():
     np.testing.assert_array_equal(packed[0, 1, :4], scales[[0, 8, 1, 9], 1])
 
 
-STACKED = ("w4a16_g128_asym", "w4a16_actorder", "w4a16_behind", "nf4_b64_dq", "nf4_b384")  # every field has an axis
+STACKED = (
+    "mxfp4",
+    "e4m3_one",
+    "w8a16_signed_zeros",
+    "w4a16_g128_asym",
+    "w4a16_actorder",
+    "w4a16_behind",
+    "nf4_b64_dq",
+    "nf4_b384",
+)  # every field has an axis
 
 
 @pytest.mark.parametrize("kind", weights.KINDS)
@@ -58,6 +70,8 @@ def test_restore_inverts_prepare(kind):
     for original in (q, stack([q, q])) if kind in STACKED else (q,):
         w = tensors.prepare(original)
         assert w.shape == original.shape and w.layout
+        if original.ndim == 3:  # a kernel finds each array of weight i at i times its size
+            assert {a.shape[0] for a in jax.tree.leaves(tensors.packed(w.replace(extras={})))} == {2}
         restored = tensors.restore(w)
         assert jax.tree.structure(restored) == jax.tree.structure(original)
         for a, b in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
@@ -87,7 +101,7 @@ def test_refusals_say_why():
     good = Affine.make(codes, ones, code_bits=4, zero_point=8, grouping=group)
     assert tensors.refusal(good) is None
     for q, word in (
-        (Affine.make(codes, ones, code_bits=8, zero_point=8, grouping=group), "8-bit"),
+        (Affine.make(codes, ones, code_bits=3, zero_point=4, grouping=group), "3-bit codes; kernels take 4 and 8"),
         (Affine.make(codes, ones, code_bits=4, zeros=ones.astype(jnp.int16) * 99, grouping=group), "near the codes"),
         (Affine.make(codes, jnp.ones((32, 11), jnp.bfloat16), code_bits=4, grouping=Grouping("block", 1, 24)), "24"),
         (good.replace(g_idx=jnp.zeros(256, jnp.int32)), "act-order"),

@@ -21,6 +21,14 @@ FORMS = {
     "row": Form(group=0),
     "asym": Form(zero="u8"),
     "hqq": Form(group=64, scale="f16", zero="f16"),
+    "w8_g128": Form(bits=8, zero_point=128),
+    "w8_g32": Form(bits=8, group=32, zero_point=3),
+    "w8_row": Form(bits=8, group=0, scale="f32", zero_point=128),
+    "w8_asym": Form(bits=8, zero="u8"),
+    "w8_hqq": Form(bits=8, group=64, scale="f16", zero="f16", zero_point=128),
+    "mxfp4": Form("codebook", 4, 32, "e8m0"),
+    "e4m3_row": Form("e4m3", 8, 0, "f32"),
+    "e5m2_g128": Form("e5m2", 8, 128, "bf16"),
     "nf4": Form("codebook", 4, 64, "bf16"),
     "nf4_dq": Form("codebook", 4, 64, "u8"),
 }
@@ -47,7 +55,7 @@ GEMM = select.Choice("gemm", gemm.Config(64, 2, 2, 0, 1, 2, ahead=False))
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("choice", [DIRECT, STREAM, GEMM], ids=["direct", "stream", "gemm"])
 def test_skeleton_times_decode(name, choice):
-    if choice is DIRECT and FORMS[name].scale == "u8":
+    if choice is DIRECT and (FORMS[name].scale == "u8" or FORMS[name].bits != 4):
         assert not select.fits(DIRECT, 5, 256, 512, FORMS[name])
         return
     m = 70 if choice is GEMM else 5
@@ -60,6 +68,9 @@ def test_options():
         lower(Form(), 100, 250, m, choice)  # neither is a multiple of 8
         lower(Form(), 256, 512, m, choice, perm=True)
     lower(Form(), 256, 512, 1, STREAM, perm=True)
+    for m, choice in ((1, STREAM), (16, STREAM), (33, GEMM)):
+        lower(FORMS["w8_asym"], 200, 584, m, choice, jnp.float16, bias=True, stack=2)
+        lower(FORMS["w8_g128"], 256, 512, m, choice, perm=True)
     for m, config in ((1, direct.Config(4, 1, 5)), (3, direct.Config(4, 1, 264, 3)), (12, direct.Config(4, 2, 6, 2))):
         lower(FORMS["g32"], 200, 504, m, select.Choice("direct", config), jnp.float16, bias=True, stack=2)
         lower(FORMS["hqq"], 200, 512, m, select.Choice("direct", config))
@@ -83,16 +94,16 @@ def test_options():
     ids=str,
 )
 def test_units_that_warpgroups_share_or_collect(m, config):
-    for name in ("g128", "nf4"):
+    for name in ("g128", "w8_asym", "nf4"):
         lower(FORMS[name], 2000, 1024, m, select.Choice("gemm", config), bias=True)
 
 
 def tuned():
     rows = {}
     for device in ("h100", "h200"):
-        for (kind, _bits, n, k), entries in select.table(device).items():
+        for (kind, bits, n, k), entries in select.table(device).items():
             for m, choice in entries:
-                rows.setdefault((kind, choice), (n, k, m))
+                rows.setdefault(((kind, bits), choice), (n, k, m))
     return rows
 
 
