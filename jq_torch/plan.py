@@ -270,8 +270,7 @@ class Plan:
             if target in self._meta or pattern is not None:
                 continue
             path, _, last = target.rpartition(".")
-            if path not in self._paths and f"{self.model.base_model_prefix}.{path}" in self._paths:
-                path = f"{self.model.base_model_prefix}.{path}"
+            path = self._in_model(path, matrix=name in self._turning)
             if last == "bias" and path in self.modules:
                 self.biases[path] = name
                 self.table[name] = f"{path}.bias"
@@ -294,6 +293,15 @@ class Plan:
         meta, stored = self._meta.get(target), self.entry(name)[1]
         if stored.kind in "iu" and (meta.is_floating_point() if meta is not None else target.endswith(".bias")):
             raise CheckpointError(f"{self.label}: {name}: found dtype {stored}, expected a float tensor")
+
+    def _in_model(self, path: str, *, matrix: bool) -> str:
+        """A module of the file as the model names it, which may be the base model alone, or more than it; a matrix of
+        queries or keys is a module that the model does not have, inside one that it has."""
+        base = self.model.base_model_prefix
+        for found in (path, f"{base}.{path}", path.removeprefix(f"{base}.")):
+            if (found.rpartition(".")[0] if matrix else found) in self._paths:
+                return found
+        return path
 
     def _is_carried(self, name: str, path: str, last: str) -> bool:
         if name in self._turning:  # a matrix of queries or keys, in a module of its own

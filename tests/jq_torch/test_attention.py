@@ -110,6 +110,20 @@ def test_queries(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(turned, ids), np.asarray(jq.load(folder)(ids)), atol=2e-4)
 
 
+def test_base_models(tmp_path: Path) -> None:
+    """Without the head, modules have other names than in the file."""
+    for scheme in ("int8-asym-head", "mxfp4"):
+        folder = with_cache(tmp_path / scheme, CACHES[scheme])
+        ids = torch.tensor(random_ids((2, 9)), dtype=torch.long)
+        with jq_torch.enable(), torch.no_grad():
+            base = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+            want = load(folder).model(ids).last_hidden_state
+            assert torch.equal(base(ids).last_hidden_state, want)
+            base.save_pretrained(tmp_path / "base")
+            again = transformers.AutoModel.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+            assert torch.equal(again(ids).last_hidden_state, want)
+
+
 def test_other_attention_functions_copies_and_pickles(tmp_path: Path) -> None:
     model, ids = load(queries_too(tmp_path / "m")), random_ids((1, 9))
     want = logits(model, ids)
