@@ -90,12 +90,12 @@ def build(
     label = str(state.path or "state")
     spec = spec or spec_of(state.config, label)
     state, spec = expert_names.as_stored(state, spec, label)
+    if spec.fused and any(name.endswith(".self_attn.q_proj.weight") for name in state):
+        spec = spec.replace(fused=False)  # EXL3 takes the joined matrices of a family apart
     on_cpu = jax.default_backend() == "cpu"
-    compute = (
-        np.dtype(dtype) if dtype is not None else np.dtype(np.float32) if on_cpu else _own_dtype(state.config, label)
-    )
-    if compute.name not in COMPUTE:
-        raise ValueError(f"jq.load: dtype is {compute}, expected {', '.join(COMPUTE)}")
+    compute = _compute_dtype(dtype) if dtype is not None else np.dtype(np.float32)
+    if dtype is None and not on_cpu:
+        compute = _own_dtype(state.config, label)
     cache, own_cache = _cache_form(state, spec, kv_cache_dtype, compute, quantize_activations)
     read = Reader(
         state,
@@ -174,6 +174,16 @@ def _cache_form(
         own = None
     form = form or own or compute.name
     return form, form == own
+
+
+def _compute_dtype(dtype: Any) -> np.dtype:
+    try:
+        found = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        found = None
+    if found is None or found.name not in COMPUTE:
+        raise ValueError(f"jq.load: dtype is {found or dtype!r}, expected {', '.join(COMPUTE)}")
+    return found
 
 
 def _own_dtype(config: Mapping[str, Any], label: str) -> np.dtype:

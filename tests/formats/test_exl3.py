@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,18 @@ def test_whole_models(hidden: int, inner: int, vocab: int, tmp_path: Path, cell)
     assert state["lm_head.weight"].shape == (vocab, hidden)
     assert state["model.layers.0.mlp.down_proj.weight"].shape == (hidden, inner)
     np.testing.assert_array_equal(np.asarray(jq.load(tmp_path / "again")(ids)), dense)
+
+
+def test_joined_matrices_are_stored_apart(tmp_path: Path) -> None:
+    """Phi-3 has one matrix for queries, keys and values; exllamav3 writes three, as Llama has them."""
+    write(tmp_path, 128, 256, 256)
+    ids = np.array([[1, 5, 9, 2]])
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"rms_norm_eps": 1e-5}
+    logits = []
+    for name in ("llama", "phi3"):
+        (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": name, "pad_token_id": 0}))
+        logits.append(np.asarray(jq.load(tmp_path)(ids)))
+    np.testing.assert_allclose(*logits, atol=1e-5 * np.abs(logits[0]).max())
 
 
 @pytest.mark.parametrize(
