@@ -53,7 +53,7 @@ def test_every_kind_for_few_and_many_rows(kind):
 
 @pytest.mark.parametrize(("dtype", "limit"), [(jnp.bfloat16, 4e-3), (jnp.float16, 1e-3)])
 def test_rows_with_a_mean(dtype, limit):
-    """Codes may be multiplied with a constant on them, which the sums take off: x's mean, often enlarged, must go."""
+    """What a decode leaves on the codes would be multiplied by x's mean, often enlarged: nothing may be left."""
     w = tune.random_weight(Form(), 6144, 4096)
     for m, mean in ((2, 1.0), (3, -8.0), (4, 100.0), (6, 0.0), (8, 3.0)):
         x = (rows(m, 4096, jnp.float32) + mean).astype(dtype)
