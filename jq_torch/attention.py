@@ -26,7 +26,7 @@ from transformers.utils import logging
 from jq import rotation
 from jq.checkpoint import Checkpoint
 from jq.errors import UnsupportedError
-from jq.formats.compressed_tensors_attention import Attentions, Inside
+from jq.formats.compressed_tensors_attention import Attentions, Inside, check_scale
 from jq.models import kv_cache
 from jq_torch.rounding import rounded
 
@@ -157,6 +157,10 @@ def install(model: Any, ckpt: Checkpoint, quantization: Mapping[str, Any], *, qu
             continue
         inside, arrays = found or (Inside(), {})
         form = inside.cache or named
+        if form is not None and form is named:
+            for name in [f"{at}.{owner}{w}_scale" for w in "kv" for owner in ("", f"{w}_proj.")]:
+                if name in tensors:
+                    check_scale(tensors[name], f"{ckpt.label}: {name}")
         if form is not None or inside != Inside():
             _change(module, inside, form, arrays, f"{ckpt.label}: {at}")
 

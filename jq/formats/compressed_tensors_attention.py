@@ -178,15 +178,19 @@ class Attentions:
             value = np.asarray(self._tensors[name])
             if value.size != 1 and (value.ndim != 3 or value.shape[1:] != (1, 1)):
                 raise FormatError(f"{self._label}: {name}: found shape {value.shape}, expected (1,) or (heads, 1, 1)")
-            if part != "zero_point" and not (np.isfinite(value.astype(np.float64)) & (value != 0)).all():
-                raise FormatError(
-                    f"{self._label}: {name}: is 0 or no number; the file is damaged. kv_cache='bfloat16' takes another cache"
-                    if which != "q"
-                    else f"{self._label}: {name}: is 0 or no number; the file is damaged"
-                )
+            if part != "zero_point":
+                check_scale(value, f"{self._label}: {name}")
             self.names.add(name)
             found[f"{which}_{part}"] = value
         return found
+
+
+def check_scale(value: np.ndarray, label: str) -> None:
+    """Raises FormatError for a scale inside attention that nothing can be divided by."""
+    if not (np.isfinite(value.astype(np.float64)) & (value != 0)).all():
+        raise FormatError(
+            f"{label}: is 0 or no number; the file is damaged. quantize_activations=False leaves attention in float"
+        )
 
 
 def keeps_codes(args: Args) -> bool:

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jq.activation_schemes.compressed_tensors import parameters_of
+from jq.formats.compressed_tensors_attention import check_scale
 from jq.models import attention, functional, kernels, kv_cache, rope
 from jq.models.experts import ExpertMLP, StackedExpertMLP
 from jq.models.reader import Reader
@@ -212,6 +214,7 @@ def _cache_scale(read: Reader, path: str, which: str, spec: DecoderSpec) -> Any:
     for name in (f"{path}.{which}_scale", f"{path}.{which}_proj.{which}_scale"):
         found = read.optional(name, (1,), (spec.num_kv_heads, 1, 1))
         if found is not None:
+            check_scale(np.asarray(found.get_value()), f"{read.label}: {name}")
             return found
     return None
 

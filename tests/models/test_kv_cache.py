@@ -75,6 +75,19 @@ def test_what_a_cache_cannot_be(tmp_path: Path) -> None:
     assert kv_cache.form_of("fp8", 8) == kv_cache.form_of(np.dtype("float8_e4m3fn"), 8) == "float8_e4m3"
 
 
+def test_scales_that_are_no_numbers(tmp_path: Path) -> None:
+    state = jq.load_state(with_cache(tmp_path, CACHES["fp8"]))
+    name = "model.layers.1.self_attn.v_scale"
+    for config in (state.config["quantization_config"], {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}):
+        for value in (np.nan, 0.0):
+            damaged = jq.State(
+                {**state, name: np.full(1, value, np.float32)}, {**state.config, "quantization_config": config}
+            )
+            with pytest.raises(jq.errors.FormatError, match=f"{name}: is 0 or no number"):
+                jq.load(damaged)
+            assert np.isfinite(jq.load(damaged, quantize_activations=False)(random_ids((1, 5)))).all()
+
+
 def test_saving_keeps_the_scales(tmp_path: Path) -> None:
     for scheme in ("int8", "int8-asym"):
         folder = with_cache(tmp_path / scheme, CACHES[scheme])
