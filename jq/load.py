@@ -182,7 +182,7 @@ def _compute_dtype(dtype: Any) -> np.dtype:
     except TypeError:
         found = None
     if found is None or found.name not in COMPUTE:
-        raise ValueError(f"jq.load: dtype is {found or dtype!r}, expected {', '.join(COMPUTE)}")
+        raise ValueError(f"jq.load: dtype is {dtype if found is None else found}, expected {', '.join(COMPUTE)}")
     return found
 
 

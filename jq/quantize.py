@@ -56,8 +56,12 @@ def quantize(
     Raises:
       UnsupportedError: already quantized, weights that the method's storage cannot hold, or `data` given.
       CalibrationError: the method needs a calibration.
+      TypeError: a method's name or class in place of an object, or nothing that can be quantized.
       ValueError: a pattern of `skip` that matches nothing, weights that are not finite.
     """
+    if isinstance(method, str | type):
+        name = method if isinstance(method, str) else f"the class {method.__name__}"
+        raise TypeError(f"jq.quantize: method is {name}, expected an object such as jq.NF4() or jq.RTN(bits=4)")
     if data is not None or not hasattr(method, "quantize"):
         raise _needs_calibration(method, data)
     if isinstance(model_or_state, State):

@@ -276,11 +276,19 @@ def check_dense(ckpt: Checkpoint, names: Iterable[str]) -> None:
 
 
 def quantized(model_or_state: Any) -> dict[str, QTensor]:
-    """Quantized tensors by module path, e.g. "model.layers.0.self_attn.q_proj"."""
+    """Quantized tensors by module path, e.g. "model.layers.0.self_attn.q_proj".
+
+    Raises:
+      TypeError: neither an NNX module nor a mapping of tensors.
+    """
     if isinstance(model_or_state, Mapping):
         return {module_of(k): v for k in model_or_state if isinstance(v := model_or_state[k], QTensor)}
+    from flax import nnx
+
     from jq import nn
 
+    if not isinstance(model_or_state, nnx.Module):
+        raise TypeError(f"jq.quantized takes a model or a State, got {type(model_or_state).__name__}")
     return nn.quantized(model_or_state)
 
 

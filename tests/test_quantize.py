@@ -220,3 +220,14 @@ def test_refusals():
 def test_quantized_reference_is_refused():
     with pytest.raises(UnsupportedError, match="gptq-4-g32-sym-descact: is quantized already"):
         jq.quantize(jq.load_state(directories()["gptq-4-g32-sym-descact"]), jq.NF4())
+
+
+@pytest.mark.parametrize("method", ["nf4", jq.NF4])
+def test_a_name_or_a_class_is_no_method(method, tiny):
+    with pytest.raises(TypeError, match=r"expected an object such as jq\.NF4\(\)"):
+        jq.quantize(tiny, method)
+
+
+def test_quantized_takes_models_and_states():
+    with pytest.raises(TypeError, match=r"jq\.quantized takes a model or a State, got str"):
+        jq.quantized("a/path")

@@ -297,7 +297,7 @@ class NVFP4:
         codes, scale, whole = narrow.nvfp4_modelopt(w, peak)
         packed = _bits.pack(codes, 4).view(np.uint8)
         parts = {"weight": packed, "weight_scale": scale.view(E4M3), "weight_scale_2": whole}
-        made = load(name, parts, Options("W4A16_NVFP4", (), str(w.dtype)), Context())
+        made = load(name, parts, Options("W4A16_NVFP4", dtype=str(w.dtype)), Context())
         assert isinstance(made, NarrowFloat)
         return made
 

@@ -33,11 +33,11 @@ class Options:
     """A parsed config: the algorithm, that of single layers where they are mixed, and the model's dtype."""
 
     algorithm: str = "NVFP4"
-    layers: tuple[tuple[str, str], ...] = ()
+    layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dtype: str = "bfloat16"
 
     def of(self, prefix: str) -> str:
-        return dict(self.layers).get(prefix, self.algorithm)
+        return self.layers.get(prefix, self.algorithm)
 
 
 def detect(checkpoint: Any) -> dict | None:
@@ -78,7 +78,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     }
     warn_unknown({**config, **inner}, known, context.label)
     given = context.config.get("dtype") or context.config.get("torch_dtype")
-    return Options(algorithm, tuple(named.items()), context.model_dtype if given else "bfloat16")
+    return Options(algorithm, named, context.model_dtype if given else "bfloat16")
 
 
 def _from_groups(groups: Any) -> str | None:

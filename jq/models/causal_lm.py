@@ -56,10 +56,16 @@ class CausalLM(nnx.Module):
             places are not used.
 
         Returns:
-          float32[B, T, V].
+          float32[B, T, V]. Ids outside the vocabulary give NaN.
+
+        Raises:
+          TypeError: ids that are not integers, or of another shape.
         """
-        ids = jnp.asarray(input_ids, jnp.int32)
+        ids = jnp.asarray(input_ids)
         ids = ids[None] if ids.ndim == 1 else ids
+        if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"model: input_ids must be integers [B, T] or [T], got {ids.dtype}{ids.shape}")
+        ids = ids.astype(jnp.int32)
         starts = None if attention_mask is None else _starts(attention_mask)
         graph, state = functional.split(self)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((ids, state))):

@@ -38,7 +38,7 @@ def perplexity(
       advance: called with (windows done, windows, perplexity so far as text).
 
     Raises:
-      ValueError: fewer than two tokens, a window below 2.
+      ValueError: fewer than two tokens, a window below 2, ids outside the vocabulary.
 
     Example:
       >>> uniform = lambda ids: jnp.zeros((*ids.shape, 7))
@@ -49,7 +49,10 @@ def perplexity(
     total, count = 0.0, 0
     for i, row in enumerate(windows):
         tokens = jnp.asarray(row[None], jnp.int32)
-        losses = np.asarray(_losses(model(tokens)[:, :-1], tokens[:, 1:]), np.float64)
+        logits = model(tokens)
+        if row.min() < 0 or row.max() >= logits.shape[-1]:
+            raise ValueError(f"perplexity: a token id lies outside the vocabulary of {logits.shape[-1]}")
+        losses = np.asarray(_losses(logits[:, :-1], tokens[:, 1:]), np.float64)
         total += float(losses.sum())
         count += losses.size
         if advance is not None:

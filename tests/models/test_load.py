@@ -261,8 +261,8 @@ def test_joined_memory_ends_with_the_model(tmp_path: Path) -> None:
     assert len(joined._wholes) == before
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float64", "float8_e4m3fn"])
-def test_dtypes_that_nothing_computes_in(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "float64", "float8_e4m3fn", "abc", 5])
+def test_dtypes_that_nothing_computes_in(dtype: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected float32, bfloat16, float16"):
         jq.load(write(tmp_path, *tiny()), dtype=dtype)
 
@@ -274,3 +274,10 @@ def test_the_checkpoints_own_dtype_is_checked() -> None:
     assert _own_dtype({"dtype": "float64"}, "DIR") == np.float32
     with pytest.raises(jq.errors.CheckpointError, match=r"DIR: config\.json: dtype is 'four'"):
         _own_dtype({"dtype": "four"}, "DIR")
+
+
+@pytest.mark.parametrize("ids", [[[1.5]], np.zeros((1, 0), np.int32), np.zeros((1, 2, 3), np.int32), [True]])
+def test_what_are_no_token_ids(ids: object) -> None:
+    tensors, config = tiny()
+    with pytest.raises(TypeError, match="input_ids must be integers"):
+        jq.load(jq.State(tensors, config))(ids)

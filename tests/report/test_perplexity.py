@@ -100,3 +100,9 @@ def test_the_bundled_text_has_its_notice():
     text = bundled_text()
     assert text.startswith(" \n = Robert Boulter = \n")
     assert "Creative Commons" in (resources.files("jq.report") / "texts" / "NOTICE.txt").read_text()
+
+
+@pytest.mark.parametrize("bad", [7, -1])
+def test_ids_outside_the_vocabulary_are_refused(bad):
+    with pytest.raises(ValueError, match="outside the vocabulary of 7"):
+        jq.perplexity(lambda ids: jnp.zeros((*ids.shape, 7)), [1, 2, bad, 3], window=4)
