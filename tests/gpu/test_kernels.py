@@ -199,7 +199,7 @@ def test_scales_of_all_sizes(kind):
         off = np.linalg.norm(y - ref, axis=0) / np.maximum(
             np.linalg.norm(ref, axis=0), 1e-300
         )  # of each row of the weight
-        assert off.max() < 6e-3, (config, off.max())
+        assert off.max() < 1e-2, (config, off.max())
 
 
 def test_many_short_runs_are_bit_identical():
