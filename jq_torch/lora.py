@@ -2,7 +2,7 @@
 
 A `JqLinear` is an `nn.Linear` to peft, so its adapters attach and train by themselves. What differs is merging: peft
 writes into `base_layer.weight`, which a packed layer computes anew each time. Here the base becomes a dense layer
-before a merge and the packed one again after an unmerge. `install` teaches peft so, once for a process; it looks at
+before a merge and the packed one again after an unmerge, whatever the tuner. `install` teaches peft so, once for a process; it looks at
 nothing but our layers and stays after `jq_torch.disable`, since loaded models stay too.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from jq.errors import UnsupportedError
 from jq_torch.linear import JqLinear
 
 
@@ -33,31 +34,66 @@ def dense_layer(packed: JqLinear, dtype: torch.dtype) -> nn.Linear:
 
 @functools.cache
 def lora_class() -> type:
-    """peft's `lora.Linear` with a merge that suits packed layers."""
+    """peft's `lora.Linear` without the starts that change the base weight, which packed bits cannot follow."""
     from peft.tuners.lora.layer import Linear
 
     class JqLoraLinear(Linear):  # type: ignore[misc, unused-ignore]
         """LoRA on a packed layer."""
 
-        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            base = self.get_base_layer()
-            if isinstance(base, JqLinear) and self.lora_A:
-                dtype = next(iter(self.lora_A.values())).weight.dtype
-                self.__dict__["packed_base"] = base  # not a submodule: it is no part of the merged model
-                self.base_layer = dense_layer(base, dtype)
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    def refused(name: str) -> Any:
+        def start(self: Any, *args: Any, **kwargs: Any) -> None:
+            if not isinstance(self.get_base_layer(), JqLinear):
+                return getattr(Linear, name)(self, *args, **kwargs)
+            kind = name.removesuffix("_init")
+            raise UnsupportedError(
+                f"init_lora_weights={kind!r} writes into the base weight, which a packed layer cannot take; call "
+                "model.dequantize() first, or start the adapter otherwise"
+            )
 
-        def unmerge(self) -> None:
-            super().unmerge()
-            packed = self.__dict__.pop("packed_base", None)
-            if packed is not None:
-                self.base_layer = packed
+        return start
 
+    for name in ("pissa_init", "olora_init", "corda_init", "loftq_init", "lora_ga_init"):
+        if hasattr(Linear, name):
+            setattr(JqLoraLinear, name, refused(name))
     return JqLoraLinear
 
 
+def _merges_densely(kind: type) -> None:
+    """Gives a tuner's layer a dense base before it merges, and the packed one back after it unmerges."""
+    merge, unmerge = vars(kind)["merge"], vars(kind).get("unmerge")
+
+    @functools.wraps(merge)
+    def merged(self: Any, *args: Any, **kwargs: Any) -> Any:
+        base = getattr(self, "base_layer", None)
+        if not isinstance(base, JqLinear):
+            return merge(self, *args, **kwargs)
+        inside = {id(p) for p in base.parameters()}
+        own = [p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in inside]
+        self.base_layer = dense_layer(base, own[0] if own else torch.float32)
+        try:
+            return merge(self, *args, **kwargs)
+        finally:
+            if self.merged:
+                self.__dict__["packed_base"] = base  # not a submodule: it is no part of the merged model
+            else:
+                self.base_layer = base
+
+    kind.merge = merged  # type: ignore[attr-defined]
+    if unmerge is None:
+        return
+
+    @functools.wraps(unmerge)
+    def unmerged(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unmerge(self, *args, **kwargs)
+        packed = self.__dict__.pop("packed_base", None)
+        if packed is not None:
+            self.base_layer = packed
+
+    kind.unmerge = unmerged  # type: ignore[attr-defined]
+
+
 def _backend() -> Any:
-    """peft's interface for tuners other than LoRA (OFT, VeRA, MiSS, BOFT, SHiRA)."""
+    """peft's interface for some of the tuners other than LoRA (OFT, VeRA, MiSS, BOFT, SHiRA)."""
     from peft.utils.quantization_utils import QuantizationBackend
 
     class JqBackend(QuantizationBackend):  # type: ignore[misc, unused-ignore]
@@ -71,10 +107,7 @@ def _backend() -> Any:
             return base_layer.weight.data  # type: ignore[union-attr, return-value]
 
         def set_base_weight(self, peft_layer: Any, weight_data: torch.Tensor) -> None:
-            base = peft_layer.get_base_layer()
-            if isinstance(base, JqLinear):
-                peft_layer.base_layer = base = dense_layer(base, weight_data.dtype)
-            base.weight.data = weight_data
+            peft_layer.get_base_layer().weight.data = weight_data  # dense by now (`_merges_densely`)
 
     return JqBackend()
 
@@ -98,6 +131,10 @@ def install() -> None:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if isinstance(base, JqLinear) and not lora_config._custom_modules and "parameter_name" not in _given(kwargs):
             lora_config.fan_in_fan_out = False  # a packed Conv1D is an nn.Linear
+            if getattr(lora_config, "kasa_config", None) is not None:
+                raise UnsupportedError(
+                    "kasa_config truncates the base weight, which a packed layer cannot take; call model.dequantize() first"
+                )
             return lora_class()(target, adapter_name, config=lora_config, **kwargs)
         return create(lora_config, adapter_name, target, **kwargs)
 
@@ -108,6 +145,11 @@ def install() -> None:
         for model in list(vars(module).values()) if module is not None else ():
             if isinstance(model, type) and "_check_merge_allowed" in vars(model):
                 model._check_merge_allowed = _merge_allowed(model._check_merge_allowed)  # type: ignore[attr-defined]
+    for name in ("peft.tuners.lycoris_utils", *[f"{n}.layer" for n in names]):
+        module = sys.modules.get(name)
+        for kind in list(vars(module).values()) if module is not None else ():
+            if isinstance(kind, type) and kind.__module__ == name and "merge" in vars(kind):
+                _merges_densely(kind)
     _install_backend(names)
 
 

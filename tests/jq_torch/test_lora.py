@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import jq
 import jq_torch
+from jq.errors import UnsupportedError
 from jq_torch.linear import JqLinear
 
 peft = pytest.importorskip("peft", reason="LoRA tests need peft")
@@ -98,17 +99,41 @@ def test_dora_reads_the_dequantized_weight(folder):
     torch.testing.assert_close(logits(model.merge_and_unload()), want, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("tuner", ["OFTConfig", "VeraConfig", "MissConfig"])
+TUNERS = {
+    "OFTConfig": {"r": 0, "oft_block_size": 8},
+    "VeraConfig": {"r": 4},
+    "MissConfig": {"r": 4},
+    "AdaLoraConfig": {"r": 4, "total_step": 10},
+    "LoHaConfig": {"r": 4},
+    "LoKrConfig": {"r": 4},
+    "IA3Config": {"feedforward_modules": []},
+    "FourierFTConfig": {"n_frequency": 10},
+    "RandLoraConfig": {"r": 4},
+}
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
 def test_other_tuners_merge(folder, tuner):
     torch.manual_seed(2)
-    kind = getattr(peft, tuner)
-    options = {"r": 0, "oft_block_size": 8} if tuner == "OFTConfig" else {"r": 4}
-    model = peft.get_peft_model(load(folder), kind(target_modules=["q_proj"], **options))
-    for name, parameter in model.named_parameters():
+    model = peft.get_peft_model(load(folder), getattr(peft, tuner)(target_modules=["q_proj"], **TUNERS[tuner])).eval()
+    base = logits(load(folder))
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.02) if "lambda" not in name else None
+            torch.nn.init.normal_(parameter, std=0.2)
     want = logits(model)
+    assert (want - base).abs().max() > 1e-5
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), want) and any(isinstance(m, JqLinear) for m in model.modules())
     torch.testing.assert_close(logits(model.merge_and_unload()), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "corda"])
+def test_starts_that_change_the_base_are_refused(folder, start):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start)
+    with pytest.raises(UnsupportedError, match="writes into the base weight"):
+        peft.get_peft_model(load(folder), config)
 
 
 def test_preparation_for_kbit_training_keeps_the_packed_bits(folder):
