@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -234,7 +235,7 @@ def format_errors(ckpt: Checkpoint, fmt: Format, what: str) -> Iterator[None]:
         if str(e).startswith(ckpt.label):
             raise
         raise type(e)(f"{ckpt.label}: {e}") from e
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as e:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, re.error) as e:
         raise FormatError(
             f"{ckpt.label}: {what}: cannot be read as {fmt.name} ({type(e).__name__}: {e}); the config or the tensors "
             "are damaged or of an unknown variant"

@@ -32,20 +32,22 @@ ROTATIONS = ("rotation", "hadamard", "spinquant", "quarot")  # in keys of a conf
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Defaults of all modules, the storage ("gptq", "awq", "own") and (name or pattern, overrides) of exceptions."""
+    """Defaults of all modules, the storage ("gptq", "awq", "own"), and what `extra_config` overrides, by name and pattern."""
 
     bits: int
     group_size: int
     sym: bool
     storage: str
     floats: FloatOptions | None = None
-    extra: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+    exact: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    patterns: tuple[tuple[re.Pattern[str], Mapping[str, Any]], ...] = ()
 
     def of(self, module: str) -> Options:
         """The options of one module: its own entry of `extra_config`, else the first pattern found in its name."""
-        exact = [overrides for name, overrides in self.extra if name == module]
-        found = exact or [overrides for name, overrides in self.extra if re.search(name, module)]
-        return dataclasses.replace(self, **dict(found[0])) if found else self
+        found = self.exact.get(module)
+        if found is None:
+            found = next((overrides for pattern, overrides in self.patterns if pattern.search(module)), {})
+        return dataclasses.replace(self, **found)
 
 
 def parse(config: Mapping[str, Any], context: Context) -> Options:
@@ -80,12 +82,16 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     extra = config.get("extra_config") or {}
     if not isinstance(extra, Mapping):
         raise FormatError(f"{label}: quantization_config.extra_config is {type(extra).__name__}, expected an object")
+    exact = {
+        name: _overrides(found, f"{label}: quantization_config.extra_config[{name!r}]") for name, found in extra.items()
+    }
     options = Options(
         bits=whole_number(config["bits"], "bits", label),
         group_size=checked_group(first(config, "group_size", default=128), label),
         sym=true_or_false(config, "sym", label),
         storage=_storage(packing, label),
-        extra=tuple((name, _overrides(found, f"{label}: extra_config {name!r}")) for name, found in extra.items()),
+        exact=exact,
+        patterns=tuple((_pattern(name, label), overrides) for name, overrides in exact.items()),
     )
     if options.bits not in (2, 3, 4, 8):
         raise UnsupportedError(f"{label}: AutoRound with {options.bits} bits; its packings have 2, 3, 4, 8")
@@ -107,15 +113,26 @@ def _storage(packing: str, label: str) -> str:
     return "own"
 
 
-def _overrides(found: Mapping[str, Any], label: str) -> tuple[tuple[str, Any], ...]:
+def _pattern(name: str, label: str) -> re.Pattern[str]:
+    try:
+        return re.compile(name)
+    except re.error as e:
+        raise FormatError(
+            f"{label}: quantization_config.extra_config: {name!r:.80} is neither a module nor a regular expression ({e})"
+        ) from e
+
+
+def _overrides(found: Any, label: str) -> dict[str, Any]:
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{label} is {found!r:.60}, expected an object of settings")
     changed: dict[str, Any] = {}
     if found.get("bits") is not None:
         changed["bits"] = whole_number(found["bits"], "bits", label)
     if found.get("group_size") is not None:
         changed["group_size"] = checked_group(found["group_size"], label)
     if found.get("sym") is not None:
-        changed["sym"] = bool(found["sym"])
-    return tuple(changed.items())
+        changed["sym"] = true_or_false(found, "sym", label)
+    return changed
 
 
 def group(names: list[str], options: Options, context: Context) -> dict[str, dict[str, str]]:

@@ -127,7 +127,15 @@ def read_gguf(path: Path) -> tuple[dict[str, Entry], dict[str, Any], dict[str, A
         entries.update(more)
     if not entries:
         raise CheckpointError(f"{path}: holds no tensors")
-    return entries, config_of(metadata, entries), metadata
+    try:
+        config = config_of(metadata, entries)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: the metadata describes no model ({type(e).__name__}: {e}); it is damaged"
+        ) from e
+    return entries, config, metadata
 
 
 def read_file(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:

@@ -58,6 +58,19 @@ def test_refusals(config, error, text):
         parse(**config)
 
 
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        ({"(": {"bits": 4}}, r"extra_config: '\(' is neither a module nor a regular expression"),
+        ({"a": 5}, r"extra_config\['a'\] is 5, expected an object"),
+        ({"a": {"sym": "false"}}, "sym is 'false', expected true or false"),
+    ],
+)
+def test_bad_extra_config(extra, text):
+    with pytest.raises(FormatError, match=text):
+        parse(bits=4, group_size=32, sym=True, extra_config=extra)
+
+
 def test_extra_config():
     o = parse(
         extra_config={"lm_head": {"bits": 8, "group_size": -1}, ".*k_proj": {"sym": False}, "model.x": {"bits": 16}}

@@ -344,3 +344,33 @@ def test_hostile_headers(tmp_path: Path, raw: bytes, error: type[Exception], mes
     with pytest.raises(error, match=message) as caught:
         jq.load_state(file)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "tensors"),
+    [
+        ("rope.dimension_count", "x", {}),
+        ("rope.dimension_count", [1, 2], {}),
+        ("expert_count", "x", {}),
+        ("rope.scaling.type", "none", {"rope_freqs.weight": np.ones((2, 8), np.float32)}),
+        (
+            "rope.scaling.type",
+            "none",
+            {f"rope_factors_{which}.weight": np.ones((2, 4), np.float32) for which in ("long", "short")},
+        ),
+    ],
+)
+def test_metadata_of_wrong_types_names_the_file(tmp_path: Path, key: str, value: Any, tensors: dict) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_uint32("llama.attention.head_count", 2)
+    writer.add_uint32("llama.embedding_length", 32)
+    (writer.add_array if isinstance(value, list) else writer.add_string)(f"llama.{key}", value)
+    for name, tensor in {"token_embd.weight": np.ones((50, 32), np.float32), **tensors}.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for call in (jq.load_state, jq.inspect, jq.load):
+        with pytest.raises(CheckpointError, match=r"model\.gguf: the metadata describes no model"):
+            call(tmp_path / "model.gguf")
