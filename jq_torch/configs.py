@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 from typing import Any
@@ -323,7 +324,7 @@ LED: dict[type, type] = {}  # original -> the subclass that its name makes while
 
 
 def lead(original: type) -> None:
-    """Lets `original(...)` make an object of `LED[original]`: a name imported before `enable` does the same as after."""
+    """Lets `original` make objects of `LED[original]`: a name imported before `enable` does the same as after."""
     if "__new__" in vars(original):
         return
 
@@ -332,6 +333,14 @@ def lead(original: type) -> None:
 
     new.__wrapped__ = original.__init__  # type: ignore[attr-defined,misc]  # what inspect.signature shows
     original.__new__ = new  # type: ignore[method-assign,assignment]  # stays: Python remembers one that was removed
+    inner = original.from_dict.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(inner)
+    def from_dict(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        led = LED.get(cls)
+        return inner(cls, *args, **kwargs) if led is None else led.from_dict(*args, **kwargs)  # type: ignore[attr-defined]
+
+    original.from_dict = classmethod(from_dict)  # type: ignore[attr-defined]
 
 
 class StoredConfig(Verbatim, hf.QuantizationConfigMixin):

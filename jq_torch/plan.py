@@ -182,7 +182,8 @@ class Plan:
         try:
             return self.format.parse(quantization, self.context)
         except JqError as e:
-            raise type(e)(f"{self.label}: {e}") from e
+            named = str(e).startswith(self.label)
+            raise type(e)(str(e) if named else f"{self.label}: {e}") from e
 
     def resolve(self, key: str) -> tuple[str, str | None]:
         """A stored name as the model's own, and the pattern of the model's converter that takes it, if one does."""

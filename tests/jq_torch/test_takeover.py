@@ -138,6 +138,8 @@ def test_names_imported_before(name):
         assert type(config) is getattr(transformers, name) is not original
         assert config.to_dict() == getattr(transformers, name)(**ARGUMENTS[name]).to_dict()
         assert isinstance(copy.deepcopy(config), original)
+        file = {"quant_method": str(config.quant_method.value), "a key of the file": 1}
+        assert original.from_dict(file).to_dict() == file
     assert inspect.signature(original) == before
     if name == "AwqConfig":
         assert type(original(bits=4)) is original
@@ -179,3 +181,15 @@ def test_a_files_dict_comes_back_verbatim(stored, enabled):
     assert json.loads(config.to_json_string()) == stored
     unused = config.update(nonsense=1)
     assert unused == {"nonsense": 1}
+
+
+def test_loading_arguments_do_not_change_what_is_saved(enabled, tmp_path):
+    """transformers asks AutoRoundConfig, by the name that it imported, for the file's config."""
+    folder = directories().get("auto-round-gptq-g32-sym")
+    if folder is None:
+        pytest.skip("no reference directory")
+    arguments = transformers.AutoRoundConfig(bits=4, backend="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=arguments)
+    model.save_pretrained(tmp_path)
+    found, want = (json.loads((d / "config.json").read_text())["quantization_config"] for d in (tmp_path, folder))
+    assert found == want
