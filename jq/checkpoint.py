@@ -32,6 +32,8 @@ NOT_WEIGHTS = (
     "scheduler.bin",
     "scheduler.pt",
 )
+# Files of hub repositories that nothing here reads: other frameworks' weights, Meta's own copy of Llama.
+NOT_DOWNLOADED = ["*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.tflite", "original/*", "onnx/*", "openvino/*"]
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", ".bin.index.json")
 MAX_SIDE_FILE_BYTES = 64_000_000
 MAX_SHARD_BYTES = 5_000_000_000
@@ -99,9 +101,7 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(text, revision=revision, ignore_patterns=["*.onnx", "*.h5", "*.msgpack"])
-        )
+        return Path(huggingface_hub.snapshot_download(text, revision=revision, ignore_patterns=NOT_DOWNLOADED))
     except Exception as e:  # the hub's client raises many kinds; each means the same here
         raise CheckpointError(
             f"{text}: no such directory, and the hub did not give it ({type(e).__name__}: {e}). Check the name, the "

@@ -179,3 +179,21 @@ def test_what_a_format_has_no_use_for_is_kept(directory: str, suffix: str, lazy:
     saved = checkpoint.open_checkpoint(tmp_path / "out")
     assert set(saved.entries) == set(arrays)
     assert all(saved.read(name).tobytes() == a.tobytes() for name, a in arrays.items())
+
+
+def test_downloads_leave_out_what_nothing_reads(tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["config.json", "model.safetensors", "original/consolidated.00.pth", "onnx/model.onnx", "tf_model.h5"]
+    checkpoint_of(tmp_path / "snapshot", w=1)
+    taken: list[str] = []
+
+    def download(name: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
+        assert (name, revision) == ("some/model", "v1")
+        taken.extend(filter_repo_objects(there, ignore_patterns=ignore_patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert list(jq.load_state("some/model", revision="v1")) == ["w"]
+    assert taken == ["config.json", "model.safetensors"]
