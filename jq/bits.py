@@ -32,11 +32,6 @@ def word_dtype(bits: int, count: int) -> np.dtype:
     return np.dtype(np.uint32 if bits * count % 32 == 0 else np.uint8)
 
 
-def packed_length(bits: int, count: int) -> int:
-    """Number of words (of `word_dtype(bits, count)`) that `count` codes take."""
-    return -(-bits * count // (8 * word_dtype(bits, count).itemsize))
-
-
 def capacity(words: Array, bits: int) -> int:
     """Number of whole codes that a packed row has room for (padding included)."""
     return words.shape[-1] * 8 * words.dtype.itemsize // bits

@@ -296,9 +296,11 @@ def quantized(model_or_state: Any) -> dict[str, QTensor]:
 def save(model_or_state: Any, path: str | os.PathLike) -> None:
     """Writes a Hugging Face directory: weights, config.json, tokenizer and other side files.
 
-    Every stored tensor of a loaded checkpoint comes back byte for byte. The directory appears whole or not at all.
+    Every stored tensor of a loaded checkpoint comes back byte for byte. The directory appears whole or not at all; of a
+    checkpoint that it replaces, directories within it and hidden files stay.
 
     Raises:
+      CheckpointError: `path` holds files but no checkpoint, is a file, or cannot be written.
       UnsupportedError: tensors whose format cannot be written (GGUF); the message names what can.
     """
     state = model_or_state if isinstance(model_or_state, State) else _state_of_model(model_or_state)

@@ -25,7 +25,9 @@ def slow_stream(row: np.ndarray, bits: int) -> bytes:
 def test_pack_is_a_little_endian_stream(bits: int, count: int, rows: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (rows, count))
     packed = jbits.pack(codes, bits)
-    assert packed.dtype == jbits.word_dtype(bits, count) and packed.shape[-1] == jbits.packed_length(bits, count)
+    assert packed.dtype == jbits.word_dtype(bits, count) and packed.shape[-1] == -(
+        -count * bits // (8 * packed.dtype.itemsize)
+    )
     for row, words in zip(codes, packed):
         assert words.tobytes()[: -(-count * bits // 8)] == slow_stream(row, bits)
     np.testing.assert_array_equal(jbits.unpack(packed, bits, count), codes)
