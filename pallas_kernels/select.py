@@ -83,7 +83,7 @@ def choose(
 
     Args:
       gathered: an act-order weight and one row of x.
-      kernels: the table's rows of others do not count.
+      kernels: names of those to choose among.
     """
     entries = measured_rows(device)
     rows: list[tuple[int, Choice]] = []
@@ -95,7 +95,7 @@ def choose(
     for largest, choice in rows:
         if largest == rows[0][0] and fits(choice, m, n, k, form, gathered):
             return choice
-    return estimate(m, n, k, form, multiprocessors, gathered)
+    return estimate(m, n, k, form, multiprocessors, gathered, kernels)
 
 
 def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = False) -> bool:
@@ -211,13 +211,21 @@ def shared_tilings(m: int, tile_m: int, wn: int, multiprocessors: int) -> Iterat
 
 
 @functools.lru_cache(4096)
-def estimate(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, gathered: bool = False) -> Choice:
+def estimate(
+    m: int,
+    n: int,
+    k: int,
+    form: Form,
+    multiprocessors: int = 132,
+    gathered: bool = False,
+    kernels: tuple[str, ...] = tuple(KERNELS),
+) -> Choice:
     """The candidate with the smallest estimated time.
 
     Raises:
       ValueError: no kernel can run this shape.
     """
-    choices = candidates(m, n, k, form, multiprocessors, gathered)
+    choices = [c for c in candidates(m, n, k, form, multiprocessors, gathered) if c.kernel in kernels]
     if not choices:
         raise ValueError(f"no kernel for {m} rows and a weight of {n}x{k}")
     narrow = -(-n // ROWS) <= 4 * multiprocessors

@@ -127,3 +127,17 @@ def test_lowered_text_does_not_depend_on_what_was_lowered_before():
         texts.append(lowered(norm.gate, shape(1, 256), prologue=Gate()))
         jax.clear_caches()
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "form", [Form(group=32), Form("codebook", 4, 64, "bf16"), Form(bits=8, zero_point=128)], ids=str
+)
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (6144, 2048), (49152, 2048), (64, 512)])
+def test_a_product_makes_its_input_in_any_shape(form, n, k):
+    """Also where the table of measured shapes is silent, or another kernel is the best one for a product alone."""
+    from pallas_kernels import fused
+    from pallas_kernels.prologue import Norm
+
+    w = jax.eval_shape(functools.partial(tune.random_weight, form, n, k))
+    for choice in (fused.choice_for(Norm(1e-5), 1, w), fused.gated_choice(Norm(1e-5), 1, w)):
+        assert choice is not None and choice.kernel == "stream"
