@@ -154,6 +154,19 @@ def gpu_kinds() -> str:
     return table(header, rows) + gpu_line(found)
 
 
+def kv_cache() -> str:
+    """Caches of fewer bits: one row a form."""
+    found = read("kv_cache")
+    if found is None:
+        return NOT_YET
+    rows = [
+        [row["kv_cache"], f"{row['bytes_per_token']:,.0f}", f"{row['relative_error']:.3f}", f"{row['loss']:.3f}"]
+        for row in found["rows"]
+    ]
+    header = ["kv_cache", "bytes a token", "relative error of the logits (L2)", "mean loss"]
+    return table(header, rows) + made_by(found["made"])
+
+
 DECODE_WEIGHTS = {
     "w4a16_g128": "int4 in groups of 128",
     "nf4": "NF4",
@@ -224,6 +237,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cpu_generate": cpu_generate,
     "perplexity": perplexity,
     "gpu_matmul": gpu_matmul,
+    "kv_cache": kv_cache,
     "gpu_kinds": gpu_kinds,
     "gpu_decode": gpu_decode,
     "gpu_torch": gpu_torch,
