@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import transformers
+import transformers.processing_utils  # runs transformers' __init__ again, for a second module of that name
 from transformers import modeling_utils
 from transformers.quantizers import auto
 from transformers.utils import quantization_config as hf
@@ -18,6 +20,8 @@ from jq_torch.linear import Packed
 from jq_torch.quantizer import JqQuantizer, refuse_sharding
 
 _MISSING = object()
+# Where config classes are looked up; of the two `transformers`, programs may hold either.
+_NAMESPACES = (hf, *{id(m): m for m in (transformers, sys.modules["transformers"])}.values())
 
 
 def methods() -> list[str]:
@@ -103,7 +107,7 @@ def enable(*names: str, quantize_activations: bool = True, packed: bool = True, 
         state.put(auto.AUTO_QUANTIZER_MAPPING, key, JqQuantizer)
         state.put(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, key, config)
         if original is not None and config is not original:
-            for module in (hf, transformers):
+            for module in _NAMESPACES:
                 state.patch(module, config.__name__, config)
             configs.lead(original)
             state.put(configs.LED, original, config)
