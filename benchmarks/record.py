@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("jax", "flax", "numpy", "torch", "transformers", "bitsandbytes", "gemlite", "xllamacpp", "gguf")
 
 
@@ -28,7 +28,8 @@ def circumstances() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "command": "python " + shlex.join([os.path.relpath(sys.argv[0]), *map(shown, sys.argv[1:])]),
+        "command": "python "
+        + shlex.join([os.path.relpath(sys.argv[0], RESULTS.parent.parent), *map(shown, sys.argv[1:])]),
         "commit": commit.stdout.strip(),
         "processor": processor(),
         "cores": os.cpu_count(),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels.form import CHUNK, ROWS
-from pallas_kernels.skeletons.plan import SMEM_BYTES, Launch, offsets
+from pallas_kernels.form import CHUNK
+from pallas_kernels.skeletons.plan import SMEM_BYTES, FewRows, offsets
 
 MAX_ROWS = 16
 MOST_CHUNKS = 16  # on their way to a warp: four registers each
@@ -30,14 +30,10 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(Launch):
+class Plan(FewRows):
     """Everything static about one launch. In each pass a cluster multiplies one tile of 16 rows of the weight."""
 
     config: Config
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.n // ROWS)
 
     @property
     def clusters(self) -> int:
@@ -47,15 +43,6 @@ class Plan(Launch):
     def passes(self) -> int:
         """Most passes of a cluster, with those that do not exist."""
         return -(-self.tiles // (self.clusters * self.config.depth)) * self.config.depth
-
-    @property
-    def k_chunks(self) -> int:
-        return -(-self.k // CHUNK)
-
-    @property
-    def block_chunks(self) -> int:
-        """Tiles of 64 along K that a block multiplies."""
-        return self.k_chunks // self.config.cluster
 
     @property
     def chunks(self) -> int:

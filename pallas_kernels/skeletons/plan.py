@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
 from pallas_kernels.decode import DECODES
-from pallas_kernels.form import Form
+from pallas_kernels.form import CHUNK, ROWS, Form
 from pallas_kernels.ptx import Int
 
 SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
@@ -42,6 +42,24 @@ class Launch:
     def table_bytes(self) -> int:
         """Tables of the decode function in shared memory."""
         return DECODES[self.form.decode].shared_bytes(self.form)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewRows(Launch):
+    """A launch for few rows of x: clusters take tiles of 16 rows of the weight, whose K the blocks of a cluster share."""
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // ROWS)
+
+    @property
+    def k_chunks(self) -> int:
+        return -(-self.k // CHUNK)
+
+    @property
+    def block_chunks(self) -> int:
+        """Tiles of 64 along K that one block multiplies."""
+        return self.k_chunks // self.config.cluster
 
 
 def tile_words(form: Form, at: Int) -> list[ir.Value]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS
-from pallas_kernels.skeletons.plan import SMEM_BYTES, Launch, groups_of, offsets
+from pallas_kernels.skeletons.plan import SMEM_BYTES, FewRows, groups_of, offsets
 
 MAX_ROWS = 16
 MULTIPROCESSORS = 132
@@ -41,7 +41,7 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(Launch):
+class Plan(FewRows):
     """Everything static about one launch: sizes, and offsets in shared memory.
 
     The work of a cluster is a sequence of strips (`height` tiles of 16 rows). Each warp takes whole strips in turns; the
@@ -50,10 +50,6 @@ class Plan(Launch):
 
     config: Config
     gathered: bool = False
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.n // ROWS)
 
     @property
     def height(self) -> int:
@@ -66,15 +62,6 @@ class Plan(Launch):
     @property
     def clusters(self) -> int:
         return min(self.config.blocks // self.config.cluster, self.strips)
-
-    @property
-    def k_chunks(self) -> int:
-        return -(-self.k // CHUNK)
-
-    @property
-    def block_chunks(self) -> int:
-        """Chunks along K that one block reads."""
-        return self.k_chunks // self.config.cluster
 
     @property
     def chunks(self) -> int:
