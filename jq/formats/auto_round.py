@@ -21,9 +21,9 @@ from jq.errors import FormatError, UnsupportedError
 from jq.formats import awq, gptq
 from jq.formats.auto_round_floats import FloatOptions, dump_floats, load_floats, parse_floats
 from jq.formats.auto_round_floats import group as float_group
-from jq.formats.base import Context, Format, Parts, group_by_prefix
+from jq.formats.base import Context, Format, Parts, group_by_prefix, true_or_false
 from jq.formats.gptq_config import Options as GptqOptions
-from jq.formats.gptq_config import checked_group, first, true_or_false, whole_number
+from jq.formats.gptq_config import checked_group, first, whole_number
 from jq.qtensor import NarrowFloat, QTensor
 
 INTEGERS = ("qweight", "qzeros", "scales", "g_idx")
@@ -88,7 +88,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     options = Options(
         bits=whole_number(config["bits"], "bits", label),
         group_size=checked_group(first(config, "group_size", default=128), label),
-        sym=true_or_false(config, "sym", label),
+        sym=true_or_false(config, "sym", f"{label}: quantization_config"),
         storage=_storage(packing, label),
         exact=exact,
         patterns=tuple((_pattern(name, label), overrides) for name, overrides in exact.items()),

@@ -29,7 +29,7 @@ import numpy as np
 from jq import rotation
 from jq.activations import FLOAT, Activation
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Parts, expect_dtype, expect_one, expect_shape, take
+from jq.formats.base import Context, Parts, expect_dtype, expect_one, expect_shape, take, true_or_false
 from jq.qtensor import Grouping, NarrowFloat, Source
 from jq.qtensor.affine import check_finite
 from jq.qtensor.rotated import hadamard
@@ -73,7 +73,8 @@ def parse_floats(config: Mapping[str, Any], kind: str, label: str) -> FloatOptio
         raise UnsupportedError(f"{label}: AutoRound's data_type {kind!r} is not read; int, {', '.join(known)} are")
     bits = int(config.get("act_bits") or 16)
     inputs = str(config.get("act_data_type") or kind) if bits < 16 else ""
-    return FloatOptions(name, inputs, bits, bool(config.get("act_dynamic", True)), *_rotation(config, name, label))
+    dynamic = true_or_false(config, "act_dynamic", f"{label}: quantization_config")
+    return FloatOptions(name, inputs, bits, dynamic, *_rotation(config, name, label))
 
 
 def _rotation(config: Mapping[str, Any], kind: str, label: str) -> tuple[str, int]:

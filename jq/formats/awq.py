@@ -27,8 +27,8 @@ import numpy as np
 from jq.errors import FormatError, UnsupportedError
 from jq.formats import marlin
 from jq.formats.awq_words import fast_codes, fast_words, gemm_codes, gemm_words
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
-from jq.formats.gptq_config import Rules, apply_rules, checked_group, first, rules_of, true_or_false, whole_number
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, true_or_false, warn_unknown
+from jq.formats.gptq_config import Rules, apply_rules, checked_group, first, rules_of, whole_number
 from jq.qtensor import Affine, Grouping, Source
 from jq.qtensor.affine import check_finite
 
@@ -95,7 +95,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         bits=checked_bits(first(config, "bits", "w_bit", default=4), label),
         group_size=checked_group(first(config, "group_size", "q_group_size", default=128), label),
         version=VERSIONS[version],
-        sym=not true_or_false(config, "zero_point", label),
+        sym=not true_or_false(config, "zero_point", f"{label}: quantization_config"),
         rules=rules_of(config.get("dynamic"), checked_bits, label),
     )
 

@@ -157,6 +157,21 @@ def expect_one(array: np.ndarray, name: str, why: str = "") -> None:
         raise FormatError(f"{name}: found shape {tuple(array.shape)}, expected one value{why and f' ({why})'}")
 
 
+def true_or_false(config: Mapping[str, Any], name: str, label: str, *, default: bool = True) -> bool:
+    """A value of a quantization_config that must be true or false (or 1 or 0); `default` where it is missing or null.
+
+    Args:
+      label: file and the object's own key, for messages.
+
+    Raises:
+      FormatError: it is something else ("no" would count as true); the message names the key.
+    """
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise FormatError(f"{label}.{name} is {value!r:.80}, expected true or false")
+    return bool(value)
+
+
 def warn_unknown(config: Mapping[str, Any], known: Iterable[str], label: str) -> None:
     """A JqWarning, once, for each key of a quantization_config that is not `known`.
 

@@ -39,6 +39,7 @@ from jq.formats.base import (
     expect_shape,
     group_by_prefix,
     take,
+    true_or_false,
     warn_unknown,
 )
 from jq.formats.slabs import pack_slabs, unpack_slabs
@@ -85,7 +86,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     return Options(
         config.get("linear_class", "bitlinear"),
         config.get("quantization_mode", "offline"),
-        bool(config.get("use_rms_norm", False)),
+        true_or_false(config, "use_rms_norm", f"{context.label}: quantization_config", default=False),
         float(config.get("rms_norm_eps", 1e-6)),
         None if skip is None else tuple(str(s) for s in skip),
     )

@@ -29,7 +29,17 @@ from typing import Any
 import numpy as np
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_unknown
+from jq.formats.base import (
+    Context,
+    Format,
+    Parts,
+    expect_dtype,
+    expect_shape,
+    group_by_prefix,
+    take,
+    true_or_false,
+    warn_unknown,
+)
 from jq.formats.bitsandbytes_methods import FP4, NF4, Int8, int8_tensor, nested_absmax, tensor_4bit
 from jq.formats.gptq_config import first
 from jq.qtensor import Affine, Codebook, QTensor
@@ -43,6 +53,7 @@ _HARMLESS = (
     "bnb_4bit_quant_type bnb_4bit_use_double_quant llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight "
     "llm_int8_skip_modules llm_int8_threshold bnb_4bit_blocksize"
 )
+_FLAGS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant", "llm_int8_has_fp16_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +66,8 @@ class Options:
 def parse(config: Mapping[str, Any], context: Context) -> Options:
     """Reads quantization_config. Types, block sizes and dtypes come from each weight's own JSON, not from here."""
     warn_unknown(config, _HARMLESS.split(), context.label)
+    for key in _FLAGS:
+        true_or_false(config, key, f"{context.label}: quantization_config", default=False)
     threshold = first(config, "llm_int8_threshold", default=6.0)
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
         raise FormatError(

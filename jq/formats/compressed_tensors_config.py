@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jq.errors import FormatError
-from jq.formats.base import Context, warn_unknown
+from jq.formats.base import Context, true_or_false, warn_unknown
 from jq.formats.compressed_tensors_transforms import Transforms, parse_transforms
 
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
@@ -217,13 +217,11 @@ def parse_args(value: Any, label: str) -> Args | None:
     _one_of(strategy, STRATEGIES, f"{label}: strategy")
     if strategy in ("group", "tensor_group") and not (size and size > 0):
         raise FormatError(f"{label}: strategy {strategy} needs a positive group_size, found {size!r}")
-    dynamic = value.get("dynamic", False)
-    if dynamic not in (True, False, "local"):
-        raise FormatError(f"{label}: dynamic {dynamic!r}, expected true, false or 'local'")
+    dynamic = "local" if value.get("dynamic") == "local" else true_or_false(value, "dynamic", label, default=False)
     return Args(
         num_bits=bits,
         type=kind,
-        symmetric=bool(value.get("symmetric", True)),
+        symmetric=true_or_false(value, "symmetric", label),
         strategy=strategy,
         group_size=size if size and size > 0 else 0,
         block_structure=_block(value.get("block_structure"), strategy, label),

@@ -39,6 +39,7 @@ from jq.formats.base import (
     expect_shape,
     group_by_prefix,
     take,
+    true_or_false,
     warn_unknown,
 )
 from jq.qtensor import Grouping, NarrowFloat, Source
@@ -120,7 +121,7 @@ def _module(label: str, config: Mapping[str, Any]) -> Module:
         if dtype == "mxfp4" and not str(rule).startswith("static"):
             raise FormatError(f"{label}: {side} scale_rule {rule!r}; mxfp4 has static_6 and static_4 alone")
         sides.append((str(dtype), str(rule)))
-    flags = (bool(config.get(key)) for key in ("keep_master_weights", "weight_scale_2d"))
+    flags = (true_or_false(config, key, label, default=False) for key in ("keep_master_weights", "weight_scale_2d"))
     output = config.get("output_dtype") or "bfloat16"
     if output not in FLOATS:
         raise FormatError(f"{label}: output_dtype {output!r}, expected one of {', '.join(FLOATS)}")

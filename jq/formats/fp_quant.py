@@ -31,7 +31,7 @@ from jq import bits as _bits
 from jq.activations import Activation
 from jq.algorithms import fp_quant as algorithm
 from jq.errors import FormatError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, true_or_false, warn_unknown
 from jq.qtensor import Grouping, NarrowFloat, Plain, QTensor, Source
 from jq.qtensor.affine import check_divisor, check_finite
 from jq.qtensor.narrow_float import check_bits
@@ -79,6 +79,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
       FormatError: an unknown dtype or method.
     """
     warn_unknown(config, KNOWN, context.label)
+    where = f"{context.label}: quantization_config"
     dtype, method = config.get("forward_dtype", "nvfp4"), config.get("forward_method", "abs_max")
     if dtype not in BLOCKS or method not in ("abs_max", *(("quest",) if dtype == "mxfp4" else ())):
         raise FormatError(f"{context.label}: forward_dtype {dtype!r} with forward_method {method!r} is not FP-Quant's")
@@ -90,8 +91,8 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     return Options(
         dtype,
         method,
-        pseudo=bool(config.get("pseudoquantization")),
-        master=bool(config.get("store_master_weights")),
+        pseudo=true_or_false(config, "pseudoquantization", where, default=False),
+        master=true_or_false(config, "store_master_weights", where, default=False),
         size=config.get("hadamard_group_size"),
     )
 

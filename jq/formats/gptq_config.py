@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, warn_unknown
+from jq.formats.base import Context, true_or_false, warn_unknown
 
 WORDS = ("int8", "int16", "int32", "int64")
 
@@ -30,6 +30,7 @@ _HARMLESS = (
     "fallback gptaq foem mock_quantization offload_to_disk offload_to_disk_path hyperparameters autoround_version data_type "
     "iters nsamples seqlen lr minmax_lr scale_dtype provider to_quant_block_names"  # AutoRound in GPTQ's format
 )
+_FLAGS = ("desc_act", "static_groups", "true_sequential", "act_group_aware", "lm_head", "is_marlin_format")
 _REFUSED = {
     "rotation": "the inputs of each layer are rotated",
     "adapter": "a low-rank adapter is added to each layer",
@@ -96,14 +97,6 @@ def whole_number(value: Any, name: str, label: str) -> int:
     return number
 
 
-def true_or_false(config: Mapping[str, Any], name: str, label: str) -> bool:
-    """A config value that must be true or false; true where it is missing."""
-    value = first(config, name, default=True)
-    if value not in (True, False):
-        raise FormatError(f"{label}: quantization_config.{name} is {value!r:.80}, expected true or false")
-    return bool(value)
-
-
 def parse(config: Mapping[str, Any], context: Context) -> Options:
     """Reads quantization_config (or quantize_config.json).
 
@@ -119,6 +112,8 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
             "quantize_config.json says how many bits they have; add one of the two files"
         )
     storage = str(first(config, "checkpoint_format", "format", default="gptq")).lower()
+    for key in _FLAGS:  # the tensors tell what most of them say, but a word in their place is a damaged file
+        true_or_false(config, key, f"{label}: quantization_config", default=False)
     if config.get("is_marlin_format") or config.get("quant_method") == "marlin":
         storage = "marlin"
     if storage not in ("gptq", "gptq_v2", "gptq_p", "marlin"):
@@ -148,7 +143,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     return Options(
         bits=checked_bits(bits, label),
         group_size=checked_group(first(config, "group_size", "q_group_size", default=128), label),
-        sym=true_or_false(config, "sym", label),
+        sym=true_or_false(config, "sym", f"{label}: quantization_config"),
         rules=rules_of(config.get("dynamic"), checked_bits, label),
         planar=planar,
         zeros="v2" if storage != "gptq" else "v1-word" if by_gptqmodel(config) else "v1-field",
@@ -211,7 +206,7 @@ def _overrides(
     if group is not None:
         changed["group_size"] = checked_group(group, label)
     if found.get("sym") is not None:
-        changed["sym"] = bool(found["sym"])
+        changed["sym"] = true_or_false(found, "sym", label)
     method = first(found, "method", "quant_method")
     if method is not None and str(method).lower() not in ("gptq", "awq"):
         raise UnsupportedError(f"{label}: method {method!r} for some modules is not read here")

@@ -27,7 +27,17 @@ from jq.activation_schemes.paroquant import ROTATION
 from jq.activations import FLOAT, Activation
 from jq.errors import FormatError, UnsupportedError
 from jq.formats import awq
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take, warn_unknown
+from jq.formats.base import (
+    Context,
+    Format,
+    Parts,
+    expect_dtype,
+    expect_shape,
+    group_by_prefix,
+    take,
+    true_or_false,
+    warn_unknown,
+)
 from jq.formats.gptq_config import checked_group, first, rules_of, whole_number
 from jq.qtensor import Affine, Source
 from jq.qtensor.affine import check_finite
@@ -66,13 +76,14 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
             raise UnsupportedError(f"{where}: ParoQuant with {value!r:.60} bits; its layers have 4")
         return 4
 
+    where = f"{label}: quantization_config"
     krot = whole_number(first(config, "krot", default=0), "krot", label)
     if krot < 0:
         raise FormatError(f"{label}: quantization_config.krot is {krot}, expected a positive number")
     weight = awq.Options(
         bits=checked_bits(first(config, "bits", default=4), label),
         group_size=checked_group(first(config, "group_size", default=128), label),
-        sym=bool(config.get("sym")) or config.get("zero_point") is False,
+        sym=true_or_false(config, "sym", where, default=False) or not true_or_false(config, "zero_point", where),
         rules=rules_of(config.get("dynamic"), checked_bits, label),
     )
     return Options(weight, krot)

@@ -21,7 +21,7 @@ import numpy as np
 
 from jq.activations import Activation
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, true_or_false
 from jq.formats.gptq_config import first
 from jq.formats.marlin import GROUPED, SINGLE, tile, untile
 from jq.qtensor import Affine, Grouping, Source
@@ -41,7 +41,8 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
       UnsupportedError: other than 4 bits, or inputs in another order.
     """
     bits = first(config, "bits", "wbits", "w_bit", default=4)
-    if bits != 4 or config.get("desc_act") or config.get("dynamic"):
+    ordered = true_or_false(config, "desc_act", f"{context.label}: quantization_config", default=False)
+    if bits != 4 or ordered or config.get("dynamic"):
         raise UnsupportedError(
             f"{context.label}: QQQ with bits {bits!r}, desc_act {config.get('desc_act')!r}, dynamic {config.get('dynamic')!r}; "
             "its layers have 4 bits, inputs in order, and one setting for all"

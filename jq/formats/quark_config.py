@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jq.errors import FormatError
-from jq.formats.base import Context
+from jq.formats.base import Context, true_or_false
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +139,8 @@ def _spec(label: str, conf: Any) -> Spec:
         qscheme=str(conf.get("qscheme") or "per_tensor"),
         group_size=group,
         block_size=tuple(block) if block else None,
-        symmetric=bool(conf.get("symmetric", True)),
-        dynamic=bool(conf.get("is_dynamic", conf.get("dynamic", False))),
+        symmetric=true_or_false(conf, "symmetric", label),
+        dynamic=true_or_false(conf, "is_dynamic" if "is_dynamic" in conf else "dynamic", label, default=False),
         scale_format=str(conf.get("scale_format") or "float"),
         float_zeros=str(conf.get("zero_point_type") or "int32") == "float32",
         axis=conf["ch_axis"] if type(conf.get("ch_axis")) is int else None,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Parts, warn_once, warn_unknown
+from jq.formats.base import Context, Parts, true_or_false, warn_once, warn_unknown
 
 KNOWN = ("quant_method", "config_for_layers", "shared_layer_config", "enable_proxy_error", "modules_to_not_convert")
 LAYER_KEYS = (
@@ -92,10 +92,7 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         if not isinstance(table, Mapping):
             raise FormatError(f"{context.label}: quantization_config.{key} must map names to settings")
         tables.append({name: _layer(f"{context.label}: {key}[{name!r}]", conf) for name, conf in table.items()})
-    if type(config.get("enable_proxy_error") or False) is not bool:
-        raise FormatError(
-            f"{context.label}: quantization_config.enable_proxy_error is {config['enable_proxy_error']!r}, expected true or false"
-        )
+    true_or_false(config, "enable_proxy_error", f"{context.label}: quantization_config")
     if not tables[0] and not tables[1]:
         raise FormatError(
             f"{context.label}: quantization_config has neither config_for_layers nor shared_layer_config; a VPTQ "

@@ -72,7 +72,7 @@ def test_config_nested_one_level_deeper():
         ({"strategy": "block"}, "needs a block_structure"),
         ({"actorder": "columns"}, "actorder 'columns'"),
         ({"nonsense": 1}, "unknown key 'nonsense'"),
-        ({"dynamic": "sometimes"}, "dynamic 'sometimes'"),
+        ({"dynamic": "sometimes"}, "dynamic is 'sometimes'"),
     ],
 )
 def test_bad_arguments(change, message):
