@@ -113,7 +113,8 @@ def build(
     )
     body = Decoder(read, "model", spec, cache)
     lm_head = _output(read, spec)
-    return CausalLM(body, lm_head, spec, Origin(state, read.stored, read.kept, _extra(read)))
+    settings = {"packed": packed, "quantize_activations": quantize_activations, "kv_cache_dtype": kv_cache_dtype}
+    return CausalLM(body, lm_head, spec, Origin(state, read.stored, read.kept, _extra(read), settings))
 
 
 def _output(read: Reader, spec: DecoderSpec) -> Linear | None:

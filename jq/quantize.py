@@ -254,12 +254,13 @@ def _config(method: Any, quantized: list[str], dense: list[str], tensors: Mappin
 
 
 def _quantize_model(model: Any, method: Any, skip: Skip, advance: Advance | None) -> Any:
-    """A loaded model, in place: its State is quantized and its modules are built anew from that."""
+    """A loaded model, in place: its State is quantized and its modules are built anew from that, as it was loaded."""
     from jq.load import build
 
     dtype = model.model.embed_tokens.weight.get_value().dtype
-    made = build(_quantize_state(model.to_state(), method, skip, advance), dtype=dtype)
-    model.model, model.lm_head, model.origin = made.model, made.lm_head, made.origin
+    state = _quantize_state(model.to_state(), method, skip, advance)
+    made = build(state, dtype=dtype, **model.origin.settings)
+    model.model, model.lm_head, model.spec, model.origin = made.model, made.lm_head, made.spec, made.origin
     return model
 
 

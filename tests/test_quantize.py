@@ -85,6 +85,17 @@ def test_model_in_place_equals_state(tiny, tmp_path):
     np.testing.assert_allclose(model(ids), jq.load(tmp_path / "model")(ids), atol=1e-5)
 
 
+def test_model_keeps_how_it_was_loaded(tiny):
+    """`packed` and `kv_cache` of jq.load hold for the quantized model too; the widths are counted by hand."""
+    model = jq.quantize(jq.load(tiny, packed=True, kv_cache="int8"), jq.NF4())
+    assert isinstance(model.model.layers[0].mlp.up_proj.weight.get_value(), jq.Codebook)
+    keys, _ = model.model.empty_cache(1, 16)[0]
+    assert keys.codes.dtype == np.int8 and keys.scales.shape == keys.codes.shape[:-1]
+    dense = jq.quantize(jq.load(tiny, kv_cache="bfloat16"), jq.NF4())
+    assert not isinstance(dense.model.layers[0].mlp.up_proj.weight.get_value(), jq.QTensor)
+    assert dense.model.empty_cache(1, 16)[0][0].codes.dtype == "bfloat16"
+
+
 def test_path_is_quantized_to_a_state(tiny):
     assert len(jq.quantized(jq.quantize(tiny, jq.RTN(4, 32)))) == 14
 

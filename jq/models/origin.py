@@ -30,6 +30,7 @@ class Origin:
       stored: stored dtype of each dense tensor of the model.
       kept: stored arrays that the compute dtype cannot hold: name -> (stored, compute array).
       extra: stored tensors that no module took (name -> value).
+      settings: arguments of `jq.load.build` that a model made from this one's State takes over.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class Origin:
         stored: Mapping[str, np.dtype],
         kept: Mapping[str, tuple[Any, Any]],
         extra: Mapping[str, Any],
+        settings: Mapping[str, Any],
     ) -> None:
         self.config = dict(state.config)
         self.names = list(state)
         self.shell = state.with_tensors({})
         self.stored, self.kept, self.extra = dict(stored), dict(kept), dict(extra)
+        self.settings = dict(settings)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin)
