@@ -25,6 +25,7 @@ from jq.errors import FormatError, JqError, UnsupportedError
 from jq.formats import detect, table
 from jq.formats.base import Context, Format, group_by_prefix
 from jq.qtensor import QTensor
+from jq.safetensors_file import Entry
 
 Array = Any
 
@@ -41,7 +42,7 @@ class State(Mapping[str, Any]):
       config: config.json as a dict (with `quantization_config` where there is one).
       path: where it came from, or None.
       files: stored tensor name -> file name, so that saving keeps the shards.
-      metadata: safetensors metadata by file name.
+      metadata: of each file by its name: safetensors' strings, or GGUF's keys and values.
       side_files: tokenizer and other files that are written beside the weights.
       container: "safetensors", "torch" or "gguf".
       shared: names of stored tensors that quantized ones need beside their own (a scale, a rotation of several modules).
@@ -54,7 +55,7 @@ class State(Mapping[str, Any]):
         *,
         path: Path | None = None,
         files: Mapping[str, str] | None = None,
-        metadata: Mapping[str, Mapping[str, str]] | None = None,
+        metadata: Mapping[str, Mapping[str, Any]] | None = None,
         side_files: Mapping[str, bytes] | None = None,
         container: str = "safetensors",
         order: list[str] | None = None,
@@ -87,6 +88,11 @@ class State(Mapping[str, Any]):
         kind = self.config.get("model_type", "")
         return f"State({len(self)} tensors{', ' + kind if kind else ''}{', ' + str(self.path) if self.path else ''})"
 
+    def entry(self, name: str) -> Entry | None:
+        """Where a tensor lies that is read at each access, as it is stored; None of one in memory."""
+        value = self._tensors[name]
+        return value.entry if isinstance(value, _Deferred) else None
+
     def replace(self, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> State:
         """The same checkpoint with other tensors (and config); shards and metadata are planned anew."""
         config = self.config if config is None else config
@@ -113,10 +119,15 @@ class State(Mapping[str, Any]):
 
 
 class _Deferred:
-    """A tensor of a lazy State: read again at each access, so that nothing is held."""
+    """A tensor of a lazy State: read again at each access, so that nothing is held.
 
-    def __init__(self, load: Callable[[], Any]) -> None:
-        self.load = load
+    Args:
+      load: reads it.
+      entry: the one stored tensor that it is read from, where it is one.
+    """
+
+    def __init__(self, load: Callable[[], Any], entry: Entry | None = None) -> None:
+        self.load, self.entry = load, entry
 
     def __call__(self) -> Any:
         return self.load()
@@ -160,7 +171,8 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
         strays = Strays(fmt)
         for prefix, stored in groups.items():
             load = _module_loader(ckpt, fmt, prefix, stored, options, context, strays)
-            value = _Deferred(load) if lazy and fmt.deferrable else load()
+            whole = ckpt.entry(stored[""]) if stored.keys() == {""} else None
+            value = _Deferred(load, whole) if lazy and fmt.deferrable else load()
             if value is None:
                 untouched.update(stored.values())
                 continue
@@ -173,13 +185,13 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
             raise FormatError(f"{ckpt.label}: {clash[0]}: stored both quantized and dense; the file contradicts itself")
     for name in ckpt.entries:
         if name not in taken:
-            tensors[name] = _Deferred(partial(ckpt.read, name)) if lazy else _hold(ckpt.read(name))
+            tensors[name] = _Deferred(partial(ckpt.read, name), ckpt.entry(name)) if lazy else _hold(ckpt.read(name))
     return State(
         tensors,
         ckpt.config,
         path=ckpt.path,
         files=ckpt.files if ckpt.container == "safetensors" else {},
-        metadata=ckpt.metadata if ckpt.container == "safetensors" else {},
+        metadata=ckpt.metadata,
         side_files=ckpt.side_files,
         container=ckpt.container,
         order=list(ckpt.entries),

@@ -13,11 +13,10 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from jq.checkpoint import find_weights
 from jq.errors import CheckpointError, UnsupportedError
 from jq.formats.base import Context, Format, Parts
 from jq.formats.gguf_blocks import tensor_of
@@ -85,7 +84,8 @@ def to_huggingface(
       CheckpointError: a damaged file, or metadata that does not describe a model.
     """
     path = Path(path)
-    config, loaders, files = _model(path)
+    entries, _, metadata = read_gguf(path)
+    config, loaders, files = _model(metadata, entries, str(path))
     config["torch_dtype"] = str(np.dtype(dtype))
     tensors: dict[str, Any] = {}
     for name, load in loaders.items():
@@ -95,38 +95,62 @@ def to_huggingface(
 
 
 def model_state(state: State) -> State:
-    """The State of a GGUF under Hugging Face's names, for `jq.load`: tensors are read at each access.
+    """The State of a GGUF under Hugging Face's names, for `jq.load`.
+
+    What the State holds in memory, its config included, is taken from there; the rest is read at each access. One that is
+    named so already is given back.
 
     Raises:
       UnsupportedError: an architecture without a mapping.
     """
     from jq.state import State, _Deferred
 
-    if state.path is None or "token_embd.weight" not in state:
+    if "token_embd.weight" not in state or not state.metadata:
         return state
-    config, loaders, files = _model(find_weights(state.path)[0])
+    entries = {name: state.entry(name) or _Held(state[name]) for name in state}
+    config, loaders, files = _model(next(iter(state.metadata.values())), entries, str(state.path or "state"))
     tensors = {name: _Deferred(load) for name, load in loaders.items()}
-    return State(tensors, config, path=state.path, side_files=files, container="gguf")
+    return State(tensors, {**config, **state.config}, path=state.path, side_files=files, container="gguf")
 
 
-def _model(path: Path) -> tuple[dict[str, Any], dict[str, Callable[[], Any]], dict[str, bytes]]:
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A tensor of a State in memory, with what is asked of an `Entry`."""
+
+    value: Any
+    kind: ClassVar[str] = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.value.dtype)
+
+    def read(self) -> Any:
+        return self.value
+
+
+def _model(
+    metadata: Mapping[str, Any], entries: Mapping[str, Entry | _Held], label: str
+) -> tuple[dict[str, Any], dict[str, Callable[[], Any]], dict[str, bytes]]:
     """config, a loader for each tensor by Hugging Face's name, tokenizer files."""
-    entries, _, metadata = read_gguf(path)
-    row = architecture_of(metadata, str(path))
-    config = full_config(metadata, entries, str(path))
+    row = architecture_of(metadata, label)
+    config = full_config(metadata, entries, label)
     config["torch_dtype"] = "bfloat16" if any(e.dtype.name == "bfloat16" for e in entries.values()) else "float16"
     loaders: dict[str, Callable[[], Any]] = {}
     for name, entry in entries.items():
-        target = huggingface_name(name, row, str(path))
+        target = huggingface_name(name, row, label)
         if target is None:
             continue
         experts = range(entry.shape[0]) if "{}" in target else [None]
         for expert in experts:
             loaders[target.format(expert)] = functools.partial(_tensor, name, entry, row, config, expert)
-    return config, loaders, tokenizer_files(metadata, str(path))
+    return config, loaders, tokenizer_files(metadata, label)
 
 
-def _tensor(name: str, entry: Entry, row: Architecture, config: Mapping[str, Any], expert: int | None) -> Any:
+def _tensor(name: str, entry: Entry | _Held, row: Architecture, config: Mapping[str, Any], expert: int | None) -> Any:
     """One tensor as Hugging Face has it: QTensor or array, of one expert where experts are stacked."""
     raw = entry.read() if expert is None else entry.read()[expert]
     value = tensor_of(raw, entry.kind, name) if entry.kind else raw
@@ -149,6 +173,8 @@ def _hugging_face_rows(value: Any, name: str, row: Architecture, config: Mapping
     count = value.shape[-2] if isinstance(value, QTensor) else value.shape[0]
     if count % (2 * heads):
         raise CheckpointError(f"{name}: {count} rows are no multiple of 2 x {heads} heads")
+    if isinstance(value, QTensor) and (value.source is None or value.source.format != "gguf"):
+        value = value.dequantize()  # put there by a user; its arrays may not have a row for each output
     order = np.arange(count).reshape(heads, count // heads // 2, 2).swapaxes(1, 2).reshape(-1)
     return take_rows(value, order) if isinstance(value, QTensor) else value[order]
 

@@ -169,6 +169,35 @@ def test_a_state_has_the_names_of_the_file(tmp_path: Path) -> None:
     assert model_state(model_state(state)).config["model_type"] == "llama"
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_state_in_memory_is_what_loads(tmp_path: Path, lazy: bool) -> None:
+    """Tensors and settings that a user changed hold; what is in memory needs no file."""
+    file = tmp_path / "model.gguf"
+    dense = write_model(file)
+    state = jq.load_state(file, lazy=lazy)
+    rng = np.random.default_rng(5)
+    query, norm = rng.standard_normal((64, 64), np.float32), rng.standard_normal(64, np.float32)
+    nf4 = jq.NF4().quantize(query)
+    changed = {"blk.0.attn_q.weight": permuted(query, 4), "output_norm.weight": norm, "blk.1.attn_q.weight": nf4}
+    other = state.with_tensors({**{n: state[n] for n in state}, **changed}, {**state.config, "rope_theta": 100.0})
+    file.unlink()
+    made = model_state(other)
+    assert made.config["rope_theta"] == 100.0 and made.keys() == dense.keys()
+    expected = dense | {"model.layers.0.self_attn.q_proj.weight": query, "model.norm.weight": norm}
+    halves = np.asarray(nf4.dequantize()).reshape(4, 8, 2, 64).swapaxes(1, 2).reshape(64, 64)
+    expected["model.layers.1.self_attn.q_proj.weight"] = halves
+    for name, w in expected.items():
+        found = made[name].dequantize() if isinstance(made[name], jq.QTensor) else made[name]
+        np.testing.assert_array_equal(np.asarray(found), w, err_msg=name)
+    plain = jq.load(jq.state.State(expected, made.config))
+    ids = np.arange(1, 9)[None]
+    np.testing.assert_allclose(np.asarray(jq.load(other)(ids)), np.asarray(plain(ids)), rtol=1e-4, atol=1e-4)
+    assert jq.load(other).tokenizer("abc")["input_ids"] == [9]
+    if lazy:
+        with pytest.raises(CheckpointError, match=r"model[.]gguf: cannot be read"):
+            jq.load(state)
+
+
 def test_tokenizer_of_bytes(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     write_model(file)

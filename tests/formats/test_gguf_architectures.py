@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jq
+from jq.formats.gguf import model_state
 from jq.formats.gguf_config import ARCHITECTURES, COMMON_PARTS, MIXTRAL, TOP
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -131,3 +132,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
         want = model(torch.from_numpy(ids)).logits.numpy()
     got = np.asarray(jq.load(tmp_path / "m.gguf")(ids))
     assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)
+    held, lazy = (model_state(jq.load_state(tmp_path / "m.gguf", lazy=lazy)) for lazy in (False, True))
+    assert held.config == lazy.config and held.keys() == lazy.keys()
+    for key in held:
+        np.testing.assert_array_equal(held[key], lazy[key], err_msg=key)
