@@ -23,7 +23,7 @@ from jq.formats import table
 from jq.qtensor import stack
 from jq.state import module_of
 from jq_torch import bridge, ops
-from jq_torch.linear import Packed
+from jq_torch.packed import Packed
 from jq_torch.plan import BORROWED, Origin, Plan
 
 Part = tuple[str, int]  # (parameter of the model's module, which of the stored weights that it merges)

@@ -24,7 +24,8 @@ import jq
 from jq.errors import CalibrationError, JqError, UnsupportedError
 from jq.formats import table
 from jq_torch import bridge, configs, experts
-from jq_torch.linear import JqLinear, Packed
+from jq_torch.linear import JqLinear
+from jq_torch.packed import Packed
 from jq_torch.plan import Origin
 from jq_torch.sources import Sides
 

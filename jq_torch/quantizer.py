@@ -22,7 +22,8 @@ from jq.errors import UnsupportedError
 from jq.formats import torchao
 from jq_torch import attention, bridge, configs, onthefly
 from jq_torch.activation import ScaledActivation
-from jq_torch.linear import JqLinear, Packed
+from jq_torch.linear import JqLinear
+from jq_torch.packed import Packed
 from jq_torch.plan import JqRenaming, Plan, explain_shape, open_files
 from jq_torch.settings import Settings, current
 from jq_torch.sources import Sides

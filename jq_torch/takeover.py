@@ -16,7 +16,7 @@ from transformers.utils import quantization_config as hf
 from jq.errors import UnsupportedError
 from jq.formats import by_method, table
 from jq_torch import configs, lora, settings, sources
-from jq_torch.linear import Packed
+from jq_torch.packed import Packed
 from jq_torch.quantizer import JqQuantizer, refuse_sharding
 
 _MISSING = object()

@@ -31,6 +31,7 @@ _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _TORCH |= {"uint8": torch.uint8, "int8": torch.int8}
 _SHAPES = 64  # of x whose calls a weight remembers
 _ALIGNED = 16  # bytes: what the kernels copy at a time
+_streams: dict[int, ctypes.c_void_p] = {}  # by handle, as ctypes takes them at once
 Call = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -218,7 +219,7 @@ class _Call:
         """The call for one weight of a stack, by the addresses of x, of an int32 that says which weight, and of the result."""
         (start, context), weight = self._launcher.parts, self._weight
         pointers = (ctypes.c_void_p * (len(weight) + 3))(x, *weight, which, y)
-        start(context, torch._C._cuda_getCurrentRawStream(self._index), ctypes.addressof(pointers))
+        start(context, ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._index)), pointers)
 
     def direct(self, shape: tuple[int, ...], dtype: torch.dtype) -> Call:
         """The call for contiguous tensors of one shape -> a new tensor of `shape`; everything else is made beforehand.
@@ -227,12 +228,12 @@ class _Call:
         """
         (start, context), index, weight = self._launcher.parts, self._index, self._weight
         kind, last = ctypes.c_void_p * (len(weight) + 2), len(weight) + 1
-        free: list[tuple[memoryview, int]] = []  # a view and an address: ctypes' own ways to both cost more
+        free: list[tuple[memoryview, Any]] = []  # an array and a view of it: ctypes' own way to an element costs more
         empty, strides, stream = _empty(index), _strides(shape), torch._C._cuda_getCurrentRawStream
 
-        def pointers() -> tuple[memoryview, int]:
+        def pointers() -> tuple[memoryview, Any]:
             made = kind(0, *weight)
-            return memoryview(made).cast("B").cast("Q"), ctypes.addressof(made)
+            return memoryview(made).cast("B").cast("Q"), made
 
         def launch(x: torch.Tensor) -> torch.Tensor:
             y = empty(shape, strides, dtype)
@@ -240,13 +241,18 @@ class _Call:
                 held = free.pop()
             except IndexError:
                 held = pointers()
-            view, address = held
+            view, array = held
             source = x.data_ptr()
             if source & (_ALIGNED - 1):
                 source = (x := x.clone()).data_ptr()
             view[0] = source
             view[last] = y.data_ptr()
-            start(context, stream(index), address)
+            number = stream(index)
+            try:
+                on = _streams[number]
+            except KeyError:
+                on = _streams[number] = ctypes.c_void_p(number)
+            start(context, on, array)
             free.append(held)
             return y
 

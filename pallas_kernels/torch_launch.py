@@ -83,14 +83,14 @@ class Launcher:
         compiled = library.MosaicGpuCompile(code, len(code))
         if not compiled:
             raise RuntimeError("Mosaic could not compile the kernel")
-        self._context = compiled[0]
-        # PYFUNCTYPE keeps the interpreter's lock: the call only enqueues, giving the lock away would cost more
-        kind = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-        self._launch = kind(compiled[1])
+        self._context = ctypes.c_void_p(compiled[0])
+        # PYFUNCTYPE keeps the interpreter's lock: the call only enqueues, giving the lock away would cost more.
+        # Without argument types, which would cost a conversion each, it takes ctypes' own objects alone.
+        self._launch = ctypes.PYFUNCTYPE(None)(compiled[1])
 
     @property
-    def parts(self) -> tuple[Any, int]:
-        """(C function (context, stream, pointers), context)."""
+    def parts(self) -> tuple[Any, ctypes.c_void_p]:
+        """(C function (context, stream, array of pointers) that takes c_void_p and ctypes arrays, context)."""
         return self._launch, self._context
 
 

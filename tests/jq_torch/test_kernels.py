@@ -87,6 +87,78 @@ def test_the_kernels_order_holds_the_same_bits_once(name):
     assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
 
 
+def _hooked(layer):
+    return layer.register_forward_hook(lambda layer, args, y: 2 * y).remove
+
+
+def _hooked_before(layer):
+    return layer.register_forward_pre_hook(lambda layer, args: (2 * args[0],)).remove
+
+
+def _hooked_for_all(layer):
+    return torch.nn.modules.module.register_module_forward_hook(lambda layer, args, y: 2 * y).remove
+
+
+def _hooked_for_all_before(layer):
+    return torch.nn.modules.module.register_module_forward_pre_hook(lambda layer, args: (2 * args[0],)).remove
+
+
+def _forward_replaced(layer):
+    own = layer.forward
+    layer.forward = lambda x: 2 * own(x)
+    return lambda: delattr(layer, "forward")
+
+
+def _subclassed(layer):
+    kind = type(layer)
+    layer.__class__ = type("Twice", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    return lambda: setattr(layer, "__class__", kind)
+
+
+def _module_patched(layer):
+    own = torch.nn.Module.__call__
+    torch.nn.Module.__call__ = lambda self, *args: 2 * own(self, *args)
+    return lambda: setattr(torch.nn.Module, "__call__", own)
+
+
+def _compiled(layer):
+    layer._compiled_call_impl = lambda x: 2 * layer.forward(x)  # what `layer.compile()` sets
+    return lambda: setattr(layer, "_compiled_call_impl", None)
+
+
+WATCHERS = [_hooked, _hooked_before, _hooked_for_all, _hooked_for_all_before]
+WATCHERS += [_forward_replaced, _subclassed, _module_patched, _compiled]
+
+
+@pytest.mark.parametrize("double", WATCHERS)
+def test_watchers_see_a_layer_that_goes_past_module_call(double, monkeypatch):
+    from jq_torch import ops
+
+    layer, x, calls = layer_of(weight("nf4")), torch.randn(3, K, dtype=torch.bfloat16), []
+    layer.arrange(ordered=True)
+    want = layer(x)
+
+    class Kernel:
+        def of(self, dtype):
+            return lambda x: calls.append(1) or want * (x[0, 0] / first)
+
+    first = x[0, 0].clone()
+    monkeypatch.setattr(ops, "cuda_weight", lambda packed, spec, dtype: Kernel())
+    layer._held = layer._hold(x.dtype)
+    assert torch.equal(layer(x), want) and torch.equal(layer(input=x), want) and len(calls) == 2
+    undo = double(layer)
+    try:
+        assert torch.equal(layer(x), 2 * want)
+    finally:
+        undo()
+    assert torch.equal(layer(x), want) and len(calls) == 4
+    deepcopy(layer)(x)
+    layer(x.clone().requires_grad_())
+    layer._parameters[layer._first].data = layer._parameters[layer._first].data.clone()
+    layer(x)
+    assert len(calls) == 4
+
+
 def test_without_a_gpu_the_reason_is_said():
     from pallas_kernels import torch as kernels
 

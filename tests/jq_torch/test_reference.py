@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import jq_torch
 from jq_torch import sources
-from jq_torch.linear import Packed
+from jq_torch.packed import Packed
 
 FOREIGN = ("bitsandbytes", "gptqmodel", "awq", "hqq", "optimum", "aqlm", "vptq", "eetq", "fbgemm_gpu")
 FOREIGN += ("compressed_tensors", "torchao", "auto_round", "quark")
