@@ -152,7 +152,7 @@ def test_quantized_on_the_gpu_while_loading(folder):
     assert error(logits(model), logits(load(folder / "nf4", "cpu"))) < 0.03
 
 
-@pytest.mark.parametrize("method", [jq.Int8(), jq.FP8(), jq.RTN(bits=8, group_size=64)], ids=["int8", "fp8", "rtn8"])
+@pytest.mark.parametrize("method", [jq.Int8(), jq.FP8(), jq.RTN(bits=3, group_size=64)], ids=["int8", "fp8", "rtn3"])
 def test_without_a_kernel_jax_computes_on_the_gpu(method):
     import numpy as np
 
@@ -163,6 +163,7 @@ def test_without_a_kernel_jax_computes_on_the_gpu(method):
     x = torch.randn(3, 512, dtype=torch.bfloat16)
     want = layer(x)
     layer.to("cuda")
+    assert kernels_of(layer) == (0, 1)
     found = layer(x.cuda())
     assert found.is_cuda and error(found.float().cpu(), want.float()) < 0.02
 
@@ -175,9 +176,10 @@ def test_a_chain_of_large_layers_without_a_kernel():
     for seed in range(4):
         weight = np.random.default_rng(seed).standard_normal((size, size), np.float32) * 0.02
         layer = JqLinear(size, size)
-        layer.put("q", jq.RTN(bits=8, group_size=128).quantize(weight))
+        layer.put("q", jq.RTN(bits=2, group_size=128).quantize(weight))
         layer.use(quantize_activations=True, kernels=True)
         layers.append(layer.to("cuda"))
+        assert kernels_of(layer) == (0, 1)
     x = torch.randn(16384, size, device="cuda", dtype=torch.bfloat16)
     want = []
     with torch.no_grad():
