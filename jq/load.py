@@ -166,9 +166,11 @@ def _cache_form(
 ) -> tuple[kv_cache.Form, bool]:
     """(how keys and values are held, whether the file's scales are for that)."""
     form = None if asked is None else kv_cache.form_of(asked, spec.head_dim)
-    config = dict(state.config.get("quantization_config") or state.config.get("compression_config") or {})
+    config = state.config.get("quantization_config") or state.config.get("compression_config") or {}
     try:
-        own = kv_cache.scheme_of(config) if quantize_activations or form is not None else None
+        own = (
+            kv_cache.scheme_of(config, str(state.path or "state")) if quantize_activations or form is not None else None
+        )
     except UnsupportedError:
         if form is None:
             raise

@@ -198,7 +198,7 @@ class Stored(Mapping[str, np.ndarray]):
 def _named_form(quantization: Mapping[str, Any], label: str) -> str | None:
     """The 8-bit cache of a config that is not compressed-tensors' own scheme; a warning for one that is not done."""
     try:
-        return kv_cache.scheme_of(dict(quantization))
+        return kv_cache.scheme_of(quantization, label)
     except UnsupportedError:
         inner = quantization.get("quantization")
         everywhere = {**(inner if isinstance(inner, Mapping) else {}), **quantization}

@@ -74,25 +74,36 @@ def form_of(name: Any, head_dim: int) -> Form:
     return SCHEMES[text]
 
 
-def scheme_of(quantization: dict[str, Any]) -> str | None:
-    """Cache dtype that a quantization_config's `kv_cache_scheme` (or ModelOpt's `kv_cache_quant_algo`) asks for."""
-    scheme = quantization.get("kv_cache_scheme")
-    algo = quantization.get("kv_cache_quant_algo") or (quantization.get("quantization") or {}).get(
-        "kv_cache_quant_algo"
-    )
+def scheme_of(quantization: Mapping[str, Any], label: str) -> str | None:
+    """Cache dtype that a quantization_config's `kv_cache_scheme` (or ModelOpt's `kv_cache_quant_algo`) asks for.
+
+    Args:
+      label: file or directory for messages.
+
+    Raises:
+      FormatError: a scheme of unknown keys or values.
+      UnsupportedError: a cache that is not done here.
+    """
+    label = f"{label}: quantization_config"
+    scheme, inner = quantization.get("kv_cache_scheme"), quantization.get("quantization")
+    algo = quantization.get("kv_cache_quant_algo")
+    if not algo and isinstance(inner, Mapping):
+        algo = inner.get("kv_cache_quant_algo")
     if isinstance(scheme, dict):
-        args = parse_args(scheme, "quantization_config: kv_cache_scheme")
+        args = parse_args(scheme, f"{label}: kv_cache_scheme")
         if args is not None and keeps_codes(args):
             return "int8" if args.type == "int" else "float8_e4m3"
         if "compress" in str(quantization.get("quant_method") or "compress"):
             return None  # each layer's own: `jq.formats.compressed_tensors_attention`
-        raise UnsupportedError(f"kv_cache_scheme {scheme} is not done here: only 8 bits; kv_cache='bfloat16'")
+        raise UnsupportedError(
+            f"{label}: kv_cache_scheme {scheme} is not done here, only 8 bits are; kv_cache='bfloat16' takes another"
+        )
     algo = algo or (scheme if isinstance(scheme, str) else None)
     if algo in ("FP8", "INT8"):
         return "int8" if algo == "INT8" else "float8_e4m3"
     if algo and str(algo).lower() != "none":
         raise UnsupportedError(
-            f"quantization_config: a key/value cache in {algo} is not done here; kv_cache='bfloat16' (or 'int8', "
+            f"{label}: a key/value cache in {algo!r:.80} is not done here; kv_cache='bfloat16' (or 'int8', "
             "'float8_e4m3') takes another"
         )
     return None

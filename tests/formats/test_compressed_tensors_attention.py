@@ -100,6 +100,12 @@ def test_bad_input(stored, change, kind, message):
     ],
 )
 def test_caches_of_other_libraries_are_no_float_caches(config):
-    with pytest.raises(UnsupportedError, match=r"not done here.*kv_cache='bfloat16'"):
-        kv_cache.scheme_of(config)
-    assert kv_cache.scheme_of({"quant_method": "modelopt", "kv_cache_quant_algo": "none"}) is None
+    with pytest.raises(UnsupportedError, match=r"^here: quantization_config: .*not done here.*kv_cache='bfloat16'"):
+        kv_cache.scheme_of(config, "here")
+    assert kv_cache.scheme_of({"quant_method": "modelopt", "kv_cache_quant_algo": "none"}, "here") is None
+
+
+@pytest.mark.parametrize("inner", ["FP8", 5, ["a"], {}, None])
+def test_other_methods_know_no_inner_config(inner):
+    """ModelOpt's `quantization` is an object; what another method's config says there is no cache."""
+    assert kv_cache.scheme_of({"quant_method": "awq", "quantization": inner}, "here") is None
