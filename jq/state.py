@@ -231,7 +231,8 @@ def _module_loader(
         parts = {suffix: ckpt.read(name) for suffix, name in stored.items()}
         with format_errors(ckpt, fmt, prefix):
             tensor = fmt.load(prefix, parts, options, context)
-        if tensor is not None and ckpt.container == "safetensors":
+        # HQQ's own torch files have settings as plain values; what is read with those is written in another form.
+        if tensor is not None and (ckpt.container == "safetensors" or not ckpt.objects):
             tensor = strays.carried(tensor, _key_of(fmt, prefix), stored, parts)
         return None if tensor is None else tensor.arrays(_hold)
 

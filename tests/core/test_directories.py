@@ -181,6 +181,24 @@ def test_what_a_format_has_no_use_for_is_kept(directory: str, suffix: str, lazy:
     assert all(saved.read(name).tobytes() == a.tobytes() for name, a in arrays.items())
 
 
+def test_what_a_format_has_no_use_for_is_kept_from_torch_files(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    source = directories()["ct-w4a16-g32-asym"]
+    opened = checkpoint.open_checkpoint(source)
+    arrays = {name: np.array(opened.read(name)) for name in opened.entries}
+    arrays["model.layers.0.mlp.up_proj.weight_g_idx"] = np.arange(3, dtype=np.int32)
+    given = {
+        name: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if a.dtype == "bfloat16" else torch.from_numpy(a)
+        for name, a in arrays.items()
+    }
+    torch.save(given, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(opened.config))
+    jq.save(jq.load_state(tmp_path), tmp_path / "out")
+    saved = checkpoint.open_checkpoint(tmp_path / "out")
+    assert set(saved.entries) == set(arrays)
+    assert all(saved.read(name).tobytes() == a.tobytes() for name, a in arrays.items())
+
+
 def test_downloads_leave_out_what_nothing_reads(tmp_path: Path, monkeypatch) -> None:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
