@@ -183,12 +183,14 @@ def test_what_a_format_has_no_use_for_is_kept(directory: str, suffix: str, lazy:
 
 def test_what_a_format_has_no_use_for_is_kept_from_torch_files(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    source = directories()["ct-w4a16-g32-asym"]
-    opened = checkpoint.open_checkpoint(source)
+    opened = checkpoint.open_checkpoint(directories()["ct-fp8-static"])
     arrays = {name: np.array(opened.read(name)) for name in opened.entries}
-    arrays["model.layers.0.mlp.up_proj.weight_g_idx"] = np.arange(3, dtype=np.int32)
+    arrays["model.layers.0.mlp.up_proj.weight_shape"] = np.arange(3, dtype=np.int64)
+    own = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
     given = {
-        name: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if a.dtype == "bfloat16" else torch.from_numpy(a)
+        name: torch.from_numpy(a.view(f"i{a.itemsize}")).view(own[str(a.dtype)])
+        if str(a.dtype) in own
+        else torch.from_numpy(a)
         for name, a in arrays.items()
     }
     torch.save(given, tmp_path / "pytorch_model.bin")
