@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import sys
+import gc
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import transformers
@@ -20,8 +21,9 @@ from jq_torch.packed import Packed
 from jq_torch.quantizer import JqQuantizer, refuse_sharding
 
 _MISSING = object()
-# Where config classes are looked up; of the two `transformers`, programs may hold either.
-_NAMESPACES = (hf, *{id(m): m for m in (transformers, sys.modules["transformers"])}.values())
+# Where config classes are looked up: programs may hold either `transformers`, of which sys.modules knows the second.
+_NAMESPACES = [m for m in gc.get_referrers(type(transformers)) if isinstance(m, ModuleType)]
+_NAMESPACES = [hf, *(m for m in _NAMESPACES if m.__name__ == "transformers")]
 
 
 def methods() -> list[str]:
