@@ -31,7 +31,7 @@ def forms() -> dict:
     from pallas_kernels.form import Form
 
     return {
-        "mxfp4": (Form("codebook", 4, 32, "e8m0"), (*SHAPES, *GPT_OSS), ROWS),
+        "mxfp4": (Form("codebook", 4, 32, "e8m0", table="e2m1"), (*SHAPES, *GPT_OSS), ROWS),
         "e4m3_row": (Form("e4m3", 8, 0, "f32"), SHAPES, ROWS),
         "w8a16_g128": (Form(bits=8, zero_point=128), SHAPES, MORE),
         "w8a16_row": (Form(bits=8, group=0, scale="f32", zero_point=128), SHAPES[:1], ROWS),

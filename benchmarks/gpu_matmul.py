@@ -55,13 +55,15 @@ def forms() -> dict:
     from pallas_kernels.form import Form
 
     return {
-        "w4a16_g128": Form(),
-        "nf4_b64": Form("codebook", 4, 64, "bf16"),  # float32 absmax: the kernel reads its rounded upper half
-        "nf4_b64_dq": Form("codebook", 4, 64, "u8"),
-        "fp4_b64": Form("codebook", 4, 64, "bf16"),
+        "w4a16_g128": Form(small=True),
+        "nf4_b64": Form(
+            "codebook", 4, 64, "bf16", table="nf4"
+        ),  # float32 absmax: the kernel reads its rounded upper half
+        "nf4_b64_dq": Form("codebook", 4, 64, "u8", table="nf4"),
+        "fp4_b64": Form("codebook", 4, 64, "bf16", table="fp4"),
         "w4a16_g128_asym": Form(zero="u8"),
-        "w4a16_actorder": Form(),
-        "w4a16_g32": Form(group=32),
+        "w4a16_actorder": Form(small=True),
+        "w4a16_g32": Form(group=32, small=True),
         "hqq_g64": Form(group=64, scale="f16", zero="f16"),
     }
 

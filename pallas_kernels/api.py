@@ -172,4 +172,5 @@ def expand_scales(w: Packed) -> Packed:
 
     scales = (jax.vmap(one) if w.stacked else one)(w.scales, w.tables)
     form = dataclasses.replace(w.form, scale="bf16")
-    return w.replace(scales=scales, tables={"table": w.tables["table"]}, form=form)
+    tables = {name: table for name, table in w.tables.items() if name == "table"}
+    return w.replace(scales=scales, tables=tables, form=form)

@@ -10,6 +10,7 @@ import jax
 ROWS = 16  # rows of one tile: the M of one mma instruction
 CHUNK = 64  # weights along K of one tile: four mma steps, 16 bytes of 4-bit codes per thread
 NESTED_BLOCK = 256  # codes of a nested scale that share a second-level scale
+SMALL = 8.0  # see `Form.small`
 
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "u8": 1, "e8m0": 1}
 
@@ -27,6 +28,9 @@ class Form:
       zero: type of the stored zeros, "" if there are none.
       zero_form: how a zero enters: "code" (code - zero) * scale, "minus" code * scale - zero, "plus" code * scale + zero.
       zero_point: the zero where none is stored.
+      table: name of the codebook's 16 values (`decode.codebook.KNOWN`) where kernels hold them: they need not wait for
+        the memory before they fill their table. "": they are an array.
+      small: all scales are known to be below `SMALL` in absolute value, so that kernels need not look for the largest.
     """
 
     kind: Literal["affine", "codebook", "e4m3", "e5m2"] = "affine"
@@ -36,6 +40,8 @@ class Form:
     zero: Literal["", "u8", "bf16", "f16", "f32"] = ""
     zero_form: Literal["code", "minus", "plus"] = "code"
     zero_point: int = 8
+    table: str = ""
+    small: bool = False
 
     @property
     def decode(self) -> tuple[str, int]:
@@ -65,7 +71,7 @@ class Packed:
       codes: int32[T, C, bits * 32], T = ceil(N / 16) tiles of rows, C = ceil(K / 64); see `layout.pack_codes`.
       scales: [T, G, 16], `Form.scale` type; see `layout.pack_rows`.
       zeros: [T, G, 16], `Form.zero` type, or None.
-      tables: dict of float32 arrays: "table" [16] of a codebook; "table2" [256], "absmax2" [blocks], "offset" [] of
+      tables: dict of float32 arrays: "table" [16] of a codebook whose values `form` does not name; "table2" [256], "absmax2" [blocks], "offset" [] of
         nested scales.
       perm: int32[K], the input that position k of the codes multiplies, or None.
       form, shape: static; shape is (N, K).

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import layout
-from pallas_kernels.decode import DECODES
+from pallas_kernels.decode import DECODES, codebook
 from pallas_kernels.form import Packed
 
 FLOATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
@@ -31,7 +31,8 @@ def dense(w: Packed) -> jax.Array:
     if form.kind in FLOATS:
         weight = jax.lax.bitcast_convert_type(codes, FLOATS[form.kind]).astype(jnp.float32) * scale
     elif form.kind == "codebook":
-        weight = w.tables["table"][codes.astype(jnp.int32)] * scale
+        table = jnp.asarray(codebook.KNOWN[form.table]) if form.table else w.tables["table"]
+        weight = table[codes.astype(jnp.int32)] * scale
     elif not form.zero:
         weight = (codes.astype(jnp.float32) - form.zero_point) * scale
     else:

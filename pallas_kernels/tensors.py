@@ -16,10 +16,9 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.qtensor import Affine, Codebook, NarrowFloat, QTensor
-from jq.qtensor.narrow_float import TABLES
 from pallas_kernels import layout
-from pallas_kernels.decode import DECODES
-from pallas_kernels.form import CHUNK, NESTED_BLOCK, ROWS, Form, Packed
+from pallas_kernels.decode import DECODES, codebook
+from pallas_kernels.form import CHUNK, NESTED_BLOCK, ROWS, SMALL, Form, Packed
 
 NAME = "mma16"
 SCALES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -105,6 +104,11 @@ def _decode(w: Any) -> tuple[str, int]:
     return FLOATS[w.kind] if isinstance(w, NarrowFloat) else (w.kind_name, w.bits)
 
 
+def _small(scales: Any) -> bool:
+    """Whether all scales are known to be below `SMALL` in absolute value."""
+    return not isinstance(scales, jax.core.Tracer) and bool(jnp.all(jnp.abs(scales) < SMALL))
+
+
 def _all_within(values: Any, low: int, end: int) -> bool:
     values = np.asarray(values)
     return bool(values.size) and low <= values.min() and values.max() < end
@@ -153,7 +157,8 @@ def prepare(w: Any) -> Any:
 
     Shape, dtypes of codes and scales, and size stay (N is padded to a multiple of 16, K of 64). Integer zeros become one
     byte each. A float32 absmax is split: the kernel reads its upper half, rounded to bfloat16; the rest goes to `extras`. An
-    act-order `g_idx` is replaced by the permutation of K that sorts it.
+    act-order `g_idx` is replaced by the permutation of K that sorts it. `layout` also says whether all scales are small
+    (`Form.small`): restore a tensor before its scales are changed.
 
     Args:
       w: `jq.qtensor.Affine`, `Codebook` or `NarrowFloat` with concrete arrays; stack axes allowed.
@@ -193,6 +198,8 @@ def prepare(w: Any) -> Any:
             fields[name] = _rows(w.ndim, values[..., :groups])
             if values.shape[-1] > groups:
                 fields["extras"][BEHIND[name]] = values[..., groups:]
+        if w.bits == 4 and w.zeros is None and _small(fields["scales"]):
+            notes["most"] = f"{SMALL:g}"
     elif isinstance(w, NarrowFloat):
         scales = jnp.asarray(w.scales)
         if scales.shape[-2:] == (1, 1):
@@ -201,6 +208,8 @@ def prepare(w: Any) -> Any:
         fields["scales"] = _rows(w.ndim, scales)
     else:
         fields |= _pack_absmax(w, notes)
+        if known := codebook.name_of(w.table):
+            notes["table"] = known
     return w.replace(layout=";".join([NAME, *(f"{key}={value}" for key, value in notes.items())]), **fields)
 
 
@@ -254,19 +263,21 @@ def packed(w: Any) -> Packed:
     group = group if group < k else 0
     if isinstance(w, NarrowFloat):
         kind, bits = FLOATS[w.kind]
-        tables = {"table": jnp.broadcast_to(TABLES[w.kind], (*stack, 16))} if w.kind in TABLES else {}
+        table = w.kind if kind == "codebook" else ""
         scale = "e8m0" if w.scale_kind == "e8m0" else SCALES[str(w.scales.dtype)]
-        return Packed(codes, tiles(w.scales), None, tables, None, Form(kind, bits, group, scale), (n, k))  # type: ignore[arg-type]
+        return Packed(codes, tiles(w.scales), None, {}, None, Form(kind, bits, group, scale, table=table), (n, k))  # type: ignore[arg-type]
     if isinstance(w, Affine):
         zero = ""
         if w.zeros is not None:
             zero = "u8" if w.zeros.dtype == jnp.uint8 else SCALES[str(w.zeros.dtype)]
         point = 1 << (w.bits - 1) if zero else w.zero_point + _half(w)
-        form = Form("affine", w.bits, group, SCALES[str(w.scales.dtype)], zero, ZERO_FORMS[w.formula], point)  # type: ignore[arg-type]
+        scale, zero_form = SCALES[str(w.scales.dtype)], ZERO_FORMS[w.formula]
+        form = Form("affine", w.bits, group, scale, zero, zero_form, point, small="most" in notes)  # type: ignore[arg-type]
         zeros = None if w.zeros is None else tiles(w.zeros)
         perm = w.g_idx if notes.get("order") == "perm" else None
         return Packed(codes, tiles(w.scales), zeros, {}, perm, form, (n, k))
-    tables = {"table": w.table}
+    known = notes.get("table", "")
+    tables = {} if known else {"table": w.table}
     if isinstance(w.absmax, Codebook):
         tables |= {"table2": w.absmax.table, "absmax2": w.absmax.absmax}
         offset = w.absmax.offset
@@ -274,7 +285,7 @@ def packed(w: Any) -> Packed:
         scales, kind = tiles(w.absmax.codes), "u8"
     else:
         scales, kind = tiles(w.absmax), "bf16"
-    return Packed(codes, scales, None, tables, None, Form("codebook", w.bits, group, kind), (n, k))  # type: ignore[arg-type]
+    return Packed(codes, scales, None, tables, None, Form("codebook", w.bits, group, kind, table=known), (n, k))  # type: ignore[arg-type]
 
 
 def _over_stack(ndim: int, function: Any, *arrays: Any, **static: Any) -> Any:

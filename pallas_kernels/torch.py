@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jq.qtensor.narrow_float import TABLES
 from pallas_kernels import api, select, tensors
 from pallas_kernels.form import Packed
 from pallas_kernels.torch_launch import Key, Launcher, arrays_of, launcher_of, private, skeleton_of, with_arrays
@@ -100,9 +99,6 @@ class TorchWeight:
         self._few, self._many = _skeletons(structs)
         self.tensors: dict[str, torch.Tensor] = _named(held)
         self._device = self.tensors["codes"].device
-        if "table" in self._few.tables and "table" not in self.tensors:  # of the kind, not of the weight
-            table = np.broadcast_to(TABLES[structs.kind], self._few.tables["table"].shape)
-            self.tensors["table"] = _tensor(table).to(self._device)
         if "offset" in self._few.tables and "offset" not in self.tensors:
             self.tensors["offset"] = torch.zeros(self._few.tables["offset"].shape, device=self._device)
         if self._many.form != self._few.form:  # nested scales, expanded for the kernel of many rows

@@ -33,9 +33,9 @@ from pallas_kernels.timing import Jobs, copies, median_us, supervise
 # Linear layers of 8B and 70B models: square, fused q/k/v, fused gate/up, down, and gate/up of 70B.
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (6144, 4096))
 FORMS = {
-    ("affine", 4): Form(),
+    ("affine", 4): Form(small=True),
     ("affine", 8): Form(bits=8, zero_point=128),
-    ("codebook", 4): Form("codebook", 4, 64, "bf16"),
+    ("codebook", 4): Form("codebook", 4, 64, "bf16", table="nf4"),
 }
 ROWS = {
     ("affine", 4): (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192),
@@ -54,7 +54,7 @@ def random_weight(form: Form, n: int, k: int, seed: int = 0) -> Packed:
     codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & most
     groups = form.groups(k)
     tables = {}
-    if form.kind == "codebook":
+    if form.kind == "codebook" and not form.table:
         tables["table"] = jnp.linspace(-1, 1, 16) ** 3
     codes &= {"e4m3": 0xF7, "e5m2": 0xBF}.get(form.kind, most)  # no NaN, nothing infinite
     if form.scale == "e8m0":

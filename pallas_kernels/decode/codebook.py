@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from jaxlib.mlir import ir
 
+from jq.algorithms import codebook4
+from jq.qtensor.narrow_float import TABLES
 from pallas_kernels import ptx
 from pallas_kernels.form import Form
 from pallas_kernels.ptx import Int
@@ -19,6 +23,16 @@ from pallas_kernels.ptx import Int
 order = "natural"
 
 ENTRY = 128  # bytes: one pair for each of 32 lanes
+
+# Codebooks that kernels hold, by `Form.table`: bitsandbytes' two and the 4-bit float of MXFP4.
+KNOWN = {**codebook4.TABLES, "e2m1": TABLES["e2m1"]}
+
+
+def name_of(table: Any) -> str:
+    """Of a codebook float32[..., 16] (or of all those of a stack) that kernels hold, or ""."""
+    if isinstance(table, jax.core.Tracer):
+        return ""
+    return next((name for name, values in KNOWN.items() if np.all(np.asarray(table) == values)), "")
 
 
 def unit(form: Form, dtype: str) -> int:
@@ -29,33 +43,46 @@ def shared_bytes(form: Form) -> int:
     return 256 * ENTRY
 
 
-def fill(form: Form, dtype: str, base: Int, table: ir.Value, thread: Int, threads: int) -> None:
+def fill(form: Form, dtype: str, base: Int, table: ir.Value | None, thread: Int, threads: int) -> None:
     """Writes the pair table; entry b holds (table[b % 16], table[b // 16]).
 
     Args:
       base: shared-memory address.
-      table: global address of float32[16].
+      table: global address of float32[16], or None where `form` names the values.
       thread, threads: index and number of the threads that share the work.
     """
-    write(dtype, base, read(table, thread, threads))
+    write(form, dtype, base, read(form, table, thread, threads))
 
 
-def read(table: ir.Value, thread: Int, threads: int) -> list[tuple[Int, list[ir.Value]]]:
-    """A thread's entries, to be written when they have come: (number, its two values)."""
+def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[tuple[Int, list[ir.Value]]]:
+    """A thread's entries, to be written when they have come: (number, its two values); no values where `form` names
+    them.
+    """
     out = []
     for first in range(0, 256, threads):
         b = (thread + first) & 255  # more than 256 threads: some write the same
-        out.append((b, [ptx.load_global(ptx.address(table, half, 4), "f32") for half in (b & 15, b >> 4)]))
+        halves = () if table is None or form.table else (b & 15, b >> 4)
+        out.append((b, [ptx.load_global(ptx.address(table, half, 4), "f32") for half in halves]))
     return out
 
 
-def write(dtype: str, base: Int, entries: Sequence[tuple[Int, list[ir.Value]]]) -> None:
-    for b, (low, high) in entries:
+def write(form: Form, dtype: str, base: Int, entries: Sequence[tuple[Int, list[ir.Value]]]) -> None:
+    for b, values in entries:
+        low, high = values or [chosen(KNOWN[form.table], half) for half in (b & 15, b >> 4)]
         pair = ptx.pack_pair(low, high, dtype)
         for i in range(0, ENTRY, 16):
             # neighbouring threads start at different banks
             at = base + b * ENTRY + ((b * 16 + i) & (ENTRY - 1))
             ptx.store_shared(at, [pair] * 4)
+
+
+def chosen(table: np.ndarray, index: Int) -> ir.Value:
+    """table[index] of 16 constants, by its bits."""
+    values = [ptx.constant(v) for v in table.tolist()]
+    for bit in range(4):
+        on = (index >> bit) & 1 == 1
+        values = [ptx.select_float(on, b, a) for a, b in zip(values[::2], values[1::2])]
+    return values[0]
 
 
 def fragment(form: Form, dtype: str, words: Sequence[ir.Value], zero: Any, table: Int) -> list[ir.Value]:

@@ -12,6 +12,9 @@ from pallas_kernels.decode import DECODES, affine
 from pallas_kernels.form import Form
 from pallas_kernels.ptx import Int
 
+EXPONENTS = (133, 129)  # a code of row g is k * 2**-133 where it lies, one of row g + 8 is 16 times that
+SHIFT = 8  # scales below `SMALL` times 2**133 / 2**SHIFT are finite
+
 
 def as_floats(kind: str, stored: Sequence[ir.Value]) -> list[ir.Value]:
     """Two stored parameters (rows g and g + 8) as float32."""
@@ -47,38 +50,43 @@ def shifts(form: Form, scale: Sequence[ir.Value], zero: Sequence[ir.Value]) -> l
 
 def folds(form: Form, dtype: str) -> bool:
     """Whether `Powers` is for this form: the zero point's product with a scale must be exact."""
-    plain = form.kind == "affine" and form.bits == 4 and form.scale == "bf16" and not form.zero
-    return plain and dtype == "bf16" and form.zero_point & (form.zero_point - 1) == 0
+    plain = form.kind == "affine" and form.bits == 4 and not form.zero and dtype == "bf16"
+    return plain and (form.small or form.scale == "bf16") and form.zero_point & (form.zero_point - 1) == 0
 
 
 class Powers:
     """The scale inside of the decode's multiply-add: weights of rows g and g + 8, divided by powers of two.
 
-    A code is k * 2**-133, so the scale is multiplied with 2**133 / 2**q. That must be finite: q follows from the row's
-    largest scale. Every weight is rounded as the product of scale and code is.
+    A code is k * 2**-133, so the scale is multiplied with 2**133 / 2**q. That must be finite: q is 8 for scales below
+    `SMALL`, and follows from the row's largest scale where some are not. Every weight is rounded as the product of scale
+    and code is.
 
     Fields:
       factors: 2**(133 - q) of row g and 2**(129 - q) of row g + 8, each in both halves of a register.
     """
 
-    def __init__(self, largest: Sequence[Int]):
-        """`largest`: bits of the largest absolute scales of the two rows, bfloat16."""
-        self.factors = []
-        for bits, most in zip(largest, (381, 377)):
-            fitting, widest = most - (bits >> 7), most - 129  # scales below 8 have one q
-            self.factors.append(ptx.raw((ptx.select(fitting < widest, fitting, widest) << 7) * 0x10001))
+    def __init__(self, largest: Sequence[Int] = ()):
+        """`largest`: bits of the largest absolute scales of the two rows, bfloat16; none where all are small."""
+        self.known = not largest
+        self.factors: list[Any] = [affine.pair_of(2.0 ** (p - SHIFT)) for p in EXPONENTS]
+        for i, bits in enumerate(largest):
+            widest = EXPONENTS[i] - SHIFT + 127  # exponent bits
+            fitting = widest + 129 - (bits >> 7)
+            self.factors[i] = ptx.raw((ptx.select(fitting < widest, fitting, widest) << 7) * 0x10001)
 
     def fragment(self, form: Form, words: Sequence[ir.Value], params: Sequence) -> list[ir.Value]:
         """Words of one or more k16 steps -> weights, four registers a step."""
         scale = twice(form.scale, "bf16", params[0])
         factors = [ptx.mul_pair(s, f, "bf16") for s, f in zip(scale, self.factors)]
-        points = (-form.zero_point * 2.0**-133, -form.zero_point * 2.0**-129)
+        points = (-form.zero_point * 2.0**-p for p in EXPONENTS)
         terms = [ptx.mul_pair(f, affine.pair_of(p), "bf16") for f, p in zip(factors, points)]
         return affine.multiplied(words, factors, terms)
 
     def whole(self, sums: Sequence[ir.Value]) -> list[ir.Value]:
-        """The sums times 2**q: in two steps, since it can be more than a float holds."""
-        q = [260 - ((Int(self.factors[0]) >> 7) & 255), 256 - ((Int(self.factors[1]) >> 7) & 255)]
+        """The sums times 2**q: in two steps where it can be more than a float holds."""
+        if self.known:
+            return [ptx.mul(s, ptx.constant(2.0**SHIFT)) for s in sums]
+        q = [p + 127 - ((Int(f) >> 7) & 255) for p, f in zip(EXPONENTS, self.factors)]
         gains = [[ptx.as_float((part + 127) << 23) for part in (v >> 1, v - (v >> 1))] for v in q]
         return [ptx.mul(ptx.mul(s, gains[i // 2 % 2][0]), gains[i // 2 % 2][1]) for i, s in enumerate(sums)]
 

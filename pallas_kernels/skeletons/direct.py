@@ -87,16 +87,16 @@ class _Kernel(Writer):
 
     def run(self) -> None:
         plan, c = self.plan, self.plan.config
-        entries = (
-            self.decode.read(self.pointers["table"], self.thread, c.warps * 32) if "table" in self.pointers else []
-        )
+        entries = []
+        if plan.table_bytes:
+            entries = self.decode.read(plan.form, self.pointers.get("table"), self.thread, c.warps * 32)
         if plan.m > 1:  # much of it: ahead of the weight
             self.fetch_x()
         sets = [self.fetch(Int(d), ptx.select(Int(d) < self.passes, 1, 0)) for d in range(c.depth)]
         if plan.m == 1:
             self.fetch_x()
         if entries:
-            self.decode.write(plan.dtype, self.tables, entries)
+            self.decode.write(plan.form, plan.dtype, self.tables, entries)
             ptx.sync_block()
         ptx.barrier_wait(self.bars + self.warp * 8, 0)
         ptx.sync_warp()

@@ -88,11 +88,11 @@ class _Kernel(Sums, Output):
         with ptx.when(self.wg < c.wn):
             ptx.sync_warp()
             hopper.set_registers(CONSUMER_REGISTERS[c.wn], "inc")
-            if self.folded:
+            if self.searched:
                 self.prefetch_scales()
-            if "table" in self.refs:
-                table = ptx.global_pointer(self.refs["table"])
-                if self.layer:
+            if plan.table_bytes:
+                table = ptx.global_pointer(self.refs["table"]) if "table" in self.refs else None
+                if table is not None and self.layer:
                     table = ptx.address(table, self.layer[0], 64)
                 self.decode.fill(plan.form, plan.dtype, self.at["tables"], table, self.thread, consumers)
                 ptx.sync_warp()

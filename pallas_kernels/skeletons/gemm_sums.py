@@ -130,7 +130,7 @@ class Sums(Block):
         hopper.wgmma_commit()
         return sums, following
 
-    def step_in_turn(self, sums: list[Any], slot: Int, height: int, powers: list[Any]) -> list[Any]:
+    def step_in_turn(self, sums: list[Any], slot: Int, height: int, powers: list[Powers | None]) -> list[Any]:
         """As `step`, for `height` units and with fewer registers: each chunk is read while the one before is multiplied.
 
         Args:
@@ -161,7 +161,21 @@ class Sums(Block):
 
     @property
     def folded(self) -> bool:
-        return not self.plan.config.ahead and folds(self.plan.form, self.plan.dtype)
+        """Whether the scale is part of the decode's arithmetic."""
+        form = self.plan.form
+        return folds(form, self.plan.dtype) and (form.small or not self.plan.config.ahead)
+
+    @property
+    def searched(self) -> bool:
+        """Whether the largest scale of each row is looked for."""
+        return self.folded and not self.plan.form.small
+
+    def powers(self, n0: Int, height: int) -> list[Powers | None]:
+        """Of `height` units from row n0 on."""
+        if not self.searched:
+            return [Powers() if self.folded else None] * height
+        rows = [n0 + u * (self.plan.config.wn * UNIT) for u in range(height)]
+        return [Powers(self.largest_scales(row)) for row in rows]
 
     def scales_of(self, n0: Int) -> ir.Value:
         """Address of the scales of this warp's tile of the unit that begins at row n0."""
@@ -210,29 +224,24 @@ class Sums(Block):
         plan = self.plan
         count, depth = height * plan.sums, plan.depth
         zero = [ptx.zero()] * count
+        powers = self.powers(n0, height)
         if not self.plan.config.ahead:
-            rows = [n0 + u * (plan.config.wn * UNIT) for u in range(height if self.folded else 0)]
-            powers = [Powers(self.largest_scales(row)) for row in rows]
 
             def alone(_: Int, carry: list[Any]) -> list[Any]:
                 sums, (slot, parity) = carry[:count], carry[count:]
                 if plan.in_turn:
                     ptx.barrier_wait(self.full + slot * 8, parity)
                     ptx.sync_warp()
-                    sums = self.step_in_turn(sums, slot, height, powers or [None] * height)
+                    sums = self.step_in_turn(sums, slot, height, powers)
                 else:
-                    sums, _ = self.step(sums, self.fetch(slot, parity), slot, powers=powers[0] if powers else None)
+                    sums, _ = self.step(sums, self.fetch(slot, parity), slot, powers=powers[0])
                 hopper.wgmma_wait(0)
                 self.release(slot)
                 ptx.sync_warp()
                 return [*sums, *self.after(slot, parity, depth)]
 
             out = ptx.loop(0, steps, 1, [*zero, slot, parity], alone)
-            sums, behind = out[:count], out[count:]
-            if not powers:
-                return self.in_units(sums), behind
-            parts = (sums[u * plan.sums : (u + 1) * plan.sums] for u in range(height))
-            return ptx.chain(*(p.whole(part) for p, part in zip(powers, parts))), behind
+            return self.whole(out[:count], powers), out[count:]
 
         # Each step is committed in two halves, and the tensor core always has one of them left to do while the first
         # weights of the next step are decoded.
@@ -241,14 +250,14 @@ class Sums(Block):
 
         def turn(sums: list[Any], ready: Any, slot: Int, parity: Int, before: Int | None) -> list[Any]:
             following = self.after(slot, parity, depth)
-            sums, fetched = self.step(sums, ready, slot, before, following)
+            sums, fetched = self.step(sums, ready, slot, before, following, powers[0])
             hopper.wgmma_wait(1)
             fetched = fetched or self.fetch(*following)
-            first = self.first_fragment(fetched)
+            first = self.first_fragment(fetched, powers[0])
             return [*sums, *flat({"a": first, **fetched}), *following, slot]
 
         ready = self.fetch(slot, parity)
-        ready["a"] = self.first_fragment(ready)
+        ready["a"] = self.first_fragment(ready, powers[0])
 
         def unflat(values: list[Any]) -> dict[str, list[Any]]:
             it = iter(values)
@@ -262,12 +271,17 @@ class Sums(Block):
         values = turn(zero, ready, slot, parity, None)
         values = ptx.loop(1, steps - 1, 1, values, body)
         slot, parity, before = values[-3:]
-        sums, _ = self.step(values[:count], unflat(values[count:-3]), slot, before)
+        sums, _ = self.step(values[:count], unflat(values[count:-3]), slot, before, powers=powers[0])
         hopper.wgmma_wait(0)
         self.release(slot)
         ptx.sync_warp()
-        return self.in_units(sums), list(self.after(slot, parity, depth))
+        return self.whole(sums, powers), list(self.after(slot, parity, depth))
 
-    def in_units(self, sums: list[Any]) -> list[Any]:
-        gain = self.plan.gain
-        return sums if gain == 1 else [ptx.mul(s, ptx.constant(gain)) for s in sums]
+    def whole(self, sums: list[Any], powers: list[Powers | None]) -> list[Any]:
+        """The sums of all units, times what the decode has divided by."""
+        parts = (sums[u * self.plan.sums : (u + 1) * self.plan.sums] for u in range(len(powers)))
+        gain = ptx.constant(self.plan.gain)
+        scaled = (
+            power.whole(part) if power else [ptx.mul(s, gain) for s in part] for power, part in zip(powers, parts)
+        )
+        return ptx.chain(*scaled) if self.plan.gain != 1 or powers[0] else sums

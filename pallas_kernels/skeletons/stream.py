@@ -62,6 +62,7 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     }
 
     def emit(_: Any, refs: dict[str, ir.Value], shared: Int) -> None:
+        ptx.skip_preamble()
         at = pointers(refs)
         if layer is not None:
             index = Int(ptx.load_global(at["layer"], "u32"))
@@ -99,9 +100,9 @@ class _Kernel:
     def run(self) -> None:
         plan, c = self.plan, self.plan.config
         # a cold load takes a microsecond: ahead of the copies, which would stand in its way
-        entries = (
-            self.decode.read(self.pointers["table"], self.thread, c.warps * 32) if "table" in self.pointers else []
-        )
+        entries = []
+        if plan.table_bytes:
+            entries = self.decode.read(plan.form, self.pointers.get("table"), self.thread, c.warps * 32)
         second = self.params.read()
         self.loose, (self.begin, self.end) = self.sums.strips, self.sums.share(self.warp)
         strips = (plan.strips + plan.clusters - 1 - self.first_strip) // plan.clusters
@@ -110,7 +111,7 @@ class _Kernel:
         state = self.start_ring()
         self.sums.initialise()
         if entries:
-            self.decode.write(plan.dtype, self.tables, entries)
+            self.decode.write(plan.form, plan.dtype, self.tables, entries)
         self.params.write(second)
         self.inputs.pad()
         ptx.sync_warp()
@@ -166,7 +167,7 @@ class _Kernel:
 
         Returns:
           state of the ring: slot, parity, number of the next copy to send, and the second-level scales of the next
-          piece.
+          piece, or of its whole strip.
         """
         plan = self.plan
         nested = self.params.nested(*self.locate(Int(ptx.raw(0))))
@@ -235,13 +236,16 @@ class _Kernel:
         """
         plan = self.plan
         n_sums = 4 * plan.columns * plan.height
+        (slot, parity, copy), nested = state[:3], state[3:]
+        if plan.nested_by_row:
+            ahead = self.params.nested(*self.locate(copy - plan.stages + (stop - start)))
 
         def piece(b: Int, carry: list[Any]) -> list[Any]:
-            sums, (slot, parity, copy, *nested) = carry[:n_sums], carry[n_sums:]
+            sums, (slot, parity, copy, *each) = carry[:n_sums], carry[n_sums:]
             ptx.barrier_wait(self.bars + slot * 8, parity)
             ptx.sync_warp()
             at = self.ring + slot * plan.stage_bytes
-            following = self.params.nested(*self.locate(copy - (plan.stages - 1)))
+            following = [] if plan.nested_by_row else self.params.nested(*self.locate(copy - (plan.stages - 1)))
             whole = plan.unroll == plan.chunks
 
             def release(loaded: Sequence[ir.Value] = ()) -> None:
@@ -258,7 +262,7 @@ class _Kernel:
                     ]
                     release([first for of_tile in words for of_chunk in of_tile for first in of_chunk[::4]] + params)
                 params = [
-                    [self.params.convert(p, nested, h, g) for g, p in enumerate(of_tile)]
+                    [self.params.convert(p, each or nested, h, g) for g, p in enumerate(of_tile)]
                     for h, of_tile in enumerate(stored)
                 ]
                 for c in range(plan.unroll):
@@ -273,11 +277,12 @@ class _Kernel:
             wrap = (slot + 1) == plan.stages
             return [*sums, ptx.select(wrap, 0, slot + 1), parity ^ ptx.select(wrap, 1, 0), copy + 1, *following]
 
-        out = ptx.loop(start, stop, 1, [*(ptx.zero() for _ in range(n_sums)), *state], piece)
-        sums = out[:n_sums]
+        carried = [slot, parity, copy] if plan.nested_by_row else state
+        out = ptx.loop(start, stop, 1, [*(ptx.zero() for _ in range(n_sums)), *carried], piece)
+        sums, state = out[:n_sums], out[n_sums:]
         if plan.m == 1:
             sums = [s for i, s in enumerate(sums) if i % 2 == 0]  # column 1 of x does not exist
-        return sums, out[n_sums:]
+        return sums, [*state, *ahead] if plan.nested_by_row else state
 
     def load_part(self, at: Int, first: Int) -> tuple[list[Any], list[Any]]:
         """Codes and stored parameters of `unroll` chunks of a slot, from chunk `first` on; for each tile of the strip."""

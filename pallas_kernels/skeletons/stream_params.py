@@ -88,7 +88,8 @@ class Params:
             ptx.store_shared(self.table2 + i * 4, [value])
 
     def nested(self, strip: Int, piece: Int) -> list[Any]:
-        """Second-level scales of a piece of a strip of the cluster, loaded a piece ahead of their use.
+        """Second-level scales of a piece of a strip of the cluster, loaded a piece ahead of their use (a strip ahead
+        where they are those of a row).
 
         Returns:
           of each tile, for rows g and g + 8: the scale of the first group; and where the groups of a piece can touch

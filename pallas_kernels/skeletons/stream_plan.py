@@ -234,6 +234,11 @@ class Plan(FewRows):
             else 2
         )
 
+    @property
+    def nested_by_row(self) -> bool:
+        """Whether all groups of a row share a second-level scale."""
+        return self.form.scale == "u8" and NESTED_BLOCK % self.form.groups(self.k) == 0
+
     def reason(self) -> str | None:
         """Why this launch is not possible, or None."""
         if self.m > MAX_ROWS:

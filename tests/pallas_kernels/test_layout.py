@@ -109,3 +109,23 @@ def test_refusals_say_why():
         assert word in tensors.refusal(q)
         with pytest.raises(ValueError, match=word):
             tensors.prepare(q)
+
+
+def test_what_is_known_of_the_numbers():
+    """Kernels are made for small scales and for codebooks that they hold, where `prepare` could see that it is so."""
+    q = weights.make("w4a16_g128", 32, 256)
+    assert tensors.packed(tensors.prepare(q)).form.small
+    for value in (8.0, -8.0, np.nan, np.inf):
+        large = q.replace(scales=q.scales.at[7, 1].set(value))
+        prepared = tensors.prepare(large)
+        assert not tensors.packed(prepared).form.small, value
+        assert np.asarray(tensors.restore(prepared).scales).tobytes() == np.asarray(large.scales).tobytes()
+    assert not tensors.packed(tensors.prepare(stack([q, large]))).form.small
+    assert not jax.eval_shape(lambda q: tensors.packed(tensors.prepare(q)), q).form.small
+    for kind, name in (("nf4_b64", "nf4"), ("nf4_b64_dq", "nf4"), ("mxfp4", "e2m1")):
+        packed = tensors.packed(tensors.prepare(weights.make(kind, 32, 256)))
+        assert packed.form.table == name and "table" not in packed.tables
+    q = weights.make("nf4_b64", 32, 256)
+    other = tensors.prepare(q.replace(table=q.table + 1e-4))
+    assert tensors.packed(other).form.table == "" and len(tensors.packed(other).tables["table"]) == 16
+    np.testing.assert_array_equal(tensors.restore(other).table, q.table + 1e-4)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 FORMS = {
     "g128": Form(),
+    "small": Form(scale="f16", small=True),
     "g32": Form(group=32),
     "row": Form(group=0),
     "asym": Form(zero="u8"),
@@ -26,11 +27,12 @@ FORMS = {
     "w8_row": Form(bits=8, group=0, scale="f32", zero_point=128),
     "w8_asym": Form(bits=8, zero="u8"),
     "w8_hqq": Form(bits=8, group=64, scale="f16", zero="f16", zero_point=128),
-    "mxfp4": Form("codebook", 4, 32, "e8m0"),
+    "mxfp4": Form("codebook", 4, 32, "e8m0", table="e2m1"),
     "e4m3_row": Form("e4m3", 8, 0, "f32"),
     "e5m2_g128": Form("e5m2", 8, 128, "bf16"),
     "nf4": Form("codebook", 4, 64, "bf16"),
-    "nf4_dq": Form("codebook", 4, 64, "u8"),
+    "fp4": Form("codebook", 4, 64, "bf16", table="fp4"),
+    "nf4_dq": Form("codebook", 4, 64, "u8", table="nf4"),
 }
 
 
