@@ -4,10 +4,14 @@
 
 Microseconds a call, the minimum over rounds (other work on the machine only ever adds). `layer`, `dense_torch` and
 `jax` are whole calls, waited for. On a CPU `bridge` is what the operator takes beside its two parts, the dequantizing
-program and the dense product. On a GPU `host` is the time until a call returns, the GPU being busy with something else,
-and `device` the time of a call in a CUDA graph of many; `host_kernel` is without the module around the kernel. `host_floor`
-is the driver's own launch of an empty kernel from ctypes. The rows are measured several times,
-one after the other: virtual machines have slow seconds. `host_kernel_median` is the median of its rounds, the others are minima.
+program and the dense product. On a GPU `device` is the time of a call in a CUDA graph of many, and `host` the time until
+a call returns, the GPU being busy with something else and its queue far from full; `host_kernel` is without the module
+around the kernel, `host_floor` the driver's own launch of an empty kernel from ctypes.
+
+Cores of virtual machines have phases of half their speed and less, in which an empty loop in Python takes as much longer
+as a call does. So the rows are measured several times, one after the other, with such a loop before and after each round.
+Beside the minimum stand two medians: `_median` of all rounds, `_median_full_speed` of those whose loops took at most a
+quarter longer than the fastest loop of the run; `full_speed` says what share of the rounds that was.
 """
 
 from __future__ import annotations
@@ -47,19 +51,27 @@ def microseconds(call: Any, wait: Any, rounds: int = 30, calls: int = 5) -> floa
     return round(best * 1e6, 1)
 
 
-def host_rounds(call: Any, rounds: int = 20, calls: int = 100) -> list[float]:
-    """Microseconds until a call returns, measured while the GPU sleeps, so that no call waits for it."""
+def host_rounds(call: Any, rounds: int = 20, calls: int = 100) -> list[tuple[float, float]]:
+    """[(microseconds until a call returns, ns of an empty loop's turn)], while the GPU sleeps: no call waits for it."""
     found = []
     for _ in range(rounds):
         call()
         torch.cuda.synchronize()
         torch.cuda._sleep(6_000_000)  # clock cycles, about 3 ms
+        before = pace()
         start = time.perf_counter()
         for _ in range(calls):
             call()
-        found.append((time.perf_counter() - start) / calls * 1e6)
+        found.append(((time.perf_counter() - start) / calls * 1e6, max(before, pace())))
     torch.cuda.synchronize()
     return found
+
+
+def pace(turns: int = 3000) -> float:
+    start = time.perf_counter()
+    for _ in range(turns):
+        pass
+    return (time.perf_counter() - start) / turns * 1e9
 
 
 def empty_launch() -> Any:
@@ -139,17 +151,25 @@ def measure(n: int, k: int, tokens: int, method: Any, device: str) -> tuple[dict
     return row, calls
 
 
-def measure_host(rows: list[dict[str, Any]], calls: list[dict[str, Any]]) -> None:
-    """Adds the time on the host of each row's calls: all rows in turn, five times."""
-    found: list[dict[str, list[float]]] = [{name: [] for name in row} for row in calls]
-    for _ in range(5):
+def measure_host(rows: list[dict[str, Any]], calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """Adds the time on the host of each row's calls: all rows in turn, six times. Returns how the cores ran."""
+    found: list[dict[str, list[tuple[float, float]]]] = [{name: [] for name in row} for row in calls]
+    for _ in range(6):
         for row, times in zip(calls, found, strict=True):
             for name, call in row.items():
                 times[name] += host_rounds(call, rounds=8)
+    paces = sorted(turn for times in found for values in times.values() for _, turn in values)
+    if not paces:
+        return {}
     for row, times in zip(rows, found, strict=True):
-        row |= {name: round(min(values), 1) for name, values in times.items()}
-        if times:
-            row["host_kernel_median"] = round(statistics.median(times["host_kernel"]), 1)
+        for name, values in times.items():
+            full = [took for took, turn in values if turn <= 1.25 * paces[0]]
+            row[name] = round(min(took for took, _ in values), 1)
+            row[f"{name}_median"] = round(statistics.median(took for took, _ in values), 1)
+            row[f"{name}_median_full_speed"] = round(statistics.median(full), 1) if full else None
+    share = sum(turn <= 1.25 * paces[0] for turn in paces) / len(paces)
+    at = {f"p{percent}": round(paces[len(paces) * percent // 100], 1) for percent in (0, 10, 50, 90)}
+    return {"full_speed": round(share, 2), "ns_of_an_empty_loops_turn": at}
 
 
 @torch.inference_mode()
@@ -164,11 +184,11 @@ def main() -> None:
             row, left = measure(n, k, tokens, method, args.device)
             rows.append({"weight": name, "n": n, "k": k, "tokens": tokens, **row})
             calls.append(left)
-    measure_host(rows, calls)
-    print(*rows, sep="\n", flush=True)
+    cores = measure_host(rows, calls)
+    print(*rows, cores, sep="\n", flush=True)
     if args.write:
         device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        write(f"torch_call_{args.device}", rows, device=device, threads=torch.get_num_threads())
+        write(f"torch_call_{args.device}", rows, device=device, threads=torch.get_num_threads(), **cores)
 
 
 if __name__ == "__main__":

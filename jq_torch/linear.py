@@ -20,7 +20,7 @@ from jq_torch import bridge, ops
 from jq_torch.packed import Packed, arithmetic_part
 
 _Tensor, _compiles, _autocasts = torch.Tensor, torch.compiler.is_dynamo_compiling, torch.is_autocast_enabled
-_traces, _modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack  # names: each look-up of one costs
+_traces, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack  # names: each look-up of one costs
 _before, _after = module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks
 _before_back, _after_back = module_hooks._global_backward_pre_hooks, module_hooks._global_backward_hooks
 _call = nn.Module.__call__
@@ -32,7 +32,7 @@ def _plain(x: torch.Tensor) -> bool:
     return (
         type(x) is _Tensor  # fake and distributed tensors have no memory to point at
         and not _autocasts()
-        and _traces() is None  # torch.jit.trace
+        and not _traces()  # torch.jit.trace
         and not _modes()  # make_fx, counters, recomputation
         and not (x.requires_grad and torch.is_grad_enabled())
     )
@@ -226,7 +226,7 @@ class JqLinear(Packed, nn.Linear):
                 return None
             y = kernel(x)
             bias = parameters["bias"]  # nn.Module's __getattr__ takes a microsecond
-            return y if bias is None else y + bias.to(y.dtype)
+            return y if bias is None else y.add_(bias if bias.dtype is dtype else bias.to(dtype))
 
         return run
 

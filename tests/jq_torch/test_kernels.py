@@ -260,6 +260,12 @@ def test_a_packed_layer_takes_the_kernel():
     assert ops.cuda_weight(packed, spec, x.dtype) is not None
     want = x.float() @ torch.from_numpy(np.array(q.dequantize("float32"))).cuda().T
     assert (layer(x).float() - want).norm() < 5e-3 * want.norm()
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float32):
+            without = layer(x)
+            layer.bias = torch.nn.Parameter(torch.randn(N, device="cuda", dtype=dtype))
+            assert torch.equal(layer(x), without + layer.bias.to(x.dtype))
+            layer.bias = None
     x.requires_grad_()
     layer(x).sum().backward()
     assert torch.isfinite(x.grad).all()
