@@ -7,15 +7,18 @@ process killed at any moment leaves the old directory or the new one.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jq.checkpoint import WEIGHT_SUFFIXES
+from jq.checkpoint import NOT_WEIGHTS
 from jq.errors import CheckpointError
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf")
 
 
 @contextmanager
@@ -25,21 +28,33 @@ def replacing(target: Path) -> Iterator[Path]:
     Of a checkpoint that was there the files go, directories within it and hidden files stay.
 
     Raises:
-      CheckpointError: the target is a file, holds files but no checkpoint, or cannot be written.
+      CheckpointError: the target is a file, holds files but no checkpoint, is or holds the current directory, or cannot
+        be written.
     """
-    target = Path(os.path.realpath(target.expanduser()))  # a link stays one
-    if os.path.exists(target) and not target.is_dir():
+    if not target.name and not target.anchor:  # "" is "." for pathlib, and an empty variable for a shell
+        raise CheckpointError("no directory to write to: the path is empty or '.'; give a directory")
+    try:
+        target = Path(os.path.realpath(target.expanduser()))  # a link stays one
+    except (OSError, RuntimeError, ValueError) as e:  # no such user, a NUL
+        raise CheckpointError(f"{str(target)!r}: cannot be written: {e}") from e
+    if os.path.exists(target) and not os.path.isdir(target):
         raise CheckpointError(f"{target}: is a file, and a directory is to be written there; give another path")
     if os.path.ismount(target):
         raise CheckpointError(f"{target}: is a mount point, whose place nothing can take; give a directory in it")
+    if os.path.isdir(target) and _current().is_relative_to(target):
+        raise CheckpointError(
+            f"{target}: is or holds the current directory, which would be left without a name; write from elsewhere"
+        )
     try:
         kept = _kept(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        temporary = _beside(target, "partial")
+        temporary.mkdir()
+        if os.path.isdir(target):
+            shutil.copymode(target, temporary)
     except OSError as e:
         raise CheckpointError(f"{target}: cannot be written: {e}") from e
     try:
-        os.chmod(temporary, 0o755)
         yield temporary
         for item in kept:
             _link(item, temporary / item.name)
@@ -53,6 +68,19 @@ def replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _current() -> Path:
+    """The current directory; of one that is gone, a path that lies nowhere."""
+    try:
+        return Path(os.getcwd())
+    except OSError:
+        return Path()
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    """A hidden name beside the target that nothing has."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
+
+
 def _kept(target: Path) -> list[Path]:
     """What stays of a directory whose checkpoint is replaced.
 
@@ -60,13 +88,27 @@ def _kept(target: Path) -> list[Path]:
       CheckpointError: it holds no checkpoint, but other files, which would be lost.
     """
     found = sorted(target.iterdir()) if os.path.isdir(target) else []
-    if found and not any(f.name == "config.json" or f.name.endswith(WEIGHT_SUFFIXES) for f in found):
+    if found and not any(_of_a_model(f) for f in found):
         names = ", ".join(f.name for f in found[:4]) + (", ..." if len(found) > 4 else "")
         raise CheckpointError(
             f"{target}: holds files ({names}), but no checkpoint that a new one could replace; give a new or an empty "
             "directory"
         )
     return [f for f in found if f.name.startswith(".") or f.is_dir()]
+
+
+def _of_a_model(file: Path) -> bool:
+    """Whether a file tells that its directory is a checkpoint; a *.pt or a config.json may be any program's."""
+    if file.name == "config.json":
+        try:
+            config = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(config, dict) and not {"model_type", "architectures", "quantization_config"}.isdisjoint(
+            config
+        )
+    weights = file.name.startswith("pytorch_model") or file.name.endswith(_WEIGHTS)
+    return weights and file.name not in NOT_WEIGHTS
 
 
 def _link(item: Path, to: Path) -> None:
@@ -93,7 +135,11 @@ def _exchange(new: Path, old: Path) -> None:
     except (OSError, AttributeError):
         done = False
     if not done:
-        aside = old.with_name(f".{old.name}.old")
+        aside = _beside(old, "old")
         os.rename(old, aside)
-        os.rename(new, old)
+        try:
+            os.rename(new, old)
+        except OSError:
+            os.rename(aside, old)
+            raise
         shutil.rmtree(aside, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,20 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq import checkpoint as _checkpoint
-from jq import safetensors_file
 from jq.checkpoint import Checkpoint, open_checkpoint
 from jq.directory import replacing
-from jq.dump import DumpOnce, Strays, dump_entry, module_of
+from jq.dump import Strays, dump_entry, module_of
 from jq.errors import FormatError, JqError, UnsupportedError
-from jq.formats import detect, table
+from jq.formats import detect
 from jq.formats.base import Context, Format, group_by_prefix
 from jq.qtensor import QTensor
 from jq.safetensors_file import Entry
 
 Array = Any
-
-INDEX = "model.safetensors.index.json"
 
 # dtypes of stored codes: a weight matrix of one of these is nothing without scales.
 CODES = ("int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -313,11 +308,14 @@ def save(model_or_state: Any, path: str | os.PathLike) -> None:
     checkpoint that it replaces, directories within it and hidden files stay.
 
     Raises:
-      CheckpointError: `path` holds files but no checkpoint, is a file, or cannot be written.
+      CheckpointError: `path` holds files but no checkpoint, is a file or the current directory, or cannot be written; a
+        config or a file name of the State that cannot be.
       UnsupportedError: tensors whose format cannot be written (GGUF); the message names what can.
     """
     state = model_or_state if isinstance(model_or_state, State) else _state_of_model(model_or_state)
     _check_writable(state)
+    from jq.write import write_state
+
     with replacing(Path(path)) as folder:
         write_state(state, folder)
 
@@ -338,62 +336,3 @@ def _check_writable(state: State) -> None:
         from jq.formats.gguf import INSTEAD
 
         raise UnsupportedError(f"{state.path}: GGUF is read, not written; {INSTEAD}")
-
-
-def write_state(state: State, folder: Path) -> None:
-    """Writes a State's files into an existing directory (not atomic; `save` is)."""
-    items: list[_checkpoint.Stored] = []
-    formats: set[str] = set()
-    for key in state:
-        value = state[key]
-        if isinstance(value, QTensor):
-            formats |= {value.source.format} if value.source else set()
-            # Names and shapes first, bytes when they are written: only one module's dump is in memory at a time.
-            cell = DumpOnce(state, key)
-            items += [(name, (a.dtype, a.shape), cell.reader(name)) for name, a in dump_entry(key, value)]
-        else:
-            array = np.asarray(value) if not isinstance(value, jax.Array) else value
-            items.append((key, (np.dtype(array.dtype), tuple(array.shape)), partial(_as_numpy, state, key)))
-    position = {name: i for i, name in enumerate(state.order)}
-    items.sort(key=lambda item: position.get(item[0], len(position)))
-    placed = _checkpoint.shard(items, state.files)
-    fresh = _fresh_metadata(state, formats)
-    for file, group in placed.items():
-        metadata = state.metadata.get(file) if state.metadata else {"format": "pt", **fresh}
-        safetensors_file.write(folder / file, group, metadata or {})
-    sides = {**_fresh_files(state, formats), **state.side_files}
-    # loaders find other names, and files that go with an index, by the index alone
-    alone = (folder / "model.safetensors").exists() and not any(name.startswith(INDEX) for name in sides)
-    if len(placed) > 1 or not alone:
-        _write_index(folder, placed)
-    for name, raw in sides.items():
-        (folder / name).write_bytes(raw)
-    if state.config:
-        (folder / "config.json").write_text(json.dumps(state.config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _as_numpy(state: State, key: str) -> np.ndarray:
-    return np.asarray(state[key])
-
-
-def _fresh_metadata(state: State, formats: Iterable[str]) -> dict[str, str]:
-    """Metadata that a format wants beside newly quantized tensors (none for most)."""
-    if state.metadata:
-        return {}
-    hooks = [hook for name in sorted(formats) if (hook := table()[name].metadata) is not None]
-    return {key: text for hook in hooks for key, text in hook(state).items()}
-
-
-def _fresh_files(state: State, formats: Iterable[str]) -> dict[str, bytes]:
-    """Files that a format wants beside newly quantized tensors (none for most)."""
-    if state.files:
-        return {}
-    hooks = [hook for name in sorted(formats) if (hook := table()[name].beside_weights) is not None]
-    return {name: raw for hook in hooks for name, raw in hook(state).items()}
-
-
-def _write_index(folder: Path, placed: Mapping[str, list[_checkpoint.Stored]]) -> None:
-    total = sum(int(np.prod(s, dtype=np.int64)) * d.itemsize for group in placed.values() for _, (d, s), _ in group)
-    weight_map = {name: file for file, group in placed.items() for name, _, _ in group}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -17,7 +17,7 @@ from jq.state import State
 
 
 def checkpoint_of(folder: Path, **values: float) -> Path:
-    jq.save(State({name: np.full(2, v, np.float32) for name, v in values.items()}, {"a": 1}), folder)
+    jq.save(State({name: np.full(2, v, np.float32) for name, v in values.items()}, {"model_type": "a"}), folder)
     return folder
 
 
@@ -29,6 +29,96 @@ def test_saving_never_deletes_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "home/letters/one.txt").read_text() == "x"
     (tmp_path / "empty").mkdir()
     jq.save({"w": np.zeros(2, np.float32)}, tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": b'{"debug": true}', "train.py": b"x"},
+        {"config.json": b"no JSON", "notes.md": b"x"},
+        {"best.pt": b"x", "train.py": b"x"},
+        {"training_args.bin": b"x", "trainer_state.json": b"x"},
+        {"adapter_model.safetensors": b"x", "adapter_config.json": b"{}"},
+    ],
+)
+def test_other_programs_directories_are_no_checkpoints(files: dict[str, bytes], tmp_path: Path) -> None:
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"holds files .*, but no checkpoint"):
+        jq.save({"w": np.zeros(2, np.float32)}, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("config.json", b'{"model_type": "llama"}'),
+        ("config.json", b'{"architectures": ["LlamaForCausalLM"]}'),
+        ("pytorch_model-00001-of-00002.bin", b""),
+        ("model.safetensors.index.json", b"{}"),
+        ("model.safetensors", b""),
+        ("a.gguf", b""),
+    ],
+)
+def test_what_a_model_left_is_replaced(name: str, raw: bytes, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o710)
+    (tmp_path / "out" / name).write_bytes(raw)
+    checkpoint_of(tmp_path / "out", a=1)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o710
+
+
+def test_the_current_directory_is_not_replaced(tmp_path: Path, monkeypatch) -> None:
+    """The process and its shell would be left in a directory that has no name any more."""
+    checkpoint_of(tmp_path / "out", a=1)
+    (tmp_path / "out/sub").mkdir()
+    monkeypatch.chdir(tmp_path / "out/sub")
+    for path in ("", "."):
+        with pytest.raises(CheckpointError, match=r"the path is empty or '\.'"):
+            checkpoint_of(Path(path), b=2)
+    for path in ("..", "../../out", tmp_path / "out/sub"):
+        with pytest.raises(CheckpointError, match="is or holds the current directory"):
+            checkpoint_of(Path(path), b=2)
+    assert list(jq.load_state(tmp_path / "out")) == ["a"] and os.listdir() == []
+    checkpoint_of(Path("new"), b=2)
+    assert list(jq.load_state("new")) == ["b"]
+
+
+def test_two_renames_where_none_exchanges(tmp_path: Path, monkeypatch) -> None:
+    folder = checkpoint_of(tmp_path / "out", a=1)
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    (tmp_path / ".out.old").mkdir()  # of another program
+    checkpoint_of(folder, b=2)
+    assert list(jq.load_state(folder)) == ["b"]
+    real, calls = os.rename, []
+
+    def second_fails(*paths: object) -> None:
+        calls.append(paths)
+        if len(calls) == 2:
+            raise OSError("busy")
+        real(*paths)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(CheckpointError, match="cannot be written: busy"):
+        checkpoint_of(folder, c=3)
+    assert list(jq.load_state(folder)) == ["b"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".out.old", "out"]
+
+
+@pytest.mark.parametrize("fields", [{"files": {"w": "../out.safetensors"}}, {"side_files": {"../evil": b""}}])
+def test_a_state_writes_plain_file_names_only(fields: dict, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a plain file name"):
+        jq.save(State({"w": np.zeros(2, np.float32)}, **fields), tmp_path / "a/out")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_configs_that_json_cannot_hold_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be written: .*float32"):
+        jq.save(State({"w": np.zeros(2, np.float32)}, {"eps": np.float32(1)}), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    config = {"half": "\ud800", "whole": "\u00e4"}
+    jq.save(State({"w": np.zeros(2, np.float32)}, config), tmp_path / "out")
+    assert jq.load_state(tmp_path / "out").config == config
 
 
 def test_directories_and_hidden_files_of_a_replaced_checkpoint_stay(tmp_path: Path) -> None:
