@@ -168,7 +168,7 @@ class JqLinear(Packed, nn.Linear):
         """None: computes in the dtype of its input."""
         return None
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         """`nn.Module.__call__`: what it spends on looking for hooks is a fifth of the time to start a kernel."""
         if (
             not _compiles()
@@ -179,10 +179,11 @@ class JqLinear(Packed, nn.Linear):
             and "forward" not in self.__dict__
             and self._compiled_call_impl is None
             and nn.Module.__call__ is _call  # replaced by those who watch
+            and not (more or named)  # a hook before `forward` may take them
             and (y := held(self, input)) is not None
         ):
             return y
-        return super().__call__(input)
+        return super().__call__(input, *more, **named)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input

@@ -152,11 +152,16 @@ def test_watchers_see_a_layer_that_goes_past_module_call(double, monkeypatch):
     finally:
         undo()
     assert torch.equal(layer(x), want) and len(calls) == 4
+    hook = layer.register_forward_pre_hook(lambda layer, args, kwargs: (args, {}), with_kwargs=True)
+    assert torch.equal(layer(x, factor=2), want) and len(calls) == 5
+    hook.remove()
+    with pytest.raises(TypeError, match="factor"):
+        layer(x, factor=2)
     deepcopy(layer)(x)
     layer(x.clone().requires_grad_())
     layer._parameters[layer._first].data = layer._parameters[layer._first].data.clone()
     layer(x)
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 def test_without_a_gpu_the_reason_is_said():
