@@ -12,6 +12,7 @@ from models.tiny import CACHES, random_ids, with_cache
 
 import jq
 from jq.models import kv_cache, steps
+from jq.models.generate import STREAM_CHUNK, plan, run
 
 # bytes of a token's 32 keys of one head in float32: codes, then scales and zero points
 BYTES = {
@@ -27,6 +28,8 @@ BYTES = {
 }
 NAMES = {"float32": 128, "bfloat16": 64, "int8": 32 + 4, "float8_e4m3": 32 + 4, "int4": 16 + 4 + 1, "mxfp4": 16 + 1}
 
+WINDOW = {"model_type": "mistral", "sliding_window": 12, "num_hidden_layers": 1}
+
 
 def nbytes(model, batch: int, slots: int) -> int:
     return sum(a.nbytes for a in jax.tree.leaves(model.model.empty_cache(batch, slots)))
@@ -38,33 +41,51 @@ def test_schemes_of_checkpoints(tmp_path: Path, scheme: str) -> None:
     model, plain = jq.load(folder), jq.load(folder, kv_cache="float32")
     assert nbytes(model, 3, 128) == 2 * 2 * 3 * 128 * BYTES[scheme]
     assert nbytes(plain, 3, 128) == 2 * 2 * 3 * 128 * NAMES["float32"]
-    ids = random_ids((2, 16))
-    assert not np.array_equal(model(ids), plain(ids))
-    agrees_with_whole_sequences(model)
+    ids, whole = agrees_with_whole_sequences(model)
+    assert not np.array_equal(whole, plain(ids))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_named_caches(tmp_path: Path, name: str) -> None:
-    folder = with_cache(tmp_path, CACHES["int4"], sliding_window=12, model_type="mistral")
-    model = jq.load(folder, kv_cache=name)
-    assert nbytes(model, 3, 128) == 2 * 2 * 3 * 128 * NAMES[name]
+    model = jq.load(with_cache(tmp_path, CACHES["int4"], **WINDOW), kv_cache=name)
+    assert nbytes(model, 3, 128) == 2 * 3 * 128 * NAMES[name]
     agrees_with_whole_sequences(model)
 
 
-def agrees_with_whole_sequences(model) -> None:
-    """Rows of different length, longer than any window here, token by token; nothing compiles on the way."""
+def agrees_with_whole_sequences(model) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different length, longer than any window here, token by token, in one call and in pieces.
+
+    Returns:
+      The rows with what came after them, padded on the right to one shape, and the logits of these whole sequences.
+    """
     rows = [random_ids((1, n), seed=n)[0].tolist() for n in (3, 20, 1)]
     together = model.generate(rows, 24, eos_token_id=-1)
     before = steps.prefill._cache_size(), steps.decode._cache_size()
     model.generate([r[::-1] for r in rows], 30, eos_token_id=-1)
+    # as `stream` makes tokens, which takes one row and would compile for it
+    chosen = plan({}, max_new_tokens=24, do_sample=False, eos_token_id=-1, stop=None, seed=0, options={})
+    pieces = np.concatenate(list(run(model, rows, chosen, STREAM_CHUNK)), axis=1)
     assert (steps.prefill._cache_size(), steps.decode._cache_size()) == before
-    longest = max(map(len, together))
-    for row, tokens in zip(rows, together, strict=True):
+    assert [row + new for row, new in zip(rows, pieces.tolist(), strict=True)] == together
+    ids = np.zeros((len(rows), max(map(len, together))), np.int32)
+    for padded, tokens in zip(ids, together, strict=True):
+        padded[: len(tokens)] = tokens  # no place sees what is behind it
+    whole = np.asarray(model(ids))
+    for row, tokens, scores in zip(rows, together, whole, strict=True):
         assert len(tokens) == len(row) + 24
-        # padded on the right, which no earlier place sees: one shape to compile
-        whole = np.asarray(model(np.pad(np.asarray(tokens), (0, longest - len(tokens)))))[0]
-        assert tokens[len(row) :] == whole[len(row) - 1 : len(tokens) - 1].argmax(-1).tolist()
-    assert [*rows[0], *model.stream(rows[0], 24, eos_token_id=-1)] == together[0]
+        assert tokens[len(row) :] == scores[len(row) - 1 : len(tokens) - 1].argmax(-1).tolist()
+    return ids, whole
+
+
+@pytest.mark.parametrize(
+    "scheme, name, options", [("int8-asym-head", None, {}), ("nvfp4", None, {}), ("int4", "int4", WINDOW)]
+)
+def test_rows_alone(tmp_path: Path, scheme: str, name: str | None, options: dict) -> None:
+    """Static scales with zero points, scales of groups, scales of tokens; models and rows of the shapes above."""
+    model = jq.load(with_cache(tmp_path, CACHES[scheme], **options), kv_cache=name)
+    rows = random_ids((3, 20)).tolist()
+    together = model.generate(rows, 24, eos_token_id=-1)
+    assert [*rows[0], *model.stream(rows[0], 24, eos_token_id=-1)] == together[0].tolist()
 
 
 def test_what_a_cache_cannot_be(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def tiny(dtype=np.float32, **options) -> tuple[dict, dict]:
         return (rng.standard_normal(shape) * 0.2).astype(dtype)
 
     tensors = {"model.embed_tokens.weight": one(48, 32), "model.norm.weight": one(32), "lm_head.weight": one(48, 32)}
-    for i in range(2):
+    for i in range(config["num_hidden_layers"]):
         p = f"model.layers.{i}."
         tensors |= {
             p + f"self_attn.{n}_proj.weight": one(*s)
@@ -79,7 +79,7 @@ def with_cache(folder: Path, scheme: dict | None, **options) -> Path:
         }
         shape = (1, 1, 1) if scheme["strategy"] == "attn_head" else (1,)
         top = 448 if scheme["type"] == "float" else 2 ** (scheme["num_bits"] - 1)
-        for i in range(2):
+        for i in range(config["num_hidden_layers"]):
             for which in "kv":
                 at = f"model.layers.{i}.self_attn.{which}_"
                 if scheme["dynamic"] == "local":
