@@ -92,7 +92,12 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     Raises:
       CheckpointError: neither a path nor a hub id that can be reached.
     """
-    path = Path(path_or_id).expanduser()
+    if not os.fspath(path_or_id):  # "" is "." for pathlib, and an empty variable for a shell
+        raise CheckpointError("no checkpoint to read: the path is empty; give a directory, a file or a hub id")
+    try:
+        path = Path(path_or_id).expanduser()
+    except RuntimeError as e:  # no such user
+        raise CheckpointError(f"{path_or_id}: {e}") from e
     if os.path.exists(path):  # False for names that no file can have, where Path.exists raises
         return path
     text = str(path_or_id)

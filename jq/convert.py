@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jq.directory import checked
 from jq.errors import UnsupportedError
 from jq.formats import awq, gguf
 from jq.formats.integer_targets import target_of
@@ -43,7 +44,10 @@ def convert(
 
     Raises:
       UnsupportedError: the target cannot hold some weight; the message names it, the reason and what can.
+      CheckpointError: damaged files, or a `dst` that cannot be written.
     """
+    if dst is not None:
+        checked(dst)
     state = src if isinstance(src, State) else load_state(src, lazy=True)
     label = str(state.path or "state")
     if state.container == "gguf":

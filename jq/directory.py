@@ -21,32 +21,41 @@ from jq.errors import CheckpointError
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf")
 
 
+def checked(target: str | os.PathLike) -> Path:
+    """The real path of a directory to write, which may be there or not; to ask before long work.
+
+    Raises:
+      CheckpointError: the target is a file, holds files but no checkpoint, is or holds the current directory, or no path.
+    """
+    if os.fspath(target) in ("", "."):  # the same for pathlib; the one is a shell's empty variable
+        raise CheckpointError("no directory to write to: the path is empty or '.'; give a directory")
+    try:
+        path = Path(os.path.realpath(Path(target).expanduser()))  # a link stays one
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise CheckpointError(f"{path}: is a file, and a directory is to be written there; give another path")
+        if os.path.ismount(path):
+            raise CheckpointError(f"{path}: is a mount point, whose place nothing can take; give a directory in it")
+        if os.path.isdir(path) and _current().is_relative_to(path):
+            raise CheckpointError(
+                f"{path}: is or holds the current directory, which would be left without a name; write from elsewhere"
+            )
+        _kept(path)
+    except (OSError, RuntimeError, ValueError) as e:  # no such user, a NUL
+        raise CheckpointError(f"{str(target)!r}: cannot be written: {e}") from e
+    return path
+
+
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: str | os.PathLike) -> Iterator[Path]:
     """A temporary directory that takes `target`'s place when the block ends well, and vanishes when it does not.
 
     Of a checkpoint that was there the files go, directories within it and hidden files stay.
 
     Raises:
-      CheckpointError: the target is a file, holds files but no checkpoint, is or holds the current directory, or cannot
-        be written.
+      CheckpointError: what `checked` raises, or the target cannot be written.
     """
-    if not target.name and not target.anchor:  # "" is "." for pathlib, and an empty variable for a shell
-        raise CheckpointError("no directory to write to: the path is empty or '.'; give a directory")
+    target = checked(target)
     try:
-        target = Path(os.path.realpath(target.expanduser()))  # a link stays one
-    except (OSError, RuntimeError, ValueError) as e:  # no such user, a NUL
-        raise CheckpointError(f"{str(target)!r}: cannot be written: {e}") from e
-    if os.path.exists(target) and not os.path.isdir(target):
-        raise CheckpointError(f"{target}: is a file, and a directory is to be written there; give another path")
-    if os.path.ismount(target):
-        raise CheckpointError(f"{target}: is a mount point, whose place nothing can take; give a directory in it")
-    if os.path.isdir(target) and _current().is_relative_to(target):
-        raise CheckpointError(
-            f"{target}: is or holds the current directory, which would be left without a name; write from elsewhere"
-        )
-    try:
-        kept = _kept(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(target, "partial")
         temporary.mkdir()
@@ -56,7 +65,7 @@ def replacing(target: Path) -> Iterator[Path]:
         raise CheckpointError(f"{target}: cannot be written: {e}") from e
     try:
         yield temporary
-        for item in kept:
+        for item in _kept(target):
             _link(item, temporary / item.name)
         if not target.exists():
             os.rename(temporary, target)

@@ -316,7 +316,7 @@ def save(model_or_state: Any, path: str | os.PathLike) -> None:
     _check_writable(state)
     from jq.write import write_state
 
-    with replacing(Path(path)) as folder:
+    with replacing(path) as folder:
         write_state(state, folder)
 
 

@@ -24,7 +24,7 @@ def _dtype(name: str | None) -> str | None:
 
 DtypeOption = Annotated[
     str | None,
-    typer.Option(help="Compute dtype: float32, bfloat16 or float16; default by device.", callback=_dtype),
+    typer.Option(help="Compute dtype: float32, bfloat16 or float16.", callback=_dtype),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 

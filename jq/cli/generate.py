@@ -41,7 +41,7 @@ def run(
     ] = None,
     kv_cache: Annotated[
         str | None,
-        typer.Option(help="Hold keys and values as float32, bfloat16, int8, float8_e4m3, int4 or mxfp4."),
+        typer.Option(help="Hold keys and values as float32, bfloat16, float16, int8, float8_e4m3, int4 or mxfp4."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -54,8 +54,10 @@ def run(
         double_quant=double_quant,
     )
     import jq
+    from jq.directory import checked
     from jq.inspect import inspect as summary_of
 
+    checked(target)
     start = time.perf_counter()
     try:
         with progress("quantize") as advance:

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from jq.cli.console import JsonOption, emit, progress, say
+from jq.errors import JqError
 
 
 def run(
     model: Annotated[str, typer.Argument(help="Quantized model: directory, .gguf file, or Hugging Face hub id.")],
     against: Annotated[str, typer.Option(help="The float model that it was made from.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file to write.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file to write.", dir_okay=False)] = None,
     perplexity: Annotated[
         int, typer.Option(help="Windows of the bundled text to measure perplexity on; 0 for none.", min=0)
     ] = 0,
@@ -29,6 +30,8 @@ def run(
     from jq.report.page import write_page
     from jq.report.perplexity import of_path
 
+    if output is not None and not output.absolute().parent.is_dir():
+        raise JqError(f"{output}: there is no such directory")
     with progress("layers") as advance:
         errors = layer_errors(model, against, advance=advance)
     values = {}

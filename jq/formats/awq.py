@@ -370,6 +370,10 @@ class AWQ:
 
     format: ClassVar[str] = "awq"
 
+    def __post_init__(self) -> None:
+        if str(self.version).lower() not in VERSIONS:
+            raise ValueError(f"AWQ: version must be one of {', '.join(VERSIONS)}; got {self.version!r}")
+
 
 FORMAT = Format(
     name="awq",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -65,6 +67,37 @@ def test_quantize_says_why_not_and_nothing_else(jaxq, tiny, tmp_path):
         assert (ran.code, ran.out) == (1, "")
         assert said in ran.err and "unexpected" not in ran.err and ran.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_written_is_said_before_the_work(jaxq, tiny, gptq, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter").write_text("x")
+    for module, name in (
+        ("jq.quantize", "_quantize_state"),
+        ("jq.convert", "load_state"),
+        ("jq.report.layers", "layer_errors"),
+    ):
+        monkeypatch.setattr(sys.modules.get(module) or importlib.import_module(module), name, None)  # not callable
+    for words, code, said in (
+        (("quantize", tiny, tmp_path / "mine"), 1, "mine: holds files (letter), but no checkpoint"),
+        (("quantize", tiny, ""), 1, "no directory to write to"),
+        (("convert", gptq, tmp_path / "mine/letter", "--to", "awq"), 1, "letter: is a file"),
+        (
+            ("report", gptq, "--against", tiny, "-o", tmp_path / "no/page.html"),
+            1,
+            "no/page.html: there is no such directory",
+        ),
+        (("report", gptq, "--against", tiny, "-o", tmp_path / "mine"), 2, "is a directory"),
+        (("inspect", ""), 1, "no checkpoint to read: the path is empty"),
+        (
+            ("convert", gptq, tmp_path / "out", "--to", "awq", "--set", "version=gemn"),
+            2,
+            "AWQ: version must be one of gemm,",
+        ),
+    ):
+        ran = jaxq(*words)
+        assert (ran.code, ran.out, ran.err.count("\n")) == (code, "", 1), ran.err
+        assert said in ran.err
 
 
 def test_quantize_is_quiet_where_nobody_watches(jaxq, tiny, tmp_path):
