@@ -100,21 +100,26 @@ def test_attention(batch, heads, kv_heads, dim, slots, slot, options):
         pointers, shared = memory.start(plan.layout["bytes"], plan.warps * 32, plan.cluster, unit)
         attention._Kernel(plan, pointers, shared).run()
 
-    q, k = jnp.asarray(q)[:, None], jnp.asarray(k)[:, None]
+    q, k = q[:, None], k[:, None]
     if tables is not None:
-        q, k = (rope.rotate(a, tables[0][:, None], tables[1][:, None]).astype(dtype) for a in (q, k))
+        rotate = jax.jit(rope.rotate)
+        q, k = (np.asarray(rotate(a, tables[0][:, None], tables[1][:, None])).astype(dtype) for a in (q, k))
     want_keys, want_values = keys.copy(), values.copy()
-    want_keys[:, :, slot], want_values[:, :, slot] = np.asarray(k[:, 0]), v
+    want_keys[:, :, slot], want_values[:, :, slot] = k[:, 0], v
     for name, want in (("keys", want_keys), ("values", want_values)):
         np.testing.assert_array_equal(np.isnan(memory[name]), np.isnan(want))
         np.testing.assert_allclose(
             np.nan_to_num(memory[name].astype(np.float32)), np.nan_to_num(want.astype(np.float32)), rtol=1e-2
         )
-    mask = plain.causal_mask(jnp.array([slot]), jnp.arange(slots), jnp.asarray(starts) if starts else None, window)
-    wide = (jnp.nan_to_num(jnp.asarray(a, jnp.float32)) for a in (want_keys, want_values))
-    given = None if sinks is None else jnp.asarray(sinks)
-    want = plain.attend(q.astype(jnp.float32), *wide, mask, scale=spec.scale, softcap=softcap, sinks=given)
-    assert error(memory["out"], want.reshape(batch, -1)) < 3e-3
+    wide = (np.nan_to_num(a.astype(np.float32)) for a in (q, want_keys, want_values))
+
+    @jax.jit
+    def attend(q, keys, values, slot, starts, sinks):
+        mask = plain.causal_mask(slot, jnp.arange(slots), starts, window)
+        return plain.attend(q, keys, values, mask, scale=spec.scale, softcap=softcap, sinks=sinks)
+
+    want = attend(*wide, arrays["slot"], arrays.get("starts"), sinks)
+    assert error(memory["out"], np.asarray(want).reshape(batch, -1)) < 3e-3
 
 
 def plain_gate(a):
