@@ -37,24 +37,27 @@ def capacity(words: Array, bits: int) -> int:
     return words.shape[-1] * 8 * words.dtype.itemsize // bits
 
 
-def pack(codes: Array, bits: int) -> Array:
-    """Packs codes along the last axis, in the canonical order.
+def pack(codes: Array, bits: int, *, axis: int = -1) -> Array:
+    """Packs codes along one axis, in the canonical order.
 
     Args:
       codes: integer[..., K]; only the low `bits` bits of each are used, so signed codes pack as two's complement.
       bits: 1..16.
+      axis: the one of K codes.
 
     Returns:
-      uint32[..., K*bits/32] if that is whole, else uint8[..., ceil(K*bits/8)].
+      uint32[..., K*bits/32] if that is whole, else uint8[..., ceil(K*bits/8)], the words along the same axis.
 
     Example:
       >>> pack(np.array([[1, 2, 3, 4, 5, 6, 7, 8]]), 4)
       array([[2271560481]], dtype=uint32)
     """
     _check_bits(bits)
+    xp = namespace(codes)
+    if axis != -1:
+        return xp.moveaxis(pack(xp.moveaxis(codes, axis, -1), bits), -1, axis)
     dtype = word_dtype(bits, codes.shape[-1])
     width = 8 * dtype.itemsize
-    xp = namespace(codes)
     mask = (1 << bits) - 1
     if 32 % bits == 0:  # a code lies inside one word (or byte)
         work = np.uint32 if width == 32 or bits > 8 else np.uint8
@@ -74,19 +77,27 @@ def pack(codes: Array, bits: int) -> Array:
     return _or_last(stream << np.arange(width).astype(dtype), xp).astype(dtype)
 
 
-def unpack(words: Array, bits: int, count: int | None = None, *, signed: bool = False) -> Array:
+def unpack(words: Array, bits: int, count: int | None = None, *, signed: bool = False, axis: int = -1) -> Array:
     """Inverse of `pack`.
 
     Args:
-      words: uint32[..., W] or uint8[..., W] as `pack` made them.
+      words: integer[..., W] of any width, signed or not: the stream that `pack` makes, as it lies in memory.
       bits: 1..16.
       count: number of codes to return (K); default all that fit.
       signed: read each code as a two's complement number of `bits` bits.
+      axis: the one of W words.
 
     Returns:
-      int32[..., count].
+      int32[..., count], the codes along the same axis.
+
+    Raises:
+      ValueError: more codes than the words have, or words that are no integers.
     """
     _check_bits(bits)
+    if axis != -1:
+        xp = namespace(words)
+        return xp.moveaxis(unpack(xp.moveaxis(words, axis, -1), bits, count, signed=signed), -1, axis)
+    words = _unsigned(words)
     width = 8 * words.dtype.itemsize
     room = words.shape[-1] * width // bits
     count = room if count is None else count
@@ -105,6 +116,19 @@ def unpack(words: Array, bits: int, count: int | None = None, *, signed: bool = 
     if signed:
         codes = (codes ^ np.int32(1 << (bits - 1))) - np.int32(1 << (bits - 1))
     return codes
+
+
+def _unsigned(words: Array) -> Array:
+    """Words of any integer dtype as uint32 or uint8, the two that streams are read from."""
+    if words.dtype in (np.uint32, np.uint8):
+        return words
+    if words.dtype.kind not in "iu":
+        raise ValueError(f"unpack: words are {words.dtype}, expected integers")
+    if words.dtype.itemsize == 4:
+        return words.view(np.uint32)
+    if words.dtype.itemsize > 1 and isinstance(words, np.ndarray):
+        words = np.ascontiguousarray(words)
+    return words.view(np.uint8)
 
 
 def _gather_stream(words: Array, bits: int, count: int, width: int, xp: Any) -> Array:

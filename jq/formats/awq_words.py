@@ -15,7 +15,7 @@ def gemm_codes(words: np.ndarray, n: int, bits: int) -> np.ndarray:
     """Codes int32[R, n] of gemm words int32[R, ceil(n*b/32)]."""
     if bits == 4:
         return _bits.unpack_words(words, GEMM_SHIFTS, 4)[:, :n]
-    return _bits.unpack(np.ascontiguousarray(words).view(np.uint32), bits, n)
+    return _bits.unpack(words, bits, n)
 
 
 def gemm_words(codes: np.ndarray, bits: int) -> np.ndarray:

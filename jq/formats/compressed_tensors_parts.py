@@ -147,10 +147,9 @@ def _unpack_zeros(name: str, stored: np.ndarray, bits: int, n: int, shape: tuple
             f"{name}: found shape {stored.shape}, expected ({dense}, {shape[1]}): {bits}-bit zero points of {n} rows, "
             "packed along the rows"
         )
-    rows = np.ascontiguousarray(stored.T)
     if 32 % bits and stored.shape[0] == padded and (padded != dense or prefer):
-        return unpack_padded(rows, bits, n).T
-    return _bits.unpack(rows.view(np.uint32), bits, n).T
+        return unpack_padded(np.ascontiguousarray(stored.T), bits, n).T
+    return _bits.unpack(stored, bits, n, axis=0)
 
 
 def _expect_zero(values: np.ndarray, name: str) -> None:
