@@ -40,12 +40,16 @@ def test_streams_in_words_of_any_kind_along_either_axis(bits: int, word: str) ->
     codes = np.random.default_rng(bits).integers(0, 1 << bits, (3, 32))
     codes[0], codes[1, ::2] = (1 << bits) - 1, 0  # every sign bit set, and none beside some
     words = np.frombuffer(b"".join(slow_stream(row, bits) for row in codes), word).reshape(3, -1)
-    for array in (words, jnp.asarray(words)):
-        np.testing.assert_array_equal(jbits.unpack(array, bits), codes)
-        np.testing.assert_array_equal(jbits.unpack(array.T, bits, axis=0), codes.T)
-        np.testing.assert_array_equal(jax.jit(lambda w: jbits.unpack(w, bits, 31, axis=0))(array.T), codes.T[:31])
-    for array in (codes, jnp.asarray(codes)):
-        packed = jbits.pack(array.T, bits, axis=0)
+
+    def both_ways(words, codes):
+        rows, columns = jbits.unpack(words, bits), jbits.unpack(words.T, bits, axis=0)
+        return rows, columns, jbits.unpack(words.T, bits, 31, axis=0), jbits.pack(codes.T, bits, axis=0)
+
+    for function in (both_ways, jax.jit(both_ways)):
+        rows, columns, fewer, packed = function(words, codes)
+        np.testing.assert_array_equal(rows, codes)
+        np.testing.assert_array_equal(columns, codes.T)
+        np.testing.assert_array_equal(fewer, codes.T[:31])
         assert packed.shape == (bits, 3) and np.ascontiguousarray(packed.T).tobytes() == words.tobytes()
 
 

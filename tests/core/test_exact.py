@@ -31,7 +31,7 @@ def ways(function):
     yield "eager", function
     yield "jit", jax.jit(function)
     yield "scan", jax.jit(lambda *a: jax.lax.scan(lambda c, x: (c, function(*x)), 0, tuple(v[None] for v in a))[1][0])
-    yield "vmap", lambda *a: jax.vmap(function)(*(v[None] for v in a))[0]
+    yield "vmap", jax.jit(lambda *a: jax.vmap(function)(*(v[None] for v in a))[0])
     yield "vmap of elements", jax.vmap(function)
     yield "jit of vmap of elements", jax.jit(jax.vmap(function))
 
