@@ -60,13 +60,14 @@ class CausalLM(nnx.Module):
 
         Raises:
           TypeError: ids that are not integers, or of another shape.
+          ValueError: a mask of another shape, or with padding between tokens.
         """
         ids = jnp.asarray(input_ids)
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"model: input_ids must be integers [B, T] or [T], got {ids.dtype}{ids.shape}")
         ids = ids.astype(jnp.int32)
-        starts = None if attention_mask is None else _starts(attention_mask)
+        starts = None if attention_mask is None else _starts(attention_mask, ids.shape)
         graph, state = functional.split(self)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((ids, state))):
             return steps.forward(self, ids, starts)  # inside a caller's jit or grad
@@ -99,12 +100,15 @@ class CausalLM(nnx.Module):
           eos_token_id: token or tokens that end a row.
           stop: strings that end a row; the text is cut before them. Default from generation_config.json (stop_strings).
           seed: of the random numbers; row b uses seed + b.
-          attention_mask: of padded token arrays [B, T].
+          attention_mask: of padded token ids [B, T], 0 for padding, which must be on the left.
 
         Returns:
           For text: the continuation, a str, or a list of them for a list of prompts. For token ids: prompt and
           continuation as transformers gives them, int32[B, T + new] (rows that end early are padded) for an array, a
           list of token lists for lists of different length.
+
+        Raises:
+          ValueError: an option whose value makes no sense; a mask with padding elsewhere, or beside texts.
         """
         rows, form = self._rows(prompts, attention_mask)
         chosen = self._plan(locals(), rows)
@@ -174,6 +178,8 @@ class CausalLM(nnx.Module):
 
     def _rows(self, prompts: Any, mask: Any) -> tuple[list[list[int]], _Form]:
         """Prompts as token lists, and the form in which the answer goes back."""
+        if mask is not None:
+            return _unpadded(prompts, mask)
         if isinstance(prompts, str) or tokenizer.is_chat(prompts):
             return [tokenizer.encode(self.tokenizer, prompts)], _Form(text=True, single=True)
         if (
@@ -192,8 +198,7 @@ class CausalLM(nnx.Module):
             raise TypeError(f"generate: prompts must be text or token ids [T] or [B, T], got {ids.dtype}{ids.shape}")
         if ids.ndim == 1:
             return [ids.tolist()], _Form(single=True, array=True)
-        starts = np.zeros(len(ids), np.int32) if mask is None else np.asarray(_starts(mask))
-        return [row[s:].tolist() for row, s in zip(ids, starts, strict=True)], _Form(array=True)
+        return ids.tolist(), _Form(array=True)
 
 
 _OPTIONS = (
@@ -228,7 +233,36 @@ class _Form:
         return full[0] if self.single else full
 
 
-def _starts(mask: Any) -> jax.Array:
+def _unpadded(prompts: Any, mask: Any) -> tuple[list[list[int]], _Form]:
+    """The rows of padded token ids without their padding.
+
+    Raises:
+      ValueError: texts, a mask of another shape, or padding that is not on the left.
+    """
+    try:
+        ids, found = np.asarray(prompts), np.asarray(mask) > 0
+    except (TypeError, ValueError):  # rows of different length
+        ids, found = np.zeros(0), np.zeros(0, bool)
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or found.shape != ids.shape:
+        raise ValueError("generate: attention_mask goes with token ids of its own shape [B, T] or [T]")
+    ids, found = np.atleast_2d(ids), np.atleast_2d(found)
+    if not found[:, -1:].all() or (found[:, :-1] > found[:, 1:]).any():
+        raise ValueError(
+            "generate: attention_mask has padding on the right or between tokens, and new tokens would follow it; pad on the "
+            "left (tokenizer.padding_side), or give token lists of different length"
+        )
+    rows = [row[kept].tolist() for row, kept in zip(ids, found, strict=True)]
+    return rows, _Form(array=True, single=np.ndim(prompts) == 1)
+
+
+def _starts(mask: Any, shape: tuple[int, ...]) -> jax.Array:
     """First slot of each row that is no padding; right padding needs no mask, since attention is causal."""
-    mask = jnp.asarray(mask)
-    return jnp.argmax(mask > 0, axis=1).astype(jnp.int32)
+    found = jnp.asarray(mask) > 0
+    found = found[None] if found.ndim == 1 else found
+    if found.shape != shape:
+        raise ValueError(f"model: attention_mask of shape {found.shape} beside input_ids of {shape}")
+    if not isinstance(found, jax.core.Tracer):
+        steps = np.diff(np.asarray(found).astype(np.int8), axis=1, prepend=0)
+        if (np.count_nonzero(steps > 0, axis=1) != 1).any():
+            raise ValueError("model: attention_mask has padding between tokens, or a row of nothing else")
+    return jnp.argmax(found, axis=1).astype(jnp.int32)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from models import peer
 from models.peer import random_ids
+from models.tiny import tiny, write
 
 import jq
 
@@ -56,6 +57,45 @@ def test_tokens_equal_transformers(pair, lengths: tuple[int, ...], count: int) -
     want = peer.greedy(theirs(), ids, count, **given, eos_token_id=None, repetition_penalty=1.4)
     got = model.generate(ids, count, attention_mask=mask, eos_token_id=-1, repetition_penalty=1.4)
     np.testing.assert_array_equal(got, want)
+
+
+def test_masks_beside_lists_are_used(pair) -> None:
+    """As a tokenizer gives them: lists of lists."""
+    folder, theirs = pair
+    (ids, mask), model = padded((4, 9)), jq.load(folder)
+    want = peer.greedy(theirs(), ids, 5, attention_mask=peer.torch.tensor(mask), eos_token_id=None)
+    got = model.generate(ids.tolist(), 5, attention_mask=mask.tolist(), eos_token_id=-1)
+    np.testing.assert_array_equal(got, want)
+    one = model.generate(ids[0], 5, attention_mask=mask[0], eos_token_id=-1)
+    np.testing.assert_array_equal(one, want[0])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, 0], [1, 1, 1]], "padding on the right or between tokens"),
+        ([[1, 0, 1], [1, 1, 1]], "padding on the right or between tokens"),
+        ([[0, 0, 0], [1, 1, 1]], "padding on the right or between tokens"),
+        ([[1, 1], [1, 1]], "of its own shape"),
+        ([1, 1, 1], "of its own shape"),
+    ],
+)
+def test_masks_that_would_be_left_out_are_refused(mask: list, message: str, tmp_path) -> None:
+    tensors, config = tiny()
+    model = jq.load(write(tmp_path, tensors, config))
+    ids = np.array([[5, 6, 7], [8, 9, 10]])
+    for prompts in (ids, ids.tolist()):
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompts, 2, attention_mask=mask)
+    for prompts in ("text", ["a", "b"], [[1, 2, 3], [4]]):
+        with pytest.raises(ValueError, match="of its own shape"):
+            model.generate(prompts, 2, attention_mask=[[1, 1, 1], [1, 1, 1]])
+    if mask[0] == [1, 1, 0]:  # the logits of padded places are nobody's, the others are right
+        whole, cut = model(ids, attention_mask=mask), model(ids[:1, :2])
+        np.testing.assert_allclose(whole[:1, :2], cut, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="model: attention_mask"):
+            model(ids, attention_mask=mask)
 
 
 def test_rows_that_end_early(pair) -> None:
