@@ -1,6 +1,7 @@
 """Queries, keys and values rounded as a checkpoint says, in torch: `jq.models.kv_cache`'s arithmetic, operation for operation.
 
-Written in torch's own operators, so that a layer between two projections costs no crossing to JAX and torch.compile sees
+The numbers are those of `jq.activation_schemes`; the operators are written twice, since JAX's need `jq.exact` to round as
+torch's do by themselves. Written in torch's own operators, so that a layer between two projections costs no crossing to JAX and torch.compile sees
 through it. Each operator rounds to its tensor's dtype, as in compressed-tensors 0.20.0, whose bits the tests hold.
 """
 
@@ -11,13 +12,12 @@ from typing import Any
 
 import torch
 
-from jq.activation_schemes.elements import ELEMENTS
-from jq.algorithms.minmax import EPS, MANTISSA
+from jq.activation_schemes.elements import BY_BITS, ELEMENTS
+from jq.algorithms.minmax import EPS, MANTISSA, MX_SCALE
 from jq.formats.compressed_tensors_config import Args
-from jq.models.kv_cache import Form
+from jq.models.kv_cache import DTYPES, LEAST, Form
 
 Static = Mapping[str, torch.Tensor]  # the layer's stored "scale", "zero_point", "global_scale"
-_LIMITS = {"int8": 127.0, "float8_e4m3": 448.0}
 
 
 class _Straight(torch.autograd.Function):
@@ -47,12 +47,13 @@ def rounded(x: torch.Tensor, form: Form, static: Static) -> torch.Tensor:
 
 def _named(x: torch.Tensor, name: str, static: Static) -> torch.Tensor:
     """8 bits in float32, by the stored scale or one for each token and head."""
-    limit = _LIMITS[name]
+    limit = DTYPES[name][1]
+    assert limit is not None
     wide = x.float()
     if "scale" in static:
         scale = static["scale"].to(x.device).float()
     else:
-        scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / limit
+        scale = wide.abs().amax(-1, keepdim=True).clamp_min(LEAST) / limit
     scaled = (wide / scale).clamp(-128.0 if name == "int8" else -limit, limit)
     codes = scaled.round() if name == "int8" else scaled.to(torch.float8_e4m3fn).float()
     return (codes * scale).to(x.dtype)
@@ -98,8 +99,9 @@ def _mx(x: torch.Tensor, args: Args) -> torch.Tensor:
     mantissa = MANTISSA[_name(x)]
     peak = x.abs().amax(-1, keepdim=True)
     pattern = peak.view(torch.int32 if mantissa == 23 else torch.int16).int()
-    field = (pattern + (1 << (mantissa - (3 if args.num_bits == 6 else 1) - 1))) >> mantissa
-    exponent = field - (15 if mantissa == 10 else 127) - (8 if args.num_bits == 8 else 2)
+    kept, largest = MX_SCALE[args.num_bits]
+    field = (pattern + (1 << (mantissa - kept - 1))) >> mantissa
+    exponent = field - (15 if mantissa == 10 else 127) - largest
     exponent = torch.where(field == 0, torch.full_like(exponent, -127), exponent).clamp(-127, 128)
     if mantissa == 10:  # 2**exponent underflows in the library's float16, and a scale of zero becomes one
         exponent = torch.where(exponent < -24, torch.zeros_like(exponent), exponent)
@@ -111,7 +113,7 @@ def _nvfp4(x: torch.Tensor, static: Static, args: Args) -> torch.Tensor:
     whole = static["global_scale"].float().reshape(-1)
     local = (x.abs().amax(-1, keepdim=True) / args.limits[1]).float() * whole
     scale = local.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    step = torch.where(scale == 0, torch.full_like(scale, 0.125), scale) / whole
+    step = torch.where(scale == 0, torch.full_like(scale, EPS["float8_e4m3fn"]), scale) / whole
     return (_round(x.float() / step, args) * step).to(x.dtype)
 
 
@@ -122,7 +124,7 @@ def _round(x: torch.Tensor, args: Args) -> torch.Tensor:
         return x.round()
     if args.num_bits == 8:
         return x.to(torch.float8_e4m3fn).to(x.dtype)
-    mantissa, smallest, *_ = ELEMENTS["float4_e2m1fn_x2" if args.num_bits == 4 else "fp6_e2m3"]
+    mantissa, smallest, *_ = ELEMENTS[BY_BITS[args.num_bits]]
     wide = x.float()
     place = (torch.frexp(wide).exponent - 1).clamp_min(smallest) - mantissa
     return torch.ldexp(torch.ldexp(wide, -place).round(), place).to(x.dtype)

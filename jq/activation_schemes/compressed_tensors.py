@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import ml_dtypes
 
 from jq import exact
-from jq.activation_schemes.elements import round_e2m1, to_element
+from jq.activation_schemes.elements import BY_BITS, to_element
 from jq.activation_schemes.products import float_sums
 from jq.activations import register
-from jq.algorithms.minmax import EPS, MANTISSA
+from jq.algorithms.minmax import EPS, MANTISSA, MX_SCALE
 from jq.errors import UnsupportedError
 from jq.formats.compressed_tensors_config import Args
 
@@ -146,9 +146,7 @@ def round_to(x: jax.Array, args: Args) -> jax.Array:
         return jnp.round(x)
     if args.num_bits == 8:
         return exact.float8(x, ml_dtypes.float8_e4m3fn).astype(x.dtype)
-    if args.num_bits == 4:
-        return round_e2m1(x)
-    return to_element(exact.cast(x, jnp.float32), "fp6_e2m3").astype(x.dtype)
+    return to_element(exact.cast(x, jnp.float32), BY_BITS[args.num_bits]).astype(x.dtype)
 
 
 def _mx(x: jax.Array, args: Args) -> Quantized:
@@ -173,9 +171,10 @@ def mx_exponent(peak: jax.Array, bits: int) -> jax.Array:
     mantissa = MANTISSA[str(peak.dtype)]
     width = {7: jnp.int16, 10: jnp.int16, 23: jnp.int32}[mantissa]
     pattern = jax.lax.bitcast_convert_type(peak, width).astype(jnp.int32)
-    field = (pattern + (1 << (mantissa - (3 if bits == 6 else 1) - 1))) >> mantissa
+    kept, largest = MX_SCALE[bits]
+    field = (pattern + (1 << (mantissa - kept - 1))) >> mantissa
     bias = 15 if mantissa == 10 else 127
-    exponent = field - bias - (8 if bits == 8 else 2)
+    exponent = field - bias - largest
     return jnp.clip(jnp.where(field == 0, -127, exponent), -127, 128)
 
 
@@ -185,7 +184,7 @@ def _nvfp4(x: jax.Array, static: Mapping[str, Any], args: Args) -> Quantized:
     peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     local = exact.cast(exact.div(peak, jnp.asarray(args.limits[1], x.dtype)), jnp.float32) * whole
     scales = exact.float8(jnp.clip(local, -448, 448), ml_dtypes.float8_e4m3fn).astype(jnp.float32)
-    scales = jnp.where(scales == 0, jnp.float32(0.125), scales)
+    scales = jnp.where(scales == 0, jnp.float32(EPS["float8_e4m3fn"]), scales)
     values = round_to(exact.div(exact.cast(x, jnp.float32), exact.div(scales, whole)), args)
     return Quantized(values, scales, None, restored(values, scales, None, args, static, x.dtype))
 

@@ -17,6 +17,10 @@ ELEMENTS = {
 }
 
 
+# bits of compressed-tensors' floats -> element
+BY_BITS = {4: "float4_e2m1fn_x2", 6: "fp6_e2m3", 8: "float8_e4m3fn"}
+
+
 def to_element(x: jax.Array, element: str) -> jax.Array:
     """float32 values rounded half to even onto a narrow float, clipped to its range; still float32."""
     mantissa, smallest, _, top = ELEMENTS[element]

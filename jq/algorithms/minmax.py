@@ -14,8 +14,10 @@ from jq.algorithms import narrow
 
 F32 = np.float32
 # `torch.finfo(dtype).eps`: what a scale of zero becomes.
-EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float8_e4m3fn": 2.0**-3}
 MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}
+# bits of an MX element -> (mantissa bits whose half a step is added to the largest magnitude, what the exponent loses)
+MX_SCALE = {4: (1, 2), 6: (3, 2), 8: (1, 8)}
 
 
 def ranges(groups: np.ndarray, axes: int | tuple[int, ...] = -1) -> tuple[np.ndarray, np.ndarray]:
@@ -54,13 +56,13 @@ def integer_codes(w: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, lea
 def mx_exponents(peak: np.ndarray, bits: int) -> np.ndarray:
     """Exponents of MX scales (int32, -127..128) from largest magnitudes, rounded up from a significand of 1.75.
 
-    Half a step of the element's mantissa is added to the bit pattern, the carry decides; then 2 (fp4, fp6) or 8 (fp8)
-    is subtracted. float16 scales that underflow become one, as in the library.
+    Half a step of the element's mantissa is added to the bit pattern, the carry decides (`MX_SCALE`). float16 scales that underflow become one, as in the library.
     """
     mantissa = MANTISSA[str(peak.dtype)]
     pattern = np.abs(peak).view(f"u{peak.dtype.itemsize}").astype(np.int64)
-    field = (pattern + (1 << (mantissa - (3 if bits == 6 else 1) - 1))) >> mantissa
-    exponent = field - (15 if mantissa == 10 else 127) - (8 if bits == 8 else 2)
+    kept, largest = MX_SCALE[bits]
+    field = (pattern + (1 << (mantissa - kept - 1))) >> mantissa
+    exponent = field - (15 if mantissa == 10 else 127) - largest
     exponent = np.clip(np.where(field == 0, -127, exponent), -127, 128).astype(np.int32)
     return np.where(exponent < -24, 0, exponent) if mantissa == 10 else exponent
 
@@ -94,6 +96,6 @@ def nvfp4(groups: np.ndarray, peak: float | None = None) -> tuple[np.ndarray, np
     whole = np.where(np.isfinite(whole), whole, F32(1))
     scale = whole * (np.maximum(-low, high) / np.asarray(6, dtype)).astype(F32)
     stored = np.clip(scale, F32(-448), F32(448)).astype(narrow.E4M3)
-    stored = np.where(stored.astype(F32) == 0, np.asarray(0.125, narrow.E4M3), stored)
+    stored = np.where(stored.astype(F32) == 0, np.asarray(EPS["float8_e4m3fn"], narrow.E4M3), stored)
     scaled = groups.astype(F32) / (stored.astype(F32) / whole)[..., None]
     return float_codes(scaled, 4), stored.view(np.uint8), whole

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from jq import bits, exact
 from jq.activation_schemes.compressed_tensors import fixed_of, quantize, restored
-from jq.activation_schemes.elements import ELEMENTS
+from jq.activation_schemes.elements import BY_BITS, ELEMENTS
 from jq.errors import UnsupportedError
 from jq.formats.compressed_tensors_attention import keeps_codes
 from jq.formats.compressed_tensors_config import Args, parse_args
@@ -48,7 +48,7 @@ SCHEMES = {
     "mxfp4": Args(4, "float", strategy="group", group_size=32, dynamic=True, scale_dtype="uint8"),
 }
 _NAMES = {"float8_e4m3fn": "float8_e4m3", "fp8": "float8_e4m3", "float8": "float8_e4m3"}
-_FLOATS = {4: "float4_e2m1fn_x2", 6: "fp6_e2m3"}
+LEAST = 1e-12  # what a scale is made of where every value is smaller
 
 
 def form_of(name: Any, head_dim: int) -> Form:
@@ -147,7 +147,7 @@ def encode(form: Form, values: jax.Array, static: Static) -> Buffer:
     wide = values.astype(jnp.float32)
     scales = None
     if "scale" not in static:
-        scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-12) / limit
+        scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), LEAST) / limit
         wide = wide / scales[..., None]
     else:
         wide = wide / static["scale"].astype(jnp.float32)
@@ -201,7 +201,7 @@ def _codes(values: jax.Array, args: Args) -> jax.Array:
         return values.astype(jnp.int8) if args.num_bits == 8 else bits.pack(values.astype(jnp.int8), args.num_bits)
     if args.num_bits == 8:
         return values.astype(jnp.float8_e4m3fn)
-    mantissa, smallest, *_ = ELEMENTS[_FLOATS[args.num_bits]]
+    mantissa, smallest, *_ = ELEMENTS[BY_BITS[args.num_bits]]
     pattern = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
     magnitude = (pattern & 0x7FFFFFFF) >> (23 - mantissa)
     normal = magnitude - ((126 + smallest) << mantissa)
@@ -217,7 +217,7 @@ def _values(codes: jax.Array, args: Args, count: int, dtype: Any) -> jax.Array:
     found = bits.unpack(codes, args.num_bits, count, signed=args.type == "int")
     if args.type == "int":
         return found.astype(dtype)
-    mantissa, smallest, *_ = ELEMENTS[_FLOATS[args.num_bits]]
+    mantissa, smallest, *_ = ELEMENTS[BY_BITS[args.num_bits]]
     magnitude = found & ((1 << (args.num_bits - 1)) - 1)
     pattern = (magnitude << (23 - mantissa)) + ((126 + smallest) << 23)
     normal = jax.lax.bitcast_convert_type(pattern, jnp.float32)
