@@ -234,7 +234,7 @@ def dump(q: Affine) -> Parts:
     scale, zero = (_dense_parameter(p, options["rank"], q.dtype) for p in (q.scales, q.zeros))
     parts: Parts = {"W_q": np.asarray(q.extras["W_q"])} if "W_q" in q.extras else {}
     if not parts:
-        columns = _columns(q, int(attributes["axis"]), scale.size)
+        columns = _columns(q, int(np.asarray(attributes["axis"]).item()), scale.size)
         codes = np.asarray(q.unpack()).reshape(-1, columns)
         packed = pack_slabs(codes, bits, per, high_first=True, dtype=word)
         parts["W_q"] = packed.view(

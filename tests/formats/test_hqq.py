@@ -234,6 +234,12 @@ def good():
     return encoded(NAME, packed, side, side, (4, 32), 4, 16, 1, "float16", False)
 
 
+def test_numbers_with_axes_are_kept_as_they_are():
+    """`read` also compares what `dump` writes with what was read."""
+    change = {f"{NAME}.{k}": good()[f"{NAME}.{k}"].reshape(1, 1) for k in ("axis", "nbits", "group_size")}
+    assert read(hqq.FORMAT, good() | change, CONFIG)[NAME].shape == (4, 32)
+
+
 @pytest.mark.parametrize(
     "change, message",
     (
