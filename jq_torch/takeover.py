@@ -101,7 +101,17 @@ def enable(*names: str, quantize_activations: bool = True, packed: bool = True, 
     """
     wanted = _expand(names)
     state = Enabled()
-    before = settings.use(settings.Settings(quantize_activations, packed, kernels))
+    try:
+        _take_over(state, wanted, settings.Settings(quantize_activations, packed, kernels), everything=not names)
+    except BaseException:  # half of it would be no state that anybody asked for
+        state.close()
+        raise
+    _stack.append(state)
+    return state
+
+
+def _take_over(state: Enabled, wanted: list[str], chosen: settings.Settings, *, everything: bool) -> None:
+    before = settings.use(chosen)
     state.after(lambda: _restore(before))
     for key in wanted:
         original = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(key)
@@ -113,15 +123,13 @@ def enable(*names: str, quantize_activations: bool = True, packed: bool = True, 
                 state.patch(module, config.__name__, config)
             configs.lead(original)
             state.put(configs.LED, original, config)
-    if not names:
+    if everything:
         state.put(auto.AUTO_QUANTIZER_MAPPING, "jq", JqQuantizer)
         state.put(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "jq", configs.JqConfig)
         state.patch(auto.AutoHfQuantizer, "supports_quant_method", staticmethod(_supports(auto.AutoHfQuantizer)))
     _patch_models(state)
     sources.patch(state)
     lora.install()
-    _stack.append(state)
-    return state
 
 
 def disable() -> None:
