@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from jq.errors import UnsupportedError
 from jq.formats import torchao
-from jq_torch import attention, bridge, configs, onthefly
+from jq_torch import attention, bridge, config_methods, configs, onthefly
 from jq_torch.activation import ScaledActivation
 from jq_torch.linear import JqLinear
 from jq_torch.packed import Packed
@@ -51,7 +51,7 @@ class JqQuantizer(HfQuantizer):
         self.plan: Plan | None = None
         self.metadata: dict[str, str] = {}
         self.sides = Sides()
-        self.method = None if self.pre_quantized else onthefly.method_of(quantization_config)
+        self.method = None if self.pre_quantized else config_methods.method_of(quantization_config)
         self._targets: dict[str, Any] = {}
         self.failures: list[Exception] = []
 

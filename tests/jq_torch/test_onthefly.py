@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ import jq
 import jq_torch
 from jq.cli import methods
 from jq.errors import CalibrationError, FormatError, UnsupportedError
+from jq_torch.config_methods import method_of
 from jq_torch.linear import JqLinear
 
 
@@ -142,11 +145,55 @@ def test_methods_that_jq_only_reads(folder, enabled):
         (lambda: jq_torch.JqConfig(jq.NF4(), skipped=["lm_head"]), "JqConfig: unknown option 'skipped'"),
         (lambda: {"quant_method": "hqq", "nbits": 4, "groupsize": 64}, "HqqConfig: unknown option 'groupsize'"),
         (_config("BitsAndBytesConfig"), "neither load_in_4bit nor load_in_8bit"),
+        (_config("TorchAoConfig", "Int4WeightOnlyConfig", groupsize=64), "groupsize=64: .*knows group_size"),
+        (_config("TorchAoConfig", "Int4WeightOnlyConfig", int4_choose_qparams_algorithm="hqq"), "makes 'tinygemm'"),
+        (_config("TorchAoConfig", "Int8WeightOnlyConfig", include_input_output_embeddings=True), "include_input_out"),
+        (_config("BitNetQuantConfig", use_rms_norm=True), "use_rms_norm=True"),
+        (_config("BitNetQuantConfig", quantization_mode="online"), "quantization_mode='online'"),
+        (_config("FourOverSixConfig", activation_scale_rule="mae"), "'mse' beside activation_scale_rule 'mae'"),
+        (_config("FourOverSixConfig", output_dtype="float16"), "output_dtype='float16'"),
+        (_config("FineGrainedFP8Config", expert_dtype="fp4"), "expert_dtype"),
     ],
 )
 def test_unknown_options_are_named(folder, enabled, config, message):
     with pytest.raises(UnsupportedError, match=message):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=config())
+
+
+def _of(kind, **data):
+    return {"_type": kind, "_data": data}
+
+
+# What classes of torchao 0.18 mean by default (tests/jq_torch/test_peers.py asks them), and with options.
+TORCHAO = [
+    ("Int8WeightOnlyConfig", {}, {}),
+    ("Int8WeightOnlyConfig", {"granularity": _of("PerTensor")}, {"granularity": "tensor"}),
+    ("IntxWeightOnlyConfig", {}, {"bits": 8}),
+    (
+        "IntxWeightOnlyConfig",
+        {"weight_dtype": "torch.int3", "mapping_type": "ASYMMETRIC"},
+        {"bits": 3, "asymmetric": True},
+    ),
+    ("Int8DynamicActivationIntxWeightConfig", {}, {"bits": 8, "group_size": 32}),
+    (
+        "Int8DynamicActivationIntxWeightConfig",
+        {"weight_granularity": _of("PerGroup", group_size=64)},
+        {"bits": 8, "group_size": 64},
+    ),
+    ("Int8DynamicActivationInt8WeightConfig", {"act_mapping_type": "MappingType.ASYMMETRIC"}, {"asymmetric": True}),
+    ("Int4WeightOnlyConfig", {"int4_packing_format": "tile_packed_to_4d"}, {"packing": "tile_packed_to_4d"}),
+    ("Float8DynamicActivationFloat8WeightConfig", {}, {"granularity": "tensor"}),
+]
+
+
+@pytest.mark.parametrize("name, options, fields", TORCHAO)
+def test_torchaos_options(name, options, fields, enabled):
+    scheme = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removesuffix("Config")).lower()
+    for config in (
+        transformers.TorchAoConfig(name, **options),
+        transformers.TorchAoConfig({"default": {"_type": name, "_data": options}}),
+    ):
+        assert method_of(config) == jq.TorchAO(scheme, **fields)
 
 
 @pytest.mark.parametrize("name", ["bnb-nf4", "hqq", "quanto-int8", "fp8"])

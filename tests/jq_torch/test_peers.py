@@ -11,6 +11,7 @@ from tiny import ids
 from transformers import AutoModelForCausalLM
 
 import jq_torch
+from jq_torch.config_methods import method_of
 
 pytestmark = pytest.mark.peers
 
@@ -78,3 +79,26 @@ def test_same_codes_as_bitsandbytes_makes(folder, tmp_path):
     assert want.keys() == got.keys()
     wrong = [n for n in want if not same(want[n], got[n]) and "quant_state" not in n]
     assert not wrong, wrong[:4]
+
+
+TORCHAO = [
+    "Int8WeightOnlyConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+    "IntxWeightOnlyConfig",
+    "Int8DynamicActivationIntxWeightConfig",
+    "Int4WeightOnlyConfig",
+    "Float8WeightOnlyConfig",
+    "Float8DynamicActivationFloat8WeightConfig",
+]
+
+
+@_needs("torchao")
+@pytest.mark.parametrize("name", TORCHAO)
+def test_a_name_means_what_torchaos_class_means(name):
+    import torchao.quantization
+    from torchao.core.config import config_to_dict
+
+    own = getattr(torchao.quantization, name)()
+    with jq_torch.enable("torchao"):
+        found = [method_of(transformers.TorchAoConfig(kind)).config() for kind in (name, own)]
+    assert found[0] == found[1] and found[0]["quant_type"]["default"]["_data"] == config_to_dict(own)["_data"]
