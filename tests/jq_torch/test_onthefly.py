@@ -213,6 +213,17 @@ def test_a_config_as_a_dict(folder, enabled, name, tmp_path):
         assert torch.equal(again(ids()).logits, want(ids()).logits)
 
 
+def test_a_config_that_asks_for_float_layers(folder, tmp_path):
+    with jq_torch.enable(quantize_activations=False):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIGS["fp8"]()).save_pretrained(tmp_path)
+        packed = AutoModelForCausalLM.from_pretrained(tmp_path)
+        config = transformers.FineGrainedFP8Config(dequantize=True)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert not any(isinstance(m, JqLinear) for m in plain.modules()) and not hasattr(plain.config, "quantization_config")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids()).logits, packed(ids()).logits)
+
+
 def test_what_goes_wrong_on_the_way_is_raised_as_it_is(folder, enabled):
     config = transformers.HqqConfig(nbits=4, group_size=24)
     with pytest.raises(FormatError, match=r"model\.layers\.0\..*group"):
