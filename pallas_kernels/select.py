@@ -1,8 +1,9 @@
 """Which kernel and configuration multiplies: a plain table from measurements, and an estimate where it is silent.
 
 `tuned/<device>.json` holds rows {"kind", "bits", "n", "k", "m", "kernel", "config"}; a row serves all M up to its `m`
-down to the next smaller one of the same weight. Of several rows with one `m` the first that can run is taken: the direct
-kernel knows no nested scales and no act-order, and a fused product asks for the streaming kernel. `python -m pallas_kernels.tune` writes it.
+down to the next smaller one of the same weight. Kind "nested" is for nested scales, ahead of those of their codes.
+Of several rows with one `m` the first that can run is taken: the direct kernel knows no act-order, and a fused product
+asks for the streaming kernel. `python -m pallas_kernels.tune` writes it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ KERNELS: dict[str, Any] = {"direct": direct, "stream": stream, "gemm": gemm}
 
 # Architectures (compute capability) with kernels, and multiprocessors to assume where no device can be asked.
 ARCHITECTURES = {"9.0": 132}
+NESTED = "nested"  # in place of a kind: rows for nested scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,9 @@ def choose(
     """
     entries = measured_rows(device)
     rows: list[tuple[int, Choice]] = []
+    own = [(NESTED, form.bits)] if form.scale == "u8" else []
     # where a decode function was not measured, what is best for integers of its width, or for int4, is a good guess
-    for key in (form.decode, ("affine", form.bits), ("affine", 4)):
+    for key in (*own, form.decode, ("affine", form.bits), ("affine", 4)):
         most = max((largest for largest, _ in rows), default=0)
         rows += [r for r in entries.get((*key, n, k), []) if r[0] > most]
     rows = [(largest, c) for largest, c in rows if m <= largest and c.kernel in kernels]
@@ -115,19 +118,23 @@ def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, g
     """Configurations that can run; those for few rows first, in the order of preference."""
     out = []
     if m <= stream.MAX_ROWS:
-        out = [Choice("direct", c) for c in directs(m, n, k, multiprocessors)]
+        out = [Choice("direct", c) for c in directs(m, n, k, multiprocessors, form.scale == "u8")]
         out += [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered, form.bits)]
     if not out or m > 8:
         out += [Choice("gemm", config) for config in tilings(m, form, multiprocessors)]
     return [c for c in out if fits(c, m, n, k, form, gathered)]
 
 
-def directs(m: int, n: int, k: int, multiprocessors: int) -> Iterator[direct.Config]:
+def directs(m: int, n: int, k: int, multiprocessors: int, nested: bool = False) -> Iterator[direct.Config]:
     """Configurations of the direct kernel, the best first, where each block has a tile: two blocks share K where one
-    would load more of x than of the weight.
+    would load more of x than of the weight. Nested scales (measured) want less at once, and for one row of x or a wide
+    weight the streaming kernel.
     """
-    for warps in (16, 8):
-        clusters = (2, 1) if m > 8 and -(-n // ROWS) <= 4 * multiprocessors else (1, 2)
+    narrow = -(-n // ROWS) <= 4 * multiprocessors
+    if nested and (m == 1 or not narrow):
+        return
+    for warps in (8, 16) if nested else (16, 8):
+        clusters = (2, 1) if (m > 8 or nested) and narrow else (1, 2)
         for cluster in clusters:
             if -(-n // ROWS) * cluster >= multiprocessors:
                 yield direct.Config(warps, cluster, multiprocessors // cluster * cluster)
@@ -193,7 +200,8 @@ def tilings(m: int, form: Form, multiprocessors: int) -> Iterator[gemm.Config]:
             if ahead and tile_m <= 64:
                 continue
             blocks = whole_clusters(multiprocessors, share * split)
-            yield gemm.Config(tile_m, wn, 1 if one else 2, 0, share, split, blocks, 0, even, ahead)
+            for tail in (TAIL, 0) if (share, split) == (1, 2) and tile_m >= 96 else (0,):
+                yield gemm.Config(tile_m, wn, 1 if one else 2, 0, share, split, blocks, 0, even, ahead, tail=tail)
         if m <= tile_m <= 128:
             yield from shared_tilings(m, tile_m, wn, multiprocessors)
     if m > 1024:
@@ -239,6 +247,7 @@ def estimate(
 WIDEST = {1: 256, 2: 256, 3: 192, 4: 128}
 # Units of a block by its warpgroups, also less than one for each, and more.
 UNITS: dict[int, tuple[int, ...]] = {1: (), 2: (1,), 3: (1,), 4: (1, 2, 4, 6, 7)}
+TAIL = 2  # steps of two blocks that share K, each for its own columns, while sums are on their way (measured)
 # share, split, even
 CLUSTERS = ((1, 1, False), (2, 1, False), (1, 2, False), (2, 2, False), (1, 4, False), (1, 1, True))
 # Measured on an H100: cycles of one k16 step of one warpgroup, decode included, with 1 to 4 warpgroups at work.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jaxlib.mlir import ir
 
@@ -68,21 +69,25 @@ def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[
 
 def write(form: Form, dtype: str, base: Int, entries: Sequence[tuple[Int, list[ir.Value]]]) -> None:
     for b, values in entries:
-        low, high = values or [chosen(KNOWN[form.table], half) for half in (b & 15, b >> 4)]
-        pair = ptx.pack_pair(low, high, dtype)
+        pair = ptx.pack_pair(values[0], values[1], dtype) if values else known_pair(KNOWN[form.table], b, dtype)
         for i in range(0, ENTRY, 16):
             # neighbouring threads start at different banks
             at = base + b * ENTRY + ((b * 16 + i) & (ENTRY - 1))
             ptx.store_shared(at, [pair] * 4)
 
 
-def chosen(table: np.ndarray, index: Int) -> ir.Value:
-    """table[index] of 16 constants, by its bits."""
-    values = [ptx.constant(v) for v in table.tolist()]
-    for bit in range(4):
-        on = (index >> bit) & 1 == 1
-        values = [ptx.select_float(on, b, a) for a, b in zip(values[::2], values[1::2])]
-    return values[0]
+def known_pair(table: np.ndarray, entry: Int, dtype: str) -> ir.Value:
+    """(table[entry % 16], table[entry // 16]) of 16 constants, by byte permutes: low and high bytes of the values with
+    the lower and the upper half of the codes, then of the halves, then in order.
+    """
+    kind = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}[dtype]
+    halves = table.astype(kind).view(np.uint8).reshape(2, 8, 2)  # by bit 3 of a code, by the rest, low and high byte
+    place, half = entry & 0x77, ((entry >> 1) & 0x44) | 0x10
+    found = []
+    for byte in range(2):
+        (a, b), (c, d) = halves[:, :, byte].copy().view(np.uint32).tolist()
+        found.append(ptx.permute(ptx.permute(a, b, place), ptx.permute(c, d, place), half))
+    return ptx.permute(found[0], found[1], 0x5140)
 
 
 def fragment(form: Form, dtype: str, words: Sequence[ir.Value], zero: Any, table: Int) -> list[ir.Value]:

@@ -98,6 +98,11 @@ def select(condition: ir.Value, yes: Any, no: Any) -> Int:
     return Int(arith.select(condition, raw(yes), raw(no)))
 
 
+def permute(a: Any, b: Any, pick: Any) -> ir.Value:
+    """Byte i of the result is byte `(pick >> 4 * i) & 7` of the eight bytes of a and b, a's first."""
+    return asm([i32()], "prmt.b32 $0, $1, $2, $3;", a, b, pick, pure=True)[0]
+
+
 def select_float(condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
     return arith.select(condition, yes, no)
 

@@ -27,6 +27,7 @@ from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
 from pallas_kernels.launch import launch, pointers
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.direct_plan import MAX_ROWS, Config, Plan
+from pallas_kernels.skeletons.nested import Nested
 from pallas_kernels.skeletons.output import Writer
 
 __all__ = ["MAX_ROWS", "Config", "Plan", "matmul"]
@@ -80,6 +81,7 @@ class _Kernel(Writer):
         self.tables = shared + at["tables"]
         self.bars = shared + at["barriers"]
         self.mail_bars = self.bars + 8 * c.warps
+        self.nested = Nested(plan, pointers, shared, self.thread) if plan.form.scale == "u8" else None
         self.policy = ptx.evict_first()
         self.local = self.warp * plan.chunks  # first chunk of the warp, in the block and along the whole K
         self.first = self.local + self.rank * plan.block_chunks
@@ -90,13 +92,17 @@ class _Kernel(Writer):
         entries = []
         if plan.table_bytes:
             entries = self.decode.read(plan.form, self.pointers.get("table"), self.thread, c.warps * 32)
+        second = self.nested.read() if self.nested else []
         if plan.m > 1:  # much of it: ahead of the weight
             self.fetch_x()
         sets = [self.fetch(Int(d), ptx.select(Int(d) < self.passes, 1, 0)) for d in range(c.depth)]
         if plan.m == 1:
             self.fetch_x()
+        if self.nested:
+            self.nested.write(second)
         if entries:
             self.decode.write(plan.form, plan.dtype, self.tables, entries)
+        if entries or self.nested:
             ptx.sync_block()
         ptx.barrier_wait(self.bars + self.warp * 8, 0)
         ptx.sync_warp()
@@ -144,22 +150,25 @@ class _Kernel(Writer):
         chunk = self.row(t) * self.plan.k_chunks + self.first
         return ptx.address(ptx.address(self.pointers["codes"], chunk, 512), self.lane, 16)
 
-    def fetch(self, t: Int, exists: Int) -> tuple[list[Any], list[Any]]:
-        """This lane's codes and parameters of pass t."""
+    def fetch(self, t: Int, exists: Int) -> tuple[list[Any], ...]:
+        """This lane's codes and parameters of pass t, see `fetch_params`."""
         at = self.codes_of(t)
-        return [self.fetch_chunk(at, c, exists) for c in range(self.plan.chunks)], self.fetch_params(t)
+        return [self.fetch_chunk(at, c, exists) for c in range(self.plan.chunks)], *self.fetch_params(t)
 
     def fetch_chunk(self, at: ir.Value, chunk: int, exists: Int) -> list[ir.Value]:
         return ptx.load_once(at, chunk * self.plan.form.chunk_bytes, self.policy, exists)
 
-    def fetch_params(self, t: Int) -> list[list[list[ir.Value]]]:
-        """Stored parameters of rows g and g + 8: for each group, for each array."""
+    def fetch_params(self, t: Int) -> tuple[list[list[list[ir.Value]]], list[list[ir.Value]]]:
+        """Stored parameters of rows g and g + 8: for each group, for each array; and where scales are nested those of the
+        second level, for each group, or the one for all groups of a row.
+        """
         plan, form = self.plan, self.plan.form
         span, part = plan.chunks * CHUNK, self.rank * plan.config.warps + self.warp
-        group = self.row(t) * form.groups(plan.k)
+        row, first = self.row(t), Int(0)
         if form.group:
-            group = group + (part * (span // form.group) if span >= form.group else part // (form.group // span))
-        out = []
+            first = part * (span // form.group) if span >= form.group else part // (form.group // span)
+        group = row * form.groups(plan.k) + first
+        out, seconds = [], []
         for g in range(len(plan.segments)):
             one = []
             for name, kind in zip(("scales", "zeros"), form.params):
@@ -167,7 +176,12 @@ class _Kernel(Writer):
                 at = ptx.address(self.pointers[name], group + g, ROWS * size)
                 one.append(ptx.load_kept(ptx.address(at, self.lane >> 2, 2 * size), kind))
             out.append(one)
-        return out
+            if self.nested and not (g and plan.nested_by_row):
+                rows = (row * ROWS + (self.lane >> 2) + half for half in (0, 8))
+                places = [self.nested.second(self.nested.block(r * form.groups(plan.k) + first + g)) for r in rows]
+                # plain loads: cached read-only ones would be moved to where they are used
+                seconds.append([ptx.as_float(Int(ptx.load_words(place, 1)[0])) for place in places])
+        return out, seconds
 
     # ---- arithmetic
 
@@ -181,10 +195,13 @@ class _Kernel(Writer):
             out += [words[:2], words[2:]]
         return out
 
-    def convert(self, stored: list[list[ir.Value]]) -> dict[str, Any]:
+    def convert(self, stored: list[list[ir.Value]], seconds: list[ir.Value] | None) -> dict[str, Any]:
         """Scales of rows g and g + 8, and what the zeros need."""
         form = self.plan.form
-        scales = as_floats(form.scale, stored[0])
+        if self.nested and seconds:
+            scales = self.nested.floats(Int(stored[0][0]), seconds)
+        else:
+            scales = as_floats(form.scale, stored[0])
         out: dict[str, Any] = {"scale": scales}
         if form.zero == "u8" and form.zero_form == "code":
             out["zero"] = self.decode.integer_zeros(self.plan.dtype, stored[1][0])
@@ -192,14 +209,15 @@ class _Kernel(Writer):
             out["shift"] = shifts(form, scales, as_floats(form.zero, stored[1]))
         return out
 
-    def one_pass(self, t: Int, codes: list[Any], stored: list[Any]) -> tuple[list[Any], list[Any]]:
+    def one_pass(self, t: Int, codes: list[Any], stored: list[Any], seconds: list[Any]) -> tuple[list[Any], ...]:
         """Multiplies the tile of pass t; returns what has been asked for in its place."""
         plan, c = self.plan, self.plan.config
         exists, at = ptx.select(t + c.depth < self.passes, 1, 0), self.codes_of(t + c.depth)
         sums = [ptx.zero()] * (4 * plan.columns)
         following = []
-        for (begin, end), params in zip(plan.segments, stored):
-            p = self.convert(params)
+        each = seconds * len(stored) if plan.nested_by_row else seconds or [None] * len(stored)
+        for (begin, end), params, second in zip(plan.segments, stored, each, strict=True):
+            p = self.convert(params, second)
             parts = [[ptx.zero()] * 4 for _ in range(plan.columns)]
             totals = [[ptx.zero()] * 4 for _ in range(plan.columns)]  # sums of x
             for s in range(begin, end):
@@ -219,9 +237,9 @@ class _Kernel(Writer):
                 sums[i] = ptx.fma(p["scale"][i // 2 % 2], parts[i // 4][i % 4], sums[i])
                 if "shift" in p:
                     sums[i] = ptx.fma(p["shift"][i // 2 % 2], totals[i // 4][i % 4], sums[i])
-        params = self.fetch_params(t + c.depth)
+        params, seconds = self.fetch_params(t + c.depth)
         self.finish(t, sums)
-        return following, params
+        return following, params, seconds
 
     # ---- sums
 

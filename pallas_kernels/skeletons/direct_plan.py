@@ -84,6 +84,7 @@ class Plan(FewRows):
             "sums": 2 * self.config.warps * self.part_bytes,
             "mail": self.passes * self.part_bytes if self.config.cluster > 1 else 0,
             "tables": self.table_bytes,
+            "table2": self.table2_bytes,
             "barriers": 8 * (self.config.warps + self.passes),
         }
         return offsets(sizes, 1024)
@@ -95,8 +96,8 @@ class Plan(FewRows):
             return f"{self.m} rows of x, at most {MAX_ROWS}"
         if self.k % 8 or self.n % 8:
             return f"{self.n}x{self.k} are no multiples of 8"
-        if self.form.bits != 4 or self.form.scale == "u8":
-            return f"codes of {self.form.bits} bits, or nested scales"
+        if self.form.bits != 4:
+            return f"codes of {self.form.bits} bits"
         if self.k_chunks % (c.warps * c.cluster):
             return f"{self.k_chunks} chunks of {CHUNK} inputs for {c.cluster} blocks of {c.warps} warps"
         if self.chunks * c.depth > MOST_CHUNKS:

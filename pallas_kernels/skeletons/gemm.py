@@ -131,7 +131,7 @@ class _Kernel(Sums, Output):
                     target = self.at[name] + slot * nbytes + i * pitch
                     hopper.tensor_copy(target, self.maps[name], [0, group, row, *self.layer], bar)
 
-            def step(kk: Int, carry: list[Int]) -> list[Int]:
+            def step(kk: Int, carry: list[Int], halves: int = 2) -> list[Int]:
                 slot, parity = carry
                 ptx.barrier_wait(self.empty + slot * 8, parity ^ 1)
                 bar = self.full + slot * 8
@@ -142,7 +142,7 @@ class _Kernel(Sums, Output):
                         with ptx.when(on == 1):
                             weight(slot, kk, i, bar)
                 else:
-                    ptx.barrier_expect(bar, plan.x_bytes + plan.block_units * unit_bytes)
+                    ptx.barrier_expect(bar, plan.x_bytes * halves // 2 + plan.block_units * unit_bytes)
                     weight(slot, kk, 0, bar)
                 x = self.at["x"] + slot * plan.x_bytes
                 for i in range(c.chunks):
@@ -151,11 +151,19 @@ class _Kernel(Sums, Output):
                         target, row = target + self.mate * (part * 128), im * c.tile_m + self.mate * part
                         mates = Int((1 << c.share) - 1) << (self.rank - self.mate)
                         hopper.tensor_copy(target, self.maps["x"], [k, row], bar, mates)
+                    elif c.tail:  # the rows that this block writes come first
+                        for half in range(halves):
+                            row = im * c.tile_m + (self.part ^ half) * plan.own_rows
+                            hopper.tensor_copy(target + half * (plan.own_rows * 128), self.maps["x"], [k, row], bar)
                     else:
                         hopper.tensor_copy(target, self.maps["x"], [k, im * c.tile_m], bar)
                 return list(self.after(slot, parity))
 
-            return ptx.loop(work.begin, work.end, 1, carry, step)
+            carry = ptx.loop(work.begin, work.end, 1, carry, step)
+            if c.tail:
+                own = functools.partial(step, halves=1)
+                carry = ptx.loop(*work.tail, 1, carry, own)
+            return carry
 
         ptx.loop(0, work.passes, 1, [Int(0), Int(0)], one_pass)
 
@@ -175,7 +183,8 @@ class _Kernel(Sums, Output):
             mine = work.share(t, first, self.unit)
             row, n0 = im * c.tile_m, mine.unit * UNIT
             if not c.even:
-                self.tile(t, n0, row + self.part * plan.own_rows, mine.end - mine.begin)
+                steps = Int(plan.steps - plan.common) if c.tail else mine.end - mine.begin
+                self.tile(t, n0, row + self.part * plan.own_rows, steps)
                 return carry
             at = t * plan.steps  # every pass runs over all steps
             slot, parity = at % plan.stages, at // plan.stages & 1
@@ -185,7 +194,7 @@ class _Kernel(Sums, Output):
             ptx.sync_warp()
             with ptx.when(Int(0) < count):
                 slot, parity = self.skip(slot, parity, mine.begin)
-                sums, (slot, parity) = self.multiply(slot, parity, count, n0)
+                sums, (slot, parity) = self.multiply(slot, parity, count, self.powers(n0))
                 self.skip(slot, parity, plan.steps - mine.end)
                 with ptx.when(count == plan.steps):
                     self.epilogue(n0, row, sums, "y")
@@ -214,12 +223,20 @@ class _Kernel(Sums, Output):
         at = t * steps + begin
         slot, parity = at % plan.stages, at // plan.stages & 1
         own = (steps - begin + (plan.depth - 1)) // plan.depth
+        if c.tail:
+            powers = self.powers(n0)
+            sums, (slot, parity) = self.multiply(slot, parity, Int(plan.common), powers)
+            count = plan.sums // 2
+            self.send(t, sums[count:])
+            more, _ = self.multiply(slot, parity, Int(plan.steps - 2 * plan.common), powers, count)
+            self.epilogue(n0, row0, self.receive(t, [ptx.add(a, b) for a, b in zip(sums, more)]), "y")
+            return
         low = plan.block_units % c.wn  # warpgroups with a unit more than the others
         for i, height in enumerate(plan.heights):
             mine = ptx.when(ptx.select(self.wg < low, 1 - i, i) == 1) if plan.heights[1:] else contextlib.nullcontext()
             with mine:
                 ptx.sync_warp()
-                sums, _ = self.multiply(slot, parity, own, n0, height)
+                sums, _ = self.multiply(slot, parity, own, self.powers(n0, height), plan.sums * height)
                 for u in range(height):
                     self.finish(t, n0 + u * (c.wn * UNIT), row0, sums[u * plan.sums : (u + 1) * plan.sums])
             ptx.sync_warp()

@@ -117,23 +117,11 @@ class Output(Block):
             place = ptx.select(self.part < r, self.part, self.part - 1)
             at = self.at["inbox"] + place * inbox + self.unit * inbox_wg + self.t * 16
             with ptx.when(ptx.select(mine, 0, 1) == 1):
-                rank = self.mate + r * c.share
-                target, bar = ptx.remote(at, rank), ptx.remote(self.arrived, rank)
-                for v in range(vectors):
-                    ptx.store_remote(target + v * 2048, sums[r * share + 4 * v : r * share + 4 * v + 4], bar)
+                self.post(at, sums[r * share : (r + 1) * share], self.mate + r * c.share)
         ptx.barrier_wait(self.arrived, t & 1, "cluster")
         totals: list[Any] = [ptx.zero()] * share
-        received = [
-            ptx.chain(
-                *(
-                    ptx.load_shared(
-                        self.at["inbox"] + p * inbox + self.unit * inbox_wg + self.t * 16 + v * 2048, "f32", 4
-                    )
-                    for v in range(vectors)
-                )
-            )
-            for p in range(c.split - 1)
-        ]
+        place = self.at["inbox"] + self.unit * inbox_wg + self.t * 16
+        received = [self.posted(place + p * inbox, share) for p in range(c.split - 1)]
         for r in range(c.split):
             below = received[min(r, c.split - 2)]
             above = received[max(r - 1, 0)]
@@ -162,13 +150,41 @@ class Output(Block):
         first = self.rank == 0
         own = [ptx.select_float(first, a, b) for a, b in zip(sums[:count], sums[count:])]
         other = [ptx.select_float(first, b, a) for a, b in zip(sums[:count], sums[count:])]
-        at, mate = self.at["inbox"] + self.t * 16, 1 - self.rank
-        target, bar = ptx.remote(at, mate), ptx.remote(self.arrived, mate)
-        for v in range(0, count, 4):
-            ptx.store_remote(target + v * 512, other[v : v + 4], bar)
+        at = self.at["inbox"] + self.t * 16
+        self.post(at, other, 1 - self.rank)
         ptx.barrier_wait(self.arrived, 0, "cluster")
-        received = ptx.chain(*(ptx.load_shared(at + v * 512, "f32", 4) for v in range(0, count, 4)))
-        return [ptx.add(a, b) for a, b in zip(own, received)]
+        return [ptx.add(a, b) for a, b in zip(own, self.posted(at, count))]
+
+    def post(self, at: Int, sums: list[Any], rank: Int) -> None:
+        """Sums of a thread to its place `at` in the inbox of another block."""
+        target, bar = ptx.remote(at, rank), ptx.remote(self.arrived, rank)
+        for v in range(0, len(sums), 4):
+            ptx.store_remote(target + v * 512, sums[v : v + 4], bar)
+
+    def posted(self, at: Int, count: int) -> list[Any]:
+        return ptx.chain(*(ptx.load_shared(at + v * 512, "f32", 4) for v in range(0, count, 4)))
+
+    def send(self, t: Int, sums: list[Any]) -> None:
+        """Sums of pass t to the block of the pair that writes them."""
+        with ptx.when(self.thread == 0):
+            ptx.barrier_expect(self.arrived, self.plan.inbox_bytes)
+        ptx.sync_warp()
+        _when_positive(t, lambda: ptx.barrier_wait(self.freed, (t + 1) & 1))
+        ptx.sync_warp()
+        self.post(self.at["inbox"] + self.unit * (len(sums) * 512) + self.t * 16, sums, 1 - self.rank)
+
+    def receive(self, t: Int, own: list[Any]) -> list[Any]:
+        """Own sums plus those that the other block of the pair has sent."""
+        ptx.barrier_wait(self.arrived, t & 1, "cluster")
+        ptx.sync_warp()
+        received = self.posted(self.at["inbox"] + self.unit * (len(own) * 512) + self.t * 16, len(own))
+        sums = [ptx.add(a, b) for a, b in zip(own, received)]
+        # not behind the last pass: the other block may have left
+        more = ptx.select(t + 1 < self.work.passes, 1, 0) & ptx.select(self.t == 0, 1, 0)
+        with ptx.when(more == 1):
+            hopper.arrive_remote(self.freed, 1 - self.rank)
+        ptx.sync_warp()
+        return sums
 
 
 def _when_positive(t: Int, function: Any) -> None:

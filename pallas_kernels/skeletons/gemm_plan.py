@@ -27,6 +27,8 @@ class Config:
       stages: length of the ring; 0: as many as fit.
       share: blocks of a cluster that use the same x.
       split: blocks of a cluster that share the K of a tile.
+      tail: with two such blocks, steps along K that each of them does last, for the columns that it will write alone: the
+        sums of the others are on their way meanwhile. At least so many.
       blocks: blocks to launch.
       m_group: tiles of x that neighbouring blocks take before they go on to the next rows of the weight; 0: all.
       even: pairs of blocks get even numbers of units of 64 rows of the weight, the odd one shared along K.
@@ -48,6 +50,7 @@ class Config:
     even: bool = False
     ahead: bool = True
     units: int = 0
+    tail: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Plan(Launch):
     @property
     def steps(self) -> int:
         return -(-self.k // self.span)
+
+    @property
+    def common(self) -> int:
+        """Steps of each of two blocks for all columns, where there is a tail for half of them."""
+        return (self.steps - self.config.tail) // 2
 
     @property
     def cluster(self) -> int:
@@ -235,6 +243,10 @@ class Plan(Launch):
             return f"groups of {group} with steps of {self.span}"
         if c.tile_m % (8 * c.share) or c.tile_m % (8 * c.split):
             return f"tile of {c.tile_m} rows of x with share {c.share} and split {c.split}"
+        if c.tail and (c.split != 2 or c.share > 1 or self.depth > 1 or self.heights != [1] or c.tile_m % 16):
+            return f"a tail with split {c.split}, share {c.share} and {c.units} units for {c.wn} warpgroups"
+        if c.tail and min(c.tail, self.common) < 1 + c.ahead:
+            return f"{self.steps} steps along K with a tail of {c.tail}"
         if c.even and (c.share > 1 or c.split > 1 or c.units or c.tile_m % 32 or self.m_tiles > c.blocks // 2):
             return f"even pairs with tiles of {c.tile_m} rows of x, share {c.share} and split {c.split}"
         if self.block_units < c.wn and c.wn % c.units:

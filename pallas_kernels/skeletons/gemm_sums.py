@@ -140,7 +140,8 @@ class Sums(Block):
         plan, c = self.plan, self.plan.config
         x, per = self.at["x"] + slot * plan.x_bytes, plan.form.bits // 4
         order = [(u, chunk) for u in range(height) for chunk in range(c.chunks)]
-        parts = [sums[u * plan.sums : (u + 1) * plan.sums] for u in range(height)]
+        size = len(sums) // height
+        parts = [sums[u * size : (u + 1) * size] for u in range(height)]
         stored = [self.params(slot, self.unit + u * c.wn) for u in range(height)]
         words = self.words(slot, 0, self.unit)
         for at, (u, chunk) in enumerate(order):
@@ -170,7 +171,7 @@ class Sums(Block):
         """Whether the largest scale of each row is looked for."""
         return self.folded and not self.plan.form.small
 
-    def powers(self, n0: Int, height: int) -> list[Powers | None]:
+    def powers(self, n0: Int, height: int = 1) -> list[Powers | None]:
         """Of `height` units from row n0 on."""
         if not self.searched:
             return [Powers() if self.folded else None] * height
@@ -217,14 +218,19 @@ class Sums(Block):
         pair = ptx.select((g & 2) == 0, low, high)
         return [pair & 0xFFFF, pair >> 16]
 
-    def multiply(self, slot: Int, parity: Int, steps: Int, n0: Int, height: int = 1) -> tuple[list[Any], list[Int]]:
-        """y^T of `height` units from row n0 of the weight on: sums over `steps` steps from this slot on, each `depth` slots behind the one before it;
+    def multiply(
+        self, slot: Int, parity: Int, steps: Int, powers: list[Powers | None], count: int = 0
+    ) -> tuple[list[Any], list[Int]]:
+        """y^T of one or more units: sums over `steps` steps from this slot on, each `depth` slots behind the one before it;
         and the slot behind them.
+
+        Args:
+          powers: see `powers`; of each unit.
+          count: sums of a thread, all units; fewer than the plan's where only the first columns are wanted.
         """
         plan = self.plan
-        count, depth = height * plan.sums, plan.depth
+        count, depth, height = count or plan.sums, plan.depth, len(powers)
         zero = [ptx.zero()] * count
-        powers = self.powers(n0, height)
         if not self.plan.config.ahead:
 
             def alone(_: Int, carry: list[Any]) -> list[Any]:
@@ -279,7 +285,8 @@ class Sums(Block):
 
     def whole(self, sums: list[Any], powers: list[Powers | None]) -> list[Any]:
         """The sums of all units, times what the decode has divided by."""
-        parts = (sums[u * self.plan.sums : (u + 1) * self.plan.sums] for u in range(len(powers)))
+        size = len(sums) // len(powers)
+        parts = (sums[u * size : (u + 1) * size] for u in range(len(powers)))
         gain = ptx.constant(self.plan.gain)
         scaled = (
             power.whole(part) if power else [ptx.mul(s, gain) for s in part] for power, part in zip(powers, parts)

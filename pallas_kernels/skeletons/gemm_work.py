@@ -27,7 +27,11 @@ class Tiles:
         self.passes = (plan.tiles + plan.clusters - 1 - cluster) // plan.clusters
         self.begin = part * plan.steps // plan.config.split
         self.end = (part + 1) * plan.steps // plan.config.split
-        self.split_wg = Int(-1)
+        self.split_wg, self.tail = Int(-1), (0, 0)
+        if plan.config.tail:
+            self.begin = part * (plan.steps - plan.common)
+            self.end = self.begin + plan.common
+            self.tail = plan.common, plan.steps - plan.common  # of both, each for its own columns
 
     def tile(self, t: Int) -> tuple[Int, Int]:
         """Tile of x, and first unit of the weight, of pass t."""
@@ -64,7 +68,7 @@ class Pairs:
         self.odd = rest & 1
         self.passes = self.full + ptx.select(Int(0) < rest, 1, 0)
         self.begin, self.end = Int(0), Int(plan.steps)
-        self.split_wg = ptx.select(self.odd == 1, self.each, -1)
+        self.split_wg, self.tail = ptx.select(self.odd == 1, self.each, -1), (0, 0)
 
     def tile(self, t: Int) -> tuple[Int, Int]:
         wn = self.plan.config.wn

@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
 from pallas_kernels.decode import DECODES
-from pallas_kernels.form import CHUNK, ROWS, Form
+from pallas_kernels.form import CHUNK, NESTED_BLOCK, ROWS, Form
 from pallas_kernels.ptx import Int
 
 SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
@@ -55,6 +55,21 @@ class FewRows(Launch):
     @property
     def k_chunks(self) -> int:
         return -(-self.k // CHUNK)
+
+    @property
+    def table2_bytes(self) -> int:
+        """The table of nested scales in shared memory."""
+        return 1024 if self.form.scale == "u8" else 0
+
+    @property
+    def nested_by_row(self) -> bool:
+        """Whether all groups of a row share a second-level scale."""
+        return self.form.scale == "u8" and NESTED_BLOCK % self.form.groups(self.k) == 0
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Offsets in shared memory; "bytes" is the whole."""
+        raise NotImplementedError
 
     @property
     def block_chunks(self) -> int:

@@ -237,7 +237,8 @@ class _Kernel:
         plan = self.plan
         n_sums = 4 * plan.columns * plan.height
         (slot, parity, copy), nested = state[:3], state[3:]
-        if plan.nested_by_row:
+        ahead = nested
+        if plan.nested_by_row and not plan.single:
             ahead = self.params.nested(*self.locate(copy - plan.stages + (stop - start)))
 
         def piece(b: Int, carry: list[Any]) -> list[Any]:

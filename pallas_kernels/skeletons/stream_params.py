@@ -11,6 +11,7 @@ from pallas_kernels.decode import DECODES
 from pallas_kernels.decode.scaled import as_floats, shifts
 from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS
 from pallas_kernels.ptx import Int
+from pallas_kernels.skeletons.nested import Nested
 from pallas_kernels.skeletons.stream_plan import Plan
 
 
@@ -21,8 +22,8 @@ class Params:
         self.plan, self.pointers, self.thread, self.rank = plan, pointers, thread, rank
         self.lane = thread & 31
         self.cluster_first = ptx.special("clusterid.x") if plan.config.cluster > 1 else ptx.special("ctaid.x")
-        self.table2 = shared + plan.layout["table2"]
         self.is_nested = plan.form.scale == "u8"
+        self.scales = Nested(plan, pointers, shared, thread)
 
     def group_of(self, piece: Int) -> Int:
         """First group of a piece (counted along the whole K)."""
@@ -62,30 +63,24 @@ class Params:
     # ---- nested scales
 
     def read(self) -> list[tuple[Int, ir.Value]]:
-        """This thread's entries of the table of scales, for `write` when they have come. Asks for the second-level
-        scales of the cluster as well: a strip has a few, and each strip would begin with a wait for the memory.
+        """See `Nested.read`. Asks for the second-level scales of the cluster as well: a strip has a few, and each strip
+        would begin with a wait for the memory.
         """
-        if not self.is_nested:
-            return []
+        if not self.is_nested or self.plan.single:
+            return self.scales.read() if self.is_nested else []
         plan = self.plan
         strip, groups = self.cluster_first + self.thread * plan.clusters, plan.form.groups(plan.k)
         with ptx.when(strip < plan.strips):
             for h in range(plan.height):
                 begin = (strip * plan.height + h) * (ROWS * groups)
                 for place in (begin, begin + (ROWS * groups - 1)):
-                    block = ptx.select(place < plan.n * groups, place, 0) // NESTED_BLOCK
-                    ptx.prefetch(ptx.address(self.pointers["absmax2"], block, 4))
+                    ptx.prefetch(self.scales.second(self.scales.block(place)))
         ptx.sync_warp()
-        self.offset = ptx.load_global(self.pointers["offset"], "f32")
-        out = []
-        for first in range(0, 256, self.plan.config.warps * 32):
-            i = (self.thread + first) & 255
-            out.append((i, ptx.load_global(ptx.address(self.pointers["table2"], i, 4), "f32")))
-        return out
+        return self.scales.read()
 
     def write(self, entries: list[tuple[Int, ir.Value]]) -> None:
-        for i, value in entries:
-            ptx.store_shared(self.table2 + i * 4, [value])
+        if entries:
+            self.scales.write(entries)
 
     def nested(self, strip: Int, piece: Int) -> list[Any]:
         """Second-level scales of a piece of a strip of the cluster, loaded a piece ahead of their use (a strip ahead
@@ -100,30 +95,23 @@ class Params:
             return []
         groups = plan.form.groups(plan.k)
         at = self.group_of(self.rank * plan.pieces + piece)
-        last = plan.n * groups - 1  # behind it: rows of padding, and copies that do not exist
         out: list[Any] = []
         for h in range(plan.height):
             row = ((self.cluster_first + strip * plan.clusters) * plan.height + h) * ROWS + (self.lane >> 2)
             for half in (0, 8):
                 first = (row + half) * groups + at
-                block = ptx.select(first < last, first, last) // NESTED_BLOCK
-                out.append(self.second_level(block))
+                block = self.scales.block(first)
+                out.append(ptx.load_global(self.scales.second(block), "f32"))
                 if plan.nested_span == 2:
-                    end = first + (plan.piece_groups - 1)
-                    out.append(self.second_level(ptx.select(end < last, end, last) // NESTED_BLOCK))
+                    end = self.scales.block(first + (plan.piece_groups - 1))
+                    out.append(ptx.load_global(self.scales.second(end), "f32"))
                     out.append((block + 1) * NESTED_BLOCK - first)
         return out
 
-    def second_level(self, block: Int) -> ir.Value:
-        return ptx.load_global(ptx.address(self.pointers["absmax2"], block, 4), "f32")
-
     def expand(self, pair: Int, nested: list[Any], h: int, group: int) -> list[ir.Value]:
         """Nested scales of rows g and g + 8 as float32."""
-        out, size = [], 1 if self.plan.nested_span == 1 else 3
-        for i, code in enumerate((pair & 255, pair >> 8)):
+        seconds, size = [], 1 if self.plan.nested_span == 1 else 3
+        for i in range(2):
             second, *other = nested[(2 * h + i) * size : (2 * h + i + 1) * size]
-            if other:
-                second = ptx.select_float(Int(group) < other[1], second, other[0])
-            value = ptx.load_shared(self.table2 + code * 4, "f32")[0]
-            out.append(ptx.fma(value, second, self.offset))
-        return out
+            seconds.append(ptx.select_float(Int(group) < other[1], second, other[0]) if other else second)
+        return self.scales.floats(pair, seconds)

@@ -64,6 +64,11 @@ class Plan(FewRows):
         return min(self.config.blocks // self.config.cluster, self.strips)
 
     @property
+    def single(self) -> bool:
+        """Whether no cluster has more than one strip."""
+        return self.strips <= self.clusters
+
+    @property
     def chunks(self) -> int:
         """Chunks of a copy: divides those of a block, and fits the groups."""
         for c in range(self.config.chunks, 1, -1):
@@ -134,9 +139,8 @@ class Plan(FewRows):
     @property
     def fixed_bytes(self) -> int:
         """Shared memory that does not depend on the length of the rings."""
-        tables = self.table_bytes + (1024 if self.form.scale == "u8" else 0)
         x = self.m * self.x_pitch + self.unordered_bytes
-        return x + tables + self.sums_bytes + self.loose_bytes
+        return x + self.table_bytes + self.table2_bytes + self.sums_bytes + self.loose_bytes
 
     @property
     def columns(self) -> int:
@@ -216,7 +220,7 @@ class Plan(FewRows):
             "x": self.m * self.x_pitch,
             "unordered": self.unordered_bytes,
             "tables": self.table_bytes,
-            "table2": 1024 if self.form.scale == "u8" else 0,
+            "table2": self.table2_bytes,
             "sums": self.sums_bytes,
             "loose": self.loose_bytes,
         }
@@ -233,11 +237,6 @@ class Plan(FewRows):
             if NESTED_BLOCK % groups == 0 or NESTED_BLOCK % self.piece_groups == 0 == groups % self.piece_groups
             else 2
         )
-
-    @property
-    def nested_by_row(self) -> bool:
-        """Whether all groups of a row share a second-level scale."""
-        return self.form.scale == "u8" and NESTED_BLOCK % self.form.groups(self.k) == 0
 
     def reason(self) -> str | None:
         """Why this launch is not possible, or None."""

@@ -26,6 +26,9 @@ NARROW, WIDE, LARGE = Config(64, 4, 2, ahead=False), Config(128, 2, 2), Config(2
         (200, 4096, 4096, WIDE),
         (200, 4096, 4096, dataclasses.replace(WIDE, ahead=False, split=2)),
         (300, 16384, 1024, dataclasses.replace(WIDE, ahead=False, split=2)),  # sums are exchanged in several passes
+        (200, 4096, 4096, dataclasses.replace(WIDE, split=2, tail=2)),
+        (300, 16384, 1024, dataclasses.replace(WIDE, ahead=False, split=2, tail=4)),
+        (150, 9000, 1984, Config(96, 3, 2, split=2, tail=3, ahead=False)),
         (200, 1000, 4096, dataclasses.replace(WIDE, share=2, split=2, blocks=120)),
         (100, 4096, 1992, dataclasses.replace(WIDE, wn=1, split=4, blocks=120)),
         (16, 4096, 4096, Config(16, 4, 4, split=2, units=1, ahead=False)),

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode import affine, affine_bytes
+from pallas_kernels.decode import affine, affine_bytes, codebook
 
 CODES = np.arange(256)
 
@@ -48,3 +48,19 @@ def test_a_folded_scale_rounds_as_a_product(point):
             term = rounded(factor * (-point * 2.0 ** (shift - 133)))
             folded = rounded((codes << shift) * 2.0**-133 * factor + term)
             np.testing.assert_array_equal(folded * 2.0**q, rounded(scale * (codes - point)))
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "e2m1"])
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_pairs_of_a_known_codebook(name, dtype, monkeypatch):
+    """The permutes that kernels fill their table with, on Python's integers."""
+
+    def permute(a, b, pick):
+        pool = [x >> 8 * i & 255 for x in (a, b) for i in range(4)]
+        return sum(pool[pick >> 4 * i & 7] << 8 * i for i in range(4))
+
+    monkeypatch.setattr(codebook.ptx, "permute", permute)
+    table = codebook.KNOWN[name]
+    halves = table.astype({"bf16": jnp.bfloat16, "f16": np.float16}[dtype]).view(np.uint16).tolist()
+    for entry in range(256):
+        assert codebook.known_pair(table, entry, dtype) == halves[entry & 15] | halves[entry >> 4] << 16

@@ -57,7 +57,7 @@ GEMM = select.Choice("gemm", gemm.Config(64, 2, 2, 0, 1, 2, ahead=False))
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("choice", [DIRECT, STREAM, GEMM], ids=["direct", "stream", "gemm"])
 def test_skeleton_times_decode(name, choice):
-    if choice is DIRECT and (FORMS[name].scale == "u8" or FORMS[name].bits != 4):
+    if choice is DIRECT and FORMS[name].bits != 4:
         assert not select.fits(DIRECT, 5, 256, 512, FORMS[name])
         return
     m = 70 if choice is GEMM else 5
@@ -124,11 +124,13 @@ def test_a_choice_exists_for_any_shape():
 
 
 def test_what_a_kernel_cannot_run_takes_the_next_row():
-    """The direct kernel is the first row for some rows of x; nested scales and fused products pass it over."""
+    """The direct kernel is the first row for some rows of x; fused products pass it over, nested scales have their own."""
     for m in (4, 8):
         assert select.choose(m, 4096, 4096, Form()).kernel == "direct"
-        assert select.choose(m, 4096, 4096, FORMS["nf4_dq"]).kernel == "stream"
         assert select.choose(m, 4096, 4096, Form(), kernels=("stream", "gemm")).kernel != "direct"
+    assert select.choose(1, 4096, 4096, FORMS["nf4"]).kernel == "direct"
+    assert select.choose(1, 4096, 4096, FORMS["nf4_dq"]).kernel == "stream"
+    assert select.choose(100, 4096, 4096, FORMS["nf4_dq"]) == select.choose(100, 4096, 4096, FORMS["nf4"])
     assert not select.fits(DIRECT, 1, 4096, 4096, Form(), gathered=True)
 
 

@@ -1,6 +1,7 @@
 """The blocks of the wgmma kernel together cover every unit of the weight, every tile of x and every step just once."""
 
 import dataclasses
+import itertools
 from collections import Counter
 
 import jax
@@ -37,6 +38,8 @@ EVEN = Config(64, 4, 2, even=True, ahead=False)
         (300, 1000, 1024, Config(128, 2, 2, share=2, split=2, blocks=120)),
         (500, 4096, 1984, Config(128, 3, 2, split=4, blocks=120)),
         (5000, 2000, 1024, Config(256, 2, 1, share=2, m_group=4)),
+        (256, 6144, 4096, Config(128, 3, 1, split=2, tail=2)),
+        (700, 6144, 1984, Config(96, 2, 2, split=2, tail=4, ahead=False)),
         (16, 4096, 4096, Config(16, 4, 4, split=2, units=1, ahead=False)),
         (100, 9000, 1984, Config(64, 4, 2, units=2, ahead=False)),
         (64, 57344, 1024, Config(64, 4, 2, units=7, ahead=False)),
@@ -45,7 +48,7 @@ EVEN = Config(64, 4, 2, even=True, ahead=False)
 def test_every_step_once(plain_integers, m, n, k, config):
     plan = Plan(m, n, k, Form(), config, "bf16")
     assert plan.reason() is None
-    seen, longest = Counter(), 0
+    seen, longest = Counter(), 0  # of columns: both halves of a tile of x
     for cluster in range(plan.clusters):
         for rank in range(plan.cluster):
             if config.even:
@@ -58,9 +61,11 @@ def test_every_step_once(plain_integers, m, n, k, config):
                 for i in range(plan.block_units):
                     share = work.share(t, first, i)
                     busy += share.end - share.begin
-                    seen.update((tile, share.unit, step) for step in range(share.begin, share.end))
+                    steps = [(step, half) for step in range(share.begin, share.end) for half in (0, 1)]
+                    steps += [(step, rank) for step in range(*work.tail)] if config.tail else []
+                    seen.update((tile, share.unit, *step) for step in steps)
             longest = max(longest, busy)
-    wanted = {(i, u, s) for i in range(plan.m_tiles) for u in range(plan.units) for s in range(plan.steps)}
+    wanted = set(itertools.product(range(plan.m_tiles), range(plan.units), range(plan.steps), (0, 1)))
     assert all(seen[one] == 1 for one in wanted)
     if config.even:
         assert set(seen) == wanted
@@ -83,3 +88,5 @@ def test_too_few_steps_are_refused():
     assert "1 steps" in Plan(64, 256, 128, Form(), EVEN, "bf16").reason()
     assert "1 steps" in Plan(64, 256, 128, Form(), Config(64, 2, 2), "bf16").reason()
     assert Plan(64, 256, 128, Form(), Config(64, 2, 2, ahead=False), "bf16").reason() is None
+    assert "tail of 2" in Plan(64, 256, 256, Form(), Config(64, 2, 2, split=2, tail=2, ahead=False), "bf16").reason()
+    assert "tail" in Plan(64, 256, 1024, Form(), Config(64, 2, 2, split=2, share=2, tail=2), "bf16").reason()

@@ -1,0 +1,53 @@
+"""Nested scales in the kernels for few rows: scale = table2[code] * absmax2[block of 256 codes] + offset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlib.mlir import ir
+
+from pallas_kernels import ptx
+from pallas_kernels.form import NESTED_BLOCK
+from pallas_kernels.ptx import Int
+from pallas_kernels.skeletons.plan import FewRows
+
+
+class Nested:
+    """Emits what a block needs of them; `entries` of the table are read ahead of `write`, for other work in between."""
+
+    def __init__(self, plan: FewRows, pointers: dict[str, Any], shared: Int, thread: Int):
+        self.plan, self.pointers, self.thread = plan, pointers, thread
+        self.table = shared + plan.layout["table2"]
+        self.last = plan.n * plan.form.groups(plan.k) - 1  # code: behind it are rows of padding
+
+    def read(self) -> list[tuple[Int, ir.Value]]:
+        """This thread's entries of the table of scales, for `write` when they have come."""
+        self.offset = ptx.load_global(self.pointers["offset"], "f32")
+        out = []
+        for first in range(0, 256, self.plan.config.warps * 32):
+            i = (self.thread + first) & 255
+            out.append((i, ptx.load_global(ptx.address(self.pointers["table2"], i, 4), "f32")))
+        return out
+
+    def write(self, entries: Sequence[tuple[Int, ir.Value]]) -> None:
+        for i, value in entries:
+            ptx.store_shared(self.table + i * 4, [value])
+
+    def block(self, code: Int) -> Int:
+        """Number of the block of a code, the last one's where there is no such code."""
+        return ptx.select(code < self.last, code, self.last) // NESTED_BLOCK
+
+    def second(self, block: Int) -> ir.Value:
+        """Global address of the second-level scale of a block."""
+        return ptx.address(self.pointers["absmax2"], block, 4)
+
+    def floats(self, pair: Int, seconds: Sequence[ir.Value]) -> list[ir.Value]:
+        """Scales of rows g and g + 8 as float32.
+
+        Args:
+          pair: their codes.
+          seconds: their second-level scales.
+        """
+        values = [ptx.load_shared(self.table + code * 4, "f32")[0] for code in (pair & 255, pair >> 8)]
+        return [ptx.fma(value, second, self.offset) for value, second in zip(values, seconds)]
