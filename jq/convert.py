@@ -11,7 +11,7 @@ import numpy as np
 
 from jq.directory import checked
 from jq.errors import UnsupportedError
-from jq.formats import awq, gguf
+from jq.formats import awq, gguf, stored_config, without_config
 from jq.formats.integer_targets import target_of
 from jq.formats.integers import Summary, integers_of
 from jq.qtensor import QTensor, Source
@@ -55,7 +55,8 @@ def convert(
     keys = [key for key in state if isinstance(state[key], QTensor)]
     if not keys:
         raise UnsupportedError(f"{label}: holds no quantized weights; jq.quantize makes them")
-    config = dict(state.config.get("quantization_config") or state.config.get("compression_config") or {})
+    stored = stored_config(state.config, label)
+    config = {} if stored is None else stored[1]
     first = state[keys[0]].source
     own = first.format if first is not None else ""
     config = config or _side_config(state)
@@ -74,7 +75,7 @@ def convert(
         elif key in quantized:
             value = _converted(value, module_of(key), target.tensor)
         tensors[key] = value
-    new = {k: v for k, v in state.config.items() if k != "compression_config"}
+    new = without_config(state.config)
     done = {module_of(key) for key in keys}
     skip = [name for name in linears(state) if name not in done]
     if "lm_head" not in done and "lm_head" not in skip:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq.errors import CheckpointError, UnsupportedError
-from jq.formats import gguf, table, torchao
+from jq.formats import gguf, stored_config, table, torchao
 from jq.formats.compressed_tensors_attention import Attentions
 from jq.models import expert_names, kv_cache, spec_of
 from jq.models.causal_lm import CausalLM
@@ -150,8 +150,8 @@ def _extra(read: Reader) -> dict[str, Any]:
 
 def _beside_dense(read: Reader) -> list[str]:
     """Tensors that the format left beside weights that it did not quantize, e.g. scales of skipped FP8 layers."""
-    config = read.state.config.get("quantization_config") or read.state.config.get("compression_config") or {}
-    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    stored = stored_config(read.state.config, read.label)
+    method = None if stored is None else stored[1].get("quant_method")
     suffixes = next((f.beside for f in table().values() if method in f.methods), ())
     return [
         name
@@ -166,11 +166,11 @@ def _cache_form(
 ) -> tuple[kv_cache.Form, bool]:
     """(how keys and values are held, whether the file's scales are for that)."""
     form = None if asked is None else kv_cache.form_of(asked, spec.head_dim)
-    config = state.config.get("quantization_config") or state.config.get("compression_config") or {}
+    label = str(state.path or "state")
+    stored = stored_config(state.config, label)
+    config = {} if stored is None else stored[1]
     try:
-        own = (
-            kv_cache.scheme_of(config, str(state.path or "state")) if quantize_activations or form is not None else None
-        )
+        own = kv_cache.scheme_of(config, label) if quantize_activations or form is not None else None
     except UnsupportedError:
         if form is None:
             raise

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq.errors import CalibrationError, JqError, UnsupportedError
+from jq.formats import stored_config
 from jq.qtensor import QTensor
 from jq.state import State, load_state, module_of
 
@@ -152,7 +153,7 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
 
         state = gguf.model_state(state)
     label = str(state.path or "state")
-    if state.config.get("quantization_config") or state.config.get("compression_config"):
+    if stored_config(state.config, label) is not None:
         raise UnsupportedError(
             f"{label}: is quantized already; jq.convert changes the format of quantized weights, and quantizing again "
             "would add the errors of both. Start from the float model"

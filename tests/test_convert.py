@@ -229,3 +229,19 @@ def test_storages_of_one_kernel_change_names_only(source, version, tmp_path):
     stored = dict(again.stored())
     assert any(key.endswith(f".{name}") for key in stored)
     assert again.config["quantization_config"] == made.config["quantization_config"]
+
+
+def test_a_config_in_a_part_of_the_model_is_replaced(tmp_path):
+    """Models of two towers name the method in `text_config`."""
+    source = jq.load_state(directories()["gptq-4-g32-sym-descact"])
+    part = {"hidden_size": 128, "quantization_config": source.config.pop("quantization_config")}
+    nested = source.with_tensors(dict(source), {"model_type": "two_towers", "text_config": part})
+    jq.save(nested, tmp_path / "nested")
+    with pytest.raises(UnsupportedError, match="is quantized already"):
+        jq.quantize(tmp_path / "nested", jq.NF4())
+    made = jq.convert(tmp_path / "nested", tmp_path / "out", jq.GPTQ(checkpoint_format="gptq_v2"))
+    assert made.config["text_config"] == {"hidden_size": 128}
+    assert made.config["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    assert made.config["quantization_config"]["quant_method"] == "gptq"
+    for path, q in jq.quantized(jq.load_state(tmp_path / "out")).items():
+        np.testing.assert_array_equal(bits(q.dequantize()), bits(source[f"{path}.weight"].dequantize()), err_msg=path)

@@ -76,30 +76,53 @@ def by_method(method: str, label: str = "config.json") -> Format:
     raise UnsupportedError(f"{label}: quant_method {method!r} is not known here; known methods: {known}")
 
 
+CONFIG_KEYS = ("quantization_config", "compression_config")  # the second is the first one's old name
+
+
+def stored_config(config: Mapping[str, Any], label: str) -> tuple[str, dict] | None:
+    """(key, quantization config) of a config.json, also in the configs of a model's parts (`text_config` first); None: neither.
+
+    Raises:
+      FormatError: it is no JSON object.
+    """
+    parts = {"text_config": None, **config}
+    for holder in (config, *(part for part in parts.values() if isinstance(part, dict))):
+        for key in CONFIG_KEYS:
+            found = holder.get(key)
+            if found is not None and not isinstance(found, dict):
+                raise FormatError(f"{label}: config.json: {key} must be a JSON object, found {found!r:.60}")
+            if found:
+                return key, found
+    return None
+
+
+def without_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without quantization configs, those of a model's parts included."""
+    return {
+        name: without_config(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in CONFIG_KEYS
+    }
+
+
 def detect(checkpoint: Any) -> tuple[Format, dict] | None:
     """The format and quantization config of a checkpoint, None where it is not quantized.
 
-    Looks at config.json's `quantization_config` (also `compression_config`, its old name), in the configs of a model's
-    parts too (`text_config` first), then asks each format for its side files (quantize_config.json, ...).
+    Looks at config.json (`stored_config`), then asks each format for its side files (quantize_config.json, ...).
     """
-    config = checkpoint.config
-    parts = {"text_config": None, **config}
-    for holder in (config, *(part for part in parts.values() if isinstance(part, dict))):
-        for key in ("quantization_config", "compression_config"):
-            found = holder.get(key)
-            if found is not None and not isinstance(found, dict):
-                raise FormatError(f"{checkpoint.label}: config.json: {key} must be a JSON object, found {found!r:.60}")
-            if found:
-                method = found.get("quant_method") or found.get("method")
-                if method is None:
-                    method = _method_without_name(key, found)
-                _check_names(found, f"{checkpoint.label}: {key}")
-                return by_method(str(method), f"{checkpoint.label}: {key}"), dict(found)
+    stored = stored_config(checkpoint.config, checkpoint.label)
+    if stored is not None:
+        key, found = stored
+        method = found.get("quant_method") or found.get("method")
+        if method is None:
+            method = _method_without_name(key, found)
+        _check_names(found, f"{checkpoint.label}: {key}")
+        return by_method(str(method), f"{checkpoint.label}: {key}"), dict(found)
     for fmt in table().values():
         if fmt.detect is not None:
-            found = fmt.detect(checkpoint)
-            if found is not None:
-                return fmt, found
+            told = fmt.detect(checkpoint)
+            if told is not None:
+                return fmt, told
     return None
 
 

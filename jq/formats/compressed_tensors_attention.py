@@ -22,6 +22,7 @@ import numpy as np
 
 from jq import rotation
 from jq.errors import FormatError, UnsupportedError
+from jq.formats import stored_config
 from jq.formats.base import Context
 from jq.formats.compressed_tensors_config import Args, Options, matches_name, parse
 from jq.formats.compressed_tensors_transforms import LOCATIONS
@@ -78,8 +79,9 @@ class Attentions:
         self._tensors, self._quantize, self._cache, self._label = tensors, quantize, cache, label
         self._options: Options | None = None
         self.names: set[str] = set()
-        found = config.get("quantization_config") or config.get("compression_config") or {}
-        if isinstance(found, Mapping) and "compress" in str(found.get("quant_method") or "compress"):
+        stored = stored_config(config, label)
+        found = {} if stored is None else stored[1]
+        if "compress" in str(found.get("quant_method") or "compress"):
             self._options = self._parsed(found, config)
 
     def _parsed(self, found: Mapping[str, Any], config: Mapping[str, Any]) -> Options | None:
