@@ -94,9 +94,15 @@ def unpack(words: Array, bits: int, count: int | None = None, *, signed: bool = 
       ValueError: more codes than the words have, or words that are no integers.
     """
     _check_bits(bits)
+    # One program where JAX would else compile, and hold the result of, each operation.
+    at_once = isinstance(words, jax.Array) and not isinstance(words, jax.core.Tracer)
+    return (_unpack_jit if at_once else _unpack)(words, bits, count, signed, axis)
+
+
+def _unpack(words: Array, bits: int, count: int | None, signed: bool, axis: int) -> Array:
     if axis != -1:
         xp = namespace(words)
-        return xp.moveaxis(unpack(xp.moveaxis(words, axis, -1), bits, count, signed=signed), -1, axis)
+        return xp.moveaxis(_unpack(xp.moveaxis(words, axis, -1), bits, count, signed, -1), -1, axis)
     words = _unsigned(words)
     width = 8 * words.dtype.itemsize
     room = words.shape[-1] * width // bits
@@ -116,6 +122,9 @@ def unpack(words: Array, bits: int, count: int | None = None, *, signed: bool = 
     if signed:
         codes = (codes ^ np.int32(1 << (bits - 1))) - np.int32(1 << (bits - 1))
     return codes
+
+
+_unpack_jit = jax.jit(_unpack, static_argnums=(1, 2, 3, 4))
 
 
 def _unsigned(words: Array) -> Array:
