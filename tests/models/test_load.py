@@ -113,7 +113,7 @@ def test_unknown_families_are_refused_with_what_works(tmp_path: Path) -> None:
 
 def test_tied_head_and_stored_head(tmp_path: Path) -> None:
     tensors, config = tiny(tie_word_embeddings=True)
-    ids = np.arange(6)[None]
+    ids = np.arange(9)[None]
     both = jq.load(write(tmp_path / "both", tensors, config))
     assert both.lm_head is not None  # stored beside the embedding: both are used, as transformers does
     del tensors["lm_head.weight"]
@@ -136,7 +136,7 @@ def test_quantized_head_of_a_tied_model(tmp_path: Path) -> None:
 def test_models_are_ordinary_nnx_modules(tmp_path: Path) -> None:
     tensors, config = tiny()
     model = jq.load(write(tmp_path, tensors, config))
-    ids = jnp.arange(6)[None]
+    ids = jnp.arange(9)[None]
     want = model(ids)
     graph, state = nnx.split(model)
     np.testing.assert_array_equal(nnx.merge(graph, state)(ids), want)
@@ -254,7 +254,7 @@ def test_joined_memory_ends_with_the_model(tmp_path: Path) -> None:
     gc.collect()
     before = len(joined._wholes)
     model = jq.load(jq.State(tensors, config))
-    model(np.arange(5)[None])
+    model(np.arange(9)[None])
     assert len(joined._wholes) == before + 4
     del model
     gc.collect()
