@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,21 @@ def held(matrix: np.ndarray, *, scaled: bool) -> tuple[Rotation, dict[str, np.nd
 
     Args:
       scaled: the product is divided by sqrt(n), as it is for Hadamard matrices.
+
+    A matrix that modules share is taken apart once, while it lives: they get the same arrays.
     """
+    key = (id(matrix), scaled)
+    if key not in _held:
+        _held[key] = _taken_apart(matrix, scaled=scaled)
+        weakref.finalize(matrix, _held.pop, key, None)
+    made, arrays = _held[key]
+    return made, dict(arrays)
+
+
+_held: dict[tuple[int, bool], tuple[Rotation, dict[str, np.ndarray]]] = {}
+
+
+def _taken_apart(matrix: np.ndarray, *, scaled: bool) -> tuple[Rotation, dict[str, np.ndarray]]:
     n = matrix.shape[0]
     found = factors(matrix) if scaled else None
     if found is not None:

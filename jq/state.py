@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -163,9 +164,9 @@ def state_of(ckpt: Checkpoint, *, lazy: bool = False) -> State:
                 fmt.group(names, options, context) if fmt.group else group_by_prefix(names, fmt.markers, fmt.suffixes)
             )
         untouched: set[str] = set()
-        strays = Strays(fmt)
+        strays, once = Strays(fmt), _Once(ckpt)
         for prefix, stored in groups.items():
-            load = _module_loader(ckpt, fmt, prefix, stored, options, context, strays)
+            load = _module_loader(ckpt, fmt, prefix, stored, options, context, strays, once)
             whole = ckpt.entry(stored[""]) if stored.keys() == {""} else None
             value = _Deferred(load, whole) if lazy and fmt.deferrable else load()
             if value is None:
@@ -221,17 +222,43 @@ def _module_loader(
     options: Any,
     context: Context,
     strays: Strays,
+    once: _Once,
 ) -> Callable[[], QTensor | None]:
     def load() -> QTensor | None:
-        parts = {suffix: ckpt.read(name) for suffix, name in stored.items()}
+        parts = {s: once.read(name) if s.startswith("~") else ckpt.read(name) for s, name in stored.items()}
         with format_errors(ckpt, fmt, prefix):
             tensor = fmt.load(prefix, parts, options, context)
         # HQQ's own torch files have settings as plain values; what is read with those is written in another form.
         if tensor is not None and (ckpt.container == "safetensors" or not ckpt.objects):
             tensor = strays.carried(tensor, _key_of(fmt, prefix), stored, parts)
-        return None if tensor is None else tensor.arrays(_hold)
+        return None if tensor is None else tensor.arrays(once.hold)
 
     return load
+
+
+class _Once:
+    """Keeps what modules share (a rotation, a scale) one array, read once, held once."""
+
+    def __init__(self, ckpt: Checkpoint) -> None:
+        self.ckpt = ckpt
+        self.views: dict[str, np.ndarray] = {}
+        self.held: dict[int, tuple[Any, Any]] = {}  # id of an array read -> weak references to it and to the one held
+
+    def read(self, name: str) -> np.ndarray:
+        """A stored tensor that modules borrow: the same view each time."""
+        if name not in self.views:
+            self.views[name] = self.ckpt.read(name)
+        return self.views[name]
+
+    def hold(self, array: Array) -> Array:
+        """`_hold`; of an array that is held already, that one."""
+        if not isinstance(array, np.ndarray):
+            return _hold(array)
+        read, held = self.held.get(id(array), (lambda: None, lambda: None))
+        if read() is not array or (made := held()) is None:
+            made = _hold(array)
+            self.held[id(array)] = weakref.ref(array), weakref.ref(made)
+        return made
 
 
 @contextmanager

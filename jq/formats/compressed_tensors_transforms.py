@@ -24,7 +24,7 @@ import numpy as np
 from jq import rotation
 from jq.activations import FLOAT, Activation
 from jq.errors import FormatError
-from jq.formats.base import Context, Parts
+from jq.formats.base import Context, Parts, true_or_false
 from jq.qtensor.rotated import hadamard as hadamard_matrix
 from jq.rotation import Rotation
 
@@ -83,8 +83,10 @@ def _parse_one(name: str, group: Mapping[str, Any], label: str) -> Transform:
         if entry.get("location") not in LOCATIONS:
             raise FormatError(f"{label}: location {entry.get('location')!r}; known: {', '.join(LOCATIONS)}")
         targets, ignore = (_names(entry.get(k), f"{label}: {k}") for k in ("targets", "ignore"))
-        found.append(Apply(targets, entry["location"], bool(entry.get("inverse")), ignore))
-    return Transform(name, group["type"], size or 0, bool(group.get("randomize")), tuple(found))
+        found.append(Apply(targets, entry["location"], true_or_false(entry, "inverse", label, default=False), ignore))
+    return Transform(
+        name, group["type"], size or 0, true_or_false(group, "randomize", label, default=False), tuple(found)
+    )
 
 
 def _known(value: Mapping[str, Any], keys: tuple[str, ...], label: str) -> None:
@@ -120,7 +122,6 @@ class Transforms:
     def __init__(self, schemes: tuple[Transform, ...], context: Context, match: Any) -> None:
         self._match, self._label = match, context.label
         self.schemes = tuple(s for s in schemes if any(not a.location.startswith("weight") for a in s.apply))
-        self._held: dict[str, tuple[Rotation, Parts]] = {}
         self._stored: dict[str, list[Stored]] = {s.name: [] for s in self.schemes}
         self.tensors: set[str] = set()
         endings = {f"{s.name}_{where}": s for s in self.schemes for where in LOCATIONS}
@@ -181,9 +182,7 @@ class Transforms:
         hadamard = scheme.type != "random-matrix"
         if nearest is not None:
             name = f"{nearest.module}.{scheme.name}_{nearest.location}"
-            if name not in self._held:
-                self._held[name] = rotation.held(_floats(parts[f"~{name}"], f"{name}.weight"), scaled=hadamard)
-            made, arrays = self._held[name]
+            made, arrays = rotation.held(_floats(parts[f"~{name}"], f"{name}.weight"), scaled=hadamard)
             perm = parts.get(f"~{name}.perm")
         elif scheme.type == "hadamard" and not scheme.randomize:
             if block & (block - 1):

@@ -38,6 +38,8 @@ def test_gradients_pass_through_a_rotation(tmp_path):
         ({"apply": [{"location": "bias"}]}, "location 'bias'; known: input, "),
         ({"apply": [{"location": "input", "targets": [1]}]}, "targets: .* expected a list of strings"),
         ({"apply": [3]}, "apply holds 3, expected objects"),
+        ({"randomize": "no"}, "R4.randomize is 'no', expected true or false"),
+        ({"apply": [{"location": "input", "targets": [], "inverse": "no"}]}, "inverse is 'no', expected true or false"),
     ],
 )
 def test_bad_transforms(change, message):
@@ -80,6 +82,24 @@ def test_rotations_of_other_modules(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(found))
     with pytest.raises(UnsupportedError, match=r"R4 rotates the input of \['LlamaMLP'\], which means no linear layer"):
         jq.load_state(tmp_path)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_layers_hold_a_shared_matrix_once(tmp_path, lazy):
+    rng, tensors = np.random.default_rng(0), {}
+    for i in range(3):
+        codes = rng.integers(-(2**31), 2**31, (8, 8)).astype(np.int32)
+        parts = {"packed": codes, "scale": np.ones((8, 1), np.float32), "shape": np.array([8, 64])}
+        tensors |= {f"layers.{i}.up_proj.weight_{name}": a for name, a in parts.items()}
+    tensors["layers.0.up_proj.R1_input.weight"] = rng.standard_normal((64, 64))
+    save_file(tensors, tmp_path / "model.safetensors")
+    scheme = {"type": "random-matrix", "apply": [{"targets": ["Linear"], "location": "input"}]}
+    found = config({"num_bits": 4, "strategy": "channel"}, transform_config={"config_groups": {"R1": scheme}})
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": found}))
+    layers = jq.quantized(jq.load_state(tmp_path, lazy=lazy)).values()
+    matrices = [w.extras["~0.matrix"] for w in layers]
+    assert len(matrices) == 3 and all(m is matrices[0] for m in matrices)
+    np.testing.assert_array_equal(matrices[0], tensors["layers.0.up_proj.R1_input.weight"].astype(np.float32))
 
 
 def test_rotations_count_once(tmp_path):
