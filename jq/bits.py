@@ -27,6 +27,11 @@ def namespace(*arrays: Array) -> Any:
     return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
 
 
+def _at_once(array: Array) -> bool:
+    """Whether to run one program, where JAX would else compile, and hold the result of, each operation."""
+    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+
+
 def word_dtype(bits: int, count: int) -> np.dtype:
     """Word type of a packed row: uint32 where `count` codes of `bits` bits fill whole words, else uint8."""
     return np.dtype(np.uint32 if bits * count % 32 == 0 else np.uint8)
@@ -53,9 +58,13 @@ def pack(codes: Array, bits: int, *, axis: int = -1) -> Array:
       array([[2271560481]], dtype=uint32)
     """
     _check_bits(bits)
+    return (_pack_jit if _at_once(codes) else _pack)(codes, bits, axis)
+
+
+def _pack(codes: Array, bits: int, axis: int) -> Array:
     xp = namespace(codes)
     if axis != -1:
-        return xp.moveaxis(pack(xp.moveaxis(codes, axis, -1), bits), -1, axis)
+        return xp.moveaxis(_pack(xp.moveaxis(codes, axis, -1), bits, -1), -1, axis)
     dtype = word_dtype(bits, codes.shape[-1])
     width = 8 * dtype.itemsize
     mask = (1 << bits) - 1
@@ -77,6 +86,9 @@ def pack(codes: Array, bits: int, *, axis: int = -1) -> Array:
     return _or_last(stream << np.arange(width).astype(dtype), xp).astype(dtype)
 
 
+_pack_jit = jax.jit(_pack, static_argnums=(1, 2))
+
+
 def unpack(words: Array, bits: int, count: int | None = None, *, signed: bool = False, axis: int = -1) -> Array:
     """Inverse of `pack`.
 
@@ -94,9 +106,7 @@ def unpack(words: Array, bits: int, count: int | None = None, *, signed: bool = 
       ValueError: more codes than the words have, or words that are no integers.
     """
     _check_bits(bits)
-    # One program where JAX would else compile, and hold the result of, each operation.
-    at_once = isinstance(words, jax.Array) and not isinstance(words, jax.core.Tracer)
-    return (_unpack_jit if at_once else _unpack)(words, bits, count, signed, axis)
+    return (_unpack_jit if _at_once(words) else _unpack)(words, bits, count, signed, axis)
 
 
 def _unpack(words: Array, bits: int, count: int | None, signed: bool, axis: int) -> Array:

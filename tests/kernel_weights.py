@@ -24,81 +24,110 @@ KINDS = (
 )  # fmt: skip
 
 
+class Random:
+    """Random numpy arrays: operations of JAX compile for each shape."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def bits(self, shape):
+        return self.rng.integers(0, 256, shape, np.uint8)
+
+    def uniform(self, shape):
+        return self.rng.random(shape, np.float32)
+
+    def normal(self, shape):
+        return self.rng.standard_normal(shape, np.float32)
+
+
+def _on_device(make, *args, **options):
+    """What `make` makes of JAX arrays."""
+    args, options = jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, (args, options))
+    return make(*args, **options)
+
+
 def make(kind: str, n: int, k: int, seed: int = 0):
     """A QTensor [n, k] with random codes and parameters."""
-    keys = jax.random.split(jax.random.key(seed), 4)
+    draw = Random(seed)
     if kind.startswith(("mxfp4", "e4m3", "e5m2")):
-        return _float(kind, n, k, keys)
+        return _float(kind, n, k, draw)
     bits = 8 if kind.startswith("w8") else 4
     most, half = (1 << bits) - 1, 1 << (bits - 1)
-    codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & most
+    codes = draw.bits((n, k)) & most
     if kind.startswith(("nf4", "fp4")):
         block = int(kind.split("_b")[1].removesuffix("_dq"))
-        return _codebook(kind, codes, block, keys)
+        return _codebook(kind, codes, block, draw)
     kind = kind.removeprefix(f"w{bits}a16_")
     group = {"g32": 32, "row": k, "signed": k if bits == 8 else 128, "hqq": 64}.get(kind, 128)
     scale_dtype = jnp.float16 if kind in ("hqq", "awq_sub") else jnp.bfloat16
     groups = -(-k // group)
-    scales = (jax.random.uniform(keys[1], (n, groups)) * 0.02 + 0.001).astype(scale_dtype)
+    scales = (draw.uniform((n, groups)) * 0.02 + 0.001).astype(scale_dtype)
     common = {"code_bits": bits, "grouping": Grouping("block", 1, group), "dtype": str(np.dtype(scale_dtype))}
-    signed = (codes.astype(jnp.int32) - half).astype(jnp.int8)
+    signed = (codes.astype(np.int32) - half).astype(np.int8)
     if kind == "signed":
-        return Affine.make(signed, scales, signed=True, **common)
+        return _on_device(Affine.make, signed, scales, signed=True, **common)
     if kind == "g128_asym":
-        zeros = (jax.random.bits(keys[2], (n, groups), jnp.uint8) & most).astype(jnp.int32)
-        return Affine.make(codes, scales, zeros=zeros, zeros_bits=bits, **common)
+        zeros = (draw.bits((n, groups)) & most).astype(np.int32)
+        return _on_device(Affine.make, codes, scales, zeros=zeros, zeros_bits=bits, **common)
     if kind == "actorder":
-        g_idx = jax.random.permutation(keys[3], jnp.arange(k, dtype=jnp.int32) // group)
-        return Affine.make(codes, scales, zero_point=half, g_idx=g_idx, **common)
+        g_idx = draw.rng.permutation(np.arange(k, dtype=np.int32) // group)
+        return _on_device(Affine.make, codes, scales, zero_point=half, g_idx=g_idx, **common)
     if kind == "hqq":
-        zeros = (jax.random.uniform(keys[2], (n, groups)) * most).astype(scale_dtype)
-        return Affine.make(codes, scales, zeros=zeros, **common)
+        zeros = (draw.uniform((n, groups)) * most).astype(scale_dtype)
+        return _on_device(Affine.make, codes, scales, zeros=zeros, **common)
     if kind == "behind":  # AWQ's GEMV files round the number of groups up
-        more = jnp.concatenate([scales, scales + 1], 1)
-        zeros = (jax.random.bits(keys[2], more.shape, jnp.uint8) & most).astype(jnp.int32)
-        return Affine.make(codes, more, zeros=zeros, zeros_bits=bits, **common)
+        more = np.concatenate([scales, scales + scales.dtype.type(1)], 1)
+        zeros = (draw.bits(more.shape) & most).astype(np.int32)
+        return _on_device(Affine.make, codes, more, zeros=zeros, zeros_bits=bits, **common)
     if kind == "tinygemm":
-        zeros = (jax.random.normal(keys[2], (n, groups)) * 0.05).astype(scale_dtype)
-        return Affine.make(codes, scales, zeros=zeros, formula="f32_mul_add", **common)
+        zeros = (draw.normal((n, groups)) * 0.05).astype(scale_dtype)
+        return _on_device(Affine.make, codes, scales, zeros=zeros, formula="f32_mul_add", **common)
     if kind == "signed_zeros":
-        zeros = ((jax.random.bits(keys[2], (n, groups), jnp.uint8) & most).astype(jnp.int32) - half).astype(jnp.int8)
-        return Affine.make(signed, scales, zeros=zeros, signed=True, **common)
+        zeros = ((draw.bits((n, groups)) & most).astype(np.int32) - half).astype(np.int8)
+        return _on_device(Affine.make, signed, scales, zeros=zeros, signed=True, **common)
     if kind == "awq_sub":
         zeros = (scales * 7.5).astype(scale_dtype)
-        return Affine.make(codes, scales, zeros=zeros, formula="mul_sub", **common)
-    return Affine.make(codes, scales, zero_point=half, **common)
+        return _on_device(Affine.make, codes, scales, zeros=zeros, formula="mul_sub", **common)
+    return _on_device(Affine.make, codes, scales, zero_point=half, **common)
 
 
-def _float(kind, n, k, keys):
+def _float(kind, n, k, draw):
     if kind == "mxfp4":
-        codes = jax.random.bits(keys[0], (n, k), jnp.uint8) & 15
-        scales = 115 + jax.random.bits(keys[1], (n, k // 32), jnp.uint8) // 32
+        codes = draw.bits((n, k)) & 15
+        scales = 115 + draw.bits((n, k // 32)) // 32
         options = {"scale_kind": "e8m0", "grouping": Grouping("block", 1, 32), "formula": "own"}
-        return NarrowFloat.make(codes, scales, kind="e2m1", **options)
-    codes = jax.random.normal(keys[0], (n, k)) * 60
+        return _on_device(NarrowFloat.make, codes, scales, kind="e2m1", **options)
+    codes = draw.normal((n, k)) * 60
     name, _, rule = kind.partition("_")
     codes = codes.astype(jnp.float8_e4m3fn if name == "e4m3" else jnp.float8_e5m2)
-    codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    codes = codes.view(np.uint8)
     rows, cols = {"row": (n, 1), "one": (1, 1), "g128": (n, k // 128)}[rule]
-    scales = jax.random.uniform(keys[1], (rows, cols)) * 0.02 + 0.001
+    scales = draw.uniform((rows, cols)) * 0.02 + 0.001
     grouping = Grouping("block", 0 if rule == "one" else 1, 128 if rule == "g128" else 0)
-    return NarrowFloat.make(codes, scales, kind="e4m3fn" if name == "e4m3" else "e5m2", grouping=grouping)
+    return _on_device(NarrowFloat.make, codes, scales, kind="e4m3fn" if name == "e4m3" else "e5m2", grouping=grouping)
 
 
-def _codebook(kind, codes, block, keys):
+def _codebook(kind, codes, block, draw):
     n, k = codes.shape
-    table = jnp.asarray(FP4 if kind.startswith("fp4") else NF4)
+    table = FP4 if kind.startswith("fp4") else NF4
     whole = k % block == 0
     grouping = Grouping("block", 1, block) if whole else Grouping("flat", 0, block)
     shape = (n, k // block) if whole else (-(-n * k // block),)
     if not kind.endswith("dq"):
-        absmax = jax.random.uniform(keys[1], shape) * 0.05 + 0.01
-        return Codebook.make(codes, table, absmax, code_bits=4, grouping=grouping)
-    inner = jax.random.bits(keys[1], shape, jnp.uint8)
+        absmax = draw.uniform(shape) * 0.05 + 0.01
+        return _on_device(Codebook.make, codes, table, absmax, code_bits=4, grouping=grouping)
+    inner = draw.bits(shape)
     count = n * k // block
-    second = jax.random.uniform(keys[2], (-(-count // 256),)) * 0.02 + 0.001
-    steps = jnp.linspace(-1, 1, 256) ** 3
-    nested = Codebook.make(
-        inner, steps, second, code_bits=8, grouping=Grouping("flat", 0, 256), offset=jnp.float32(0.03), dtype="float32"
+    second = draw.uniform((-(-count // 256),)) * 0.02 + 0.001
+    steps = np.linspace(-1, 1, 256, dtype=np.float32) ** 3
+    nested = _on_device(
+        Codebook.make,
+        inner,
+        steps,
+        second,
+        code_bits=8,
+        grouping=Grouping("flat", 0, 256),
+        offset=jnp.float32(0.03),
+        dtype="float32",
     )
-    return Codebook.make(codes, table, nested, code_bits=4, grouping=grouping)
+    return _on_device(Codebook.make, codes, table, nested, code_bits=4, grouping=grouping)

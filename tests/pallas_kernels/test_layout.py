@@ -66,7 +66,7 @@ STACKED = (
 
 @pytest.mark.parametrize("kind", weights.KINDS)
 def test_restore_inverts_prepare(kind):
-    q = weights.make(kind, 20, 4096 if kind == "nf4_b4096" else 512)
+    q = weights.make(kind, 52, 4096 if kind == "nf4_b4096" else 512)
     for original in (q, stack([q, q])) if kind in STACKED else (q,):
         w = tensors.prepare(original)
         assert w.shape == original.shape and w.layout
