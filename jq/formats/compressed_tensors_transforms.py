@@ -232,6 +232,8 @@ class Transforms:
 
 def _floats(matrix: np.ndarray, name: str) -> np.ndarray:
     matrix = np.asarray(matrix)
-    if matrix.dtype.kind not in "fV" or not np.isfinite(matrix.astype(np.float64)).all():
+    with np.errstate(over="ignore"):  # it is applied in float32
+        finite = matrix.dtype.kind in "fV" and np.isfinite(matrix.astype(np.float32)).all()
+    if not finite:
         raise FormatError(f"{name}: found {matrix.dtype}, or values that are not finite; the file is damaged")
     return matrix

@@ -5,7 +5,7 @@ Stored tensors of a linear layer [N, K] with b-bit codes and groups of G inputs 
     qweight  [K*b/32, N]          codes of output n: one little-endian bit stream along k over the words of column n
     qzeros   [ceil(K/G), N*b/32]  zero points, the same stream along n; format "gptq" (v1) stores them minus one
     scales   [ceil(K/G), N]       float16, bfloat16 or float32
-    g_idx    int32[K]             group of each input; may be missing (then k // G)
+    g_idx    int32[K]             group of each input; may be missing where desc_act is not set (then k // G)
 
 A quantized embedding (GPT-QModel) is stored as a layer from the vocabulary to the embedding: its table is the transpose.
 
@@ -74,6 +74,10 @@ def _load(prefix: str, parts: Parts, options: Options, context: Context) -> Affi
         f"check quantization_config.group_size ({o.group_size})",
     )
     check_finite(scales, f"{prefix}.scales")
+    if g_idx is None and o.ordered and groups > 1:
+        raise FormatError(
+            f"{prefix}.g_idx: missing; by quantization_config.desc_act it says which inputs each of {groups} groups has"
+        )
     width = 8 * qzeros.dtype.itemsize
     expect_shape(
         qzeros,

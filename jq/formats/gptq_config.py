@@ -49,6 +49,7 @@ class Options:
       zeros: "v2" (as is), "v1-word" (minus one on whole words) or "v1-field" (minus one per field).
       word: dtype of the stored words.
       marlin: codes in the order of that kernel.
+      ordered: g_idx says which inputs a group has (desc_act without static groups).
     """
 
     bits: int
@@ -59,6 +60,7 @@ class Options:
     zeros: str = "v1-field"
     word: str = "int32"
     marlin: bool = False
+    ordered: bool = False
 
     @property
     def planes(self) -> tuple[tuple[int, int], ...] | None:
@@ -131,6 +133,8 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
     if word not in WORDS:
         raise UnsupportedError(f"{label}: quantization_config.pack_dtype {word!r}, expected one of {', '.join(WORDS)}")
     planar = storage == "gptq_p"
+    meta = config.get("meta")
+    static = bool(config.get("static_groups") or (isinstance(meta, Mapping) and meta.get("static_groups")))
 
     def checked_bits(value: Any, where: str) -> int:
         allowed = (2, 3, 4, 5, 6, 7, 8) if planar else (4,) if storage == "marlin" else (2, 3, 4, 8)
@@ -144,11 +148,12 @@ def parse(config: Mapping[str, Any], context: Context) -> Options:
         bits=checked_bits(bits, label),
         group_size=checked_group(first(config, "group_size", "q_group_size", default=128), label),
         sym=true_or_false(config, "sym", f"{label}: quantization_config"),
-        rules=rules_of(config.get("dynamic"), checked_bits, label),
+        rules=rules_of(config.get("dynamic"), checked_bits, label, ordered=not static),
         planar=planar,
         zeros="v2" if storage != "gptq" else "v1-word" if by_gptqmodel(config) else "v1-field",
         word=word,
         marlin=storage == "marlin",
+        ordered=bool(config.get("desc_act")) and not static,
     )
 
 
@@ -168,8 +173,14 @@ def by_gptqmodel(config: Mapping[str, Any]) -> bool:
     return any(str(name).lower().startswith("gptqmodel") for name in names)
 
 
-def rules_of(dynamic: Any, checked_bits: Callable[[Any, str], int], label: str) -> Rules:
+def rules_of(dynamic: Any, checked_bits: Callable[[Any, str], int], label: str, *, ordered: bool = False) -> Rules:
     """GPT-QModel's `dynamic`: (pattern, overrides) with skips first, as it orders them itself.
+
+    Args:
+      dynamic: the config's.
+      checked_bits: (value, where it stands) -> bits.
+      label: file, for messages.
+      ordered: `desc_act` of a rule becomes the option `ordered`.
 
     Raises:
       FormatError: not an object, a pattern that is no regular expression, impossible values.
@@ -192,12 +203,12 @@ def rules_of(dynamic: Any, checked_bits: Callable[[Any, str], int], label: str) 
         if key.startswith("-:") or overrides is False:
             skips.append((pattern, None))
         else:
-            changes.append((pattern, _overrides(overrides or {}, checked_bits, f"{label}: dynamic {key!r}")))
+            changes.append((pattern, _overrides(overrides or {}, checked_bits, f"{label}: dynamic {key!r}", ordered)))
     return (*skips, *changes)
 
 
 def _overrides(
-    found: Mapping[str, Any], checked_bits: Callable[[Any, str], int], label: str
+    found: Mapping[str, Any], checked_bits: Callable[[Any, str], int], label: str, ordered: bool
 ) -> tuple[tuple[str, Any], ...]:
     changed: dict[str, Any] = {}
     bits, group = first(found, "bits", "w_bit"), first(found, "group_size", "q_group_size")
@@ -207,6 +218,8 @@ def _overrides(
         changed["group_size"] = checked_group(group, label)
     if found.get("sym") is not None:
         changed["sym"] = true_or_false(found, "sym", label)
+    if ordered and found.get("desc_act") is not None:
+        changed["ordered"] = true_or_false(found, "desc_act", label)
     method = first(found, "method", "quant_method")
     if method is not None and str(method).lower() not in ("gptq", "awq"):
         raise UnsupportedError(f"{label}: method {method!r} for some modules is not read here")

@@ -220,6 +220,32 @@ def parse(**config):
     return gptq.parse({"bits": 4, "group_size": 32, **config}, Context(label="here"))
 
 
+@pytest.mark.parametrize(
+    ("config", "needed"),
+    [
+        ({"desc_act": True}, True),
+        ({"desc_act": True, "group_size": 64}, False),  # one group
+        ({"desc_act": True, "group_size": -1}, False),
+        ({"desc_act": True, "static_groups": True}, False),
+        ({"desc_act": True, "meta": {"static_groups": True}}, False),
+        ({"desc_act": True, "dynamic": {"+:m": {"desc_act": False}}}, False),
+        ({"dynamic": {"+:m": {"desc_act": True}}}, True),
+        ({"dynamic": {"+:other": {"desc_act": True}}}, False),
+        ({}, False),
+    ],
+)
+def test_activation_order_needs_its_index(config, needed):
+    options = parse(**config)
+    size = config.get("group_size", 32)
+    parts = module(group=64 if size == -1 else size)
+    del parts["g_idx"]
+    if needed:
+        with pytest.raises(FormatError, match=r"m[.]g_idx: missing; by quantization_config[.]desc_act"):
+            gptq.load("m", parts, options, Context())
+    else:
+        assert gptq.load("m", parts, options, Context()).g_idx is None
+
+
 def test_config_spellings():
     assert parse().zeros == "v1-field"
     assert parse(meta={"quantizer": ["gptqmodel:7.7.0"]}).zeros == "v1-word"
