@@ -1,7 +1,7 @@
 """Which kernel and configuration multiplies: a plain table from measurements, and an estimate where it is silent.
 
 `tuned/<device>.json` holds rows {"kind", "bits", "n", "k", "m", "kernel", "config"}; a row serves all M up to its `m`
-down to the next smaller one of the same weight. Kind "nested" is for nested scales, ahead of those of their codes.
+down to the next smaller one of the same weight. Rows of kind "nested" and "mxfp4" go ahead of those of their codes.
 Of several rows with one `m` the first that can run is taken: the direct kernel knows no act-order, and a fused product
 asks for the streaming kernel. `python -m pallas_kernels.tune` writes it.
 """
@@ -24,7 +24,8 @@ KERNELS: dict[str, Any] = {"direct": direct, "stream": stream, "gemm": gemm}
 
 # Architectures (compute capability) with kernels, and multiprocessors to assume where no device can be asked.
 ARCHITECTURES = {"9.0": 132}
-NESTED = "nested"  # in place of a kind: rows for nested scales
+# In place of a kind, by type of scales: rows for weights that want other configurations than those of their codes.
+SCALED = {"u8": "nested", "e8m0": "mxfp4"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def choose(
     """
     entries = measured_rows(device)
     rows: list[tuple[int, Choice]] = []
-    own = [(NESTED, form.bits)] if form.scale == "u8" else []
+    own = [(SCALED[form.scale], form.bits)] if form.scale in SCALED else []
     # where a decode function was not measured, what is best for integers of its width, or for int4, is a good guess
     for key in (*own, form.decode, ("affine", form.bits), ("affine", 4)):
         most = max((largest for largest, _ in rows), default=0)

@@ -36,13 +36,15 @@ FORMS = {
     ("affine", 4): Form(small=True),
     ("affine", 8): Form(bits=8, zero_point=128),
     ("codebook", 4): Form("codebook", 4, 64, "bf16", table="nf4"),
-    (select.NESTED, 4): Form("codebook", 4, 64, "u8", table="nf4"),
+    ("nested", 4): Form("codebook", 4, 64, "u8", table="nf4"),
+    ("mxfp4", 4): Form("codebook", 4, 32, "e8m0", table="e2m1"),
 }
 ROWS = {
     ("affine", 4): (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192),
     ("affine", 8): (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
     ("codebook", 4): (1, 2, 8, 16, 32, 48, 64, 96, 128),
-    (select.NESTED, 4): (1, 2, 8, 16),
+    ("nested", 4): (1, 2, 8, 16),
+    ("mxfp4", 4): (1, 8, 16),
 }
 MAX_ERROR = 1e-2
 TYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
