@@ -45,7 +45,8 @@ def test_streams_in_words_of_any_kind_along_either_axis(bits: int, word: str) ->
         rows, columns = jbits.unpack(words, bits), jbits.unpack(words.T, bits, axis=0)
         return rows, columns, jbits.unpack(words.T, bits, 31, axis=0), jbits.pack(codes.T, bits, axis=0)
 
-    for function in (both_ways, jax.jit(both_ways)):
+    compiled = [jax.jit(both_ways)] if word == "u4" or bits in (3, 8) else []  # over words, and inside them
+    for function in (both_ways, *compiled):
         rows, columns, fewer, packed = function(words, codes)
         np.testing.assert_array_equal(rows, codes)
         np.testing.assert_array_equal(columns, codes.T)
