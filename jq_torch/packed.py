@@ -132,6 +132,8 @@ class Packed(nn.Module):
                 self.arrange(role, ordered=found[0].startswith(ORDERED))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for role in list(self._packed):
+            if self._skeletons[role].layout:  # it also says what the kernels know of the numbers, and these are new
+                self.arrange(role, ordered=False)
             self.arrange(role)
 
     def packed_names(self) -> list[str]:

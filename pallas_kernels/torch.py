@@ -186,7 +186,7 @@ class TorchWeight:
         name = str(dtype).removeprefix("torch.")
         gathered = self._few.perm is not None and rows == 1  # one row is permuted by the kernel, more are before it
         choice = select.choose(rows, n, k, self._few.form, *_device(index), gathered)
-        skeleton = self._few if choice.kernel == "stream" else self._many
+        skeleton = self._many if choice.kernel == "gemm" else self._few
         permute = skeleton.perm is not None and not (choice.kernel == "stream" and rows == 1)
         if permute:
             skeleton = skeleton.replace(perm=None)

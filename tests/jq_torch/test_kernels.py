@@ -44,7 +44,7 @@ def test_a_kernel_is_one_mosaic_call(name, rows):
 
     packed = tensors.packed(tensors.prepare(weight(name).replace(extras={}, activation=None, source=None).to_jax()))
     choice = select.choose(rows, N, K, packed.form, "h100", 132, packed.perm is not None and rows == 1)
-    if choice.kernel != "stream" and packed.form.scale == "u8":
+    if choice.kernel == "gemm" and packed.form.scale == "u8":
         packed = api.expand_scales(packed)
     if rows > 1:  # permuted before the kernel
         packed = packed.replace(perm=None)
@@ -85,6 +85,19 @@ def test_the_kernels_order_holds_the_same_bits_once(name):
     layer.to("cpu")
     after = dict(layer.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
+
+
+def test_loaded_numbers_are_looked_at_anew(monkeypatch):
+    """The kernels' order also says that scales are small, so that kernels do not look: not of those of before."""
+    from jq_torch import ops
+
+    monkeypatch.setattr(ops, "kernels_run", lambda device: True)
+    layer, large = layer_of(weight("rtn")), layer_of(weight("rtn").replace(scales=weight("rtn").scales * 1e4))
+    for one in (layer, large):
+        one.arrange()
+    assert [";most=" in one._skeletons["q"].layout for one in (layer, large)] == [True, False]
+    layer.load_state_dict(large.state_dict())
+    assert layer._skeletons["q"].layout == large._skeletons["q"].layout
 
 
 def _hooked(layer):
