@@ -35,7 +35,7 @@ from jq.errors import FormatError, UnsupportedError
 from jq.formats import compressed_tensors_float as floats
 from jq.formats import compressed_tensors_int as ints
 from jq.formats import compressed_tensors_sparse as sparse
-from jq.formats.base import Context, Format, Parts, take
+from jq.formats.base import Context, Format, Parts, expect_one, take
 from jq.formats.compressed_tensors_config import Args, Group, Options, is_embedding, parse
 from jq.formats.compressed_tensors_methods import METHODS
 from jq.formats.compressed_tensors_parts import FLOATS, NAME
@@ -205,6 +205,9 @@ def activation_of(prefix: str, scheme: Group | None, stored: Parts) -> Activatio
     for key in needed:
         if key not in stored:
             raise FormatError(f"{prefix}.{key}: missing; config_groups asks for static activations ({scheme.inputs})")
+        args = scheme.inputs if key.startswith("input") else scheme.outputs
+        if args is not None and args.strategy in ("tensor", "tensor_group"):
+            expect_one(stored[key], f"{prefix}.{key}", f"for {args}")
     pairs: list[tuple[str, Any]] = [("input", scheme.inputs)] if scheme.inputs else []
     if scheme.outputs:
         pairs.append(("output", scheme.outputs))

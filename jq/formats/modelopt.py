@@ -35,7 +35,7 @@ from jq import bits as _bits
 from jq.activations import FLOAT, Activation
 from jq.algorithms import narrow
 from jq.errors import FormatError, UnsupportedError
-from jq.formats.base import Context, Format, Parts, expect_dtype, expect_one, expect_shape, take
+from jq.formats.base import Context, Format, Parts, expect_dtype, expect_one, expect_shape, take, warn_once
 from jq.formats.modelopt_config import NAME, Options, detect, parse
 from jq.qtensor import Affine, Grouping, LowRank, NarrowFloat, QTensor, Source
 from jq.qtensor.affine import check_finite
@@ -44,6 +44,8 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 LOW_RANK = ("svdquant_lora_a", "svdquant_lora_b")
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", *LOW_RANK)
+# Algorithms whose inputs have a stored scale; NVFP4_AWQ and NVFP4_SVD are exported with float inputs, too.
+STATIC = ("FP8", "NVFP4", "W8A8_SQ_PER_CHANNEL", "W4A8_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8")
 WEIGHT_ONLY = ("W4A16_AWQ", "W4A16_NVFP4", "FP8_PB_WO", "W8A16", "FP8_PB_REAL", "MXFP4")
 
 
@@ -92,7 +94,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
         expect_dtype(weight, (E4M3, np.uint8, np.int8), f"{prefix}.weight")
         made = _fp8(prefix, parts, weight, options)
     extras: Parts = {k: parts[k] for k in ("input_scale", "pre_quant_scale") if k in parts}
-    activation = _activation(prefix, made, extras, options)
+    activation = _activation(prefix, made, extras, options, context.label)
     low = [take(parts, k, prefix) for k in LOW_RANK] if any(k in parts for k in LOW_RANK) else []
     if low:
         inputs = {k: v for k, v in extras.items() if k == "input_scale"}
@@ -234,7 +236,7 @@ def _with_prepared_inputs(activation: Activation | None) -> Activation:
     )
 
 
-def _activation(prefix: str, q: Any, extras: Parts, options: Options) -> Activation | None:
+def _activation(prefix: str, q: Any, extras: Parts, options: Options, label: str) -> Activation | None:
     """Inputs quantized as the algorithm says: with a stored scale, or per token for per-channel FP8."""
     algorithm = options.of(prefix)
     if algorithm in WEIGHT_ONLY:
@@ -250,6 +252,8 @@ def _activation(prefix: str, q: Any, extras: Parts, options: Options) -> Activat
             return Activation("fp8_block", (), (("cols", 0),))
         if algorithm == "MXFP8":
             return Activation("fp8_block", (), (("cols", 32), ("pow2", True)))
+    if algorithm in STATIC:
+        warn_once(label, f"{algorithm} quantizes inputs by a stored input_scale; layers without one have float inputs")
     return None
 
 

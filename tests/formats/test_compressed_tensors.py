@@ -255,6 +255,9 @@ def test_missing_tensors():
     parts = {"weight": np.ones((2, 4), E4M3), "weight_scale": np.ones(1, np.float32)}
     with pytest.raises(FormatError, match=r"q_proj.input_scale: missing"):
         read(FORMAT, named(parts), config(static, static, form="float-quantized"))
+    for wrong in (np.ones(2, np.float32), np.ones(0, np.float32)):
+        with pytest.raises(FormatError, match=r"q_proj.input_scale: found shape .* expected one value"):
+            read(FORMAT, named({**parts, "input_scale": wrong}), config(static, static, form="float-quantized"))
 
 
 def test_layout_that_is_not_the_schemes():

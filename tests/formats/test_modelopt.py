@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jq
-from jq.errors import FormatError, UnsupportedError
+from jq.errors import FormatError, JqWarning, UnsupportedError
 from jq.formats.base import Context
 from jq.formats.modelopt import FORMAT, parse
 
@@ -112,7 +112,8 @@ def test_awq_scales_inputs_whether_they_are_quantized_or_not():
         )
 
 
-def test_errors():
+def test_errors(monkeypatch):
+    monkeypatch.setattr("jq.formats.base._warned", set())
     with pytest.raises(FormatError, match="no quant_algo"):
         parse({"quant_method": "modelopt"}, Context())
     with pytest.raises(UnsupportedError, match="quant_algo 'W4A16_GPTQ' is not read here"):
@@ -121,7 +122,11 @@ def test_errors():
         "weight": np.zeros((2, 8), np.uint8),
         "weight_scale": np.ones((2, 1), E4M3),
         "weight_scale_2": np.ones((), np.float32),
+        "input_scale": np.ones((), np.float32),
     }
+    without = {f"{NAME}.{k}": v for k, v in good.items() if k != "input_scale"}
+    with pytest.warns(JqWarning, match="NVFP4 quantizes inputs by a stored input_scale; layers without one"):
+        assert read(FORMAT, without, config("NVFP4"))[NAME].activation is None
 
     def fails(error, message, **change):
         tensors = {f"{NAME}.{k}": v for k, v in {**good, **change}.items() if v is not None}
