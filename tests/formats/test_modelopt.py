@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jq
 from jq.errors import FormatError, JqWarning, UnsupportedError
+from jq.formats import base
 from jq.formats.base import Context
 from jq.formats.modelopt import FORMAT, parse
 
@@ -113,7 +114,7 @@ def test_awq_scales_inputs_whether_they_are_quantized_or_not():
 
 
 def test_errors(monkeypatch):
-    monkeypatch.setattr("jq.formats.base._warned", set())
+    monkeypatch.setattr(base, "_warned", set())
     with pytest.raises(FormatError, match="no quant_algo"):
         parse({"quant_method": "modelopt"}, Context())
     with pytest.raises(UnsupportedError, match="quant_algo 'W4A16_GPTQ' is not read here"):
