@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jq.errors import UnsupportedError
+from jq.errors import CheckpointError, UnsupportedError
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -19,21 +19,31 @@ def load(path: Path | None, side_files: Mapping[str, bytes]) -> Any:
 
     Raises:
       UnsupportedError: no tokenizer files.
+      CheckpointError: damaged ones, or a tokenizer that is code of the repository, which is never run.
     """
     names = set(side_files) | ({p.name for p in path.iterdir()} if path is not None and path.is_dir() else set())
     if not names & set(FILES):
         raise UnsupportedError(
             f"{path or 'this model'}: has no tokenizer files ({', '.join(FILES)}); generate takes lists of token ids too"
         )
-    with _without_advice():
-        from transformers import AutoTokenizer
-
     if path is not None and path.is_dir() and any((path / f).exists() for f in FILES):
-        return AutoTokenizer.from_pretrained(str(path))
+        return _from(str(path), path)
     with tempfile.TemporaryDirectory() as folder:
         for name, raw in side_files.items():
             (Path(folder) / name).write_bytes(raw)
-        return AutoTokenizer.from_pretrained(folder)
+        return _from(folder, path)
+
+
+def _from(folder: str, path: Path | None) -> Any:
+    with _without_advice():
+        from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # it would ask on the terminal
+    except Exception as e:  # damaged files raise nearly anything
+        raise CheckpointError(
+            f"{path or 'this model'}: the tokenizer files cannot be loaded ({type(e).__name__}: {e}); they are damaged, "
+            "incomplete, or need code of their repository, which is not run. generate takes lists of token ids too"
+        ) from e
 
 
 @contextlib.contextmanager
