@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -211,33 +210,6 @@ def test_tokenizer_of_bytes(tmp_path: Path) -> None:
     assert tokenizer.decode([9, 0], skip_special_tokens=True) == "abc"
     assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|end|>", "<|user|>")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
-
-
-def test_tokenizer_of_scores() -> None:
-    from tokenizers import Tokenizer
-
-    from jq.formats.gguf_tokenizer import tokenizer_files
-
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    pieces = {"\u2581": -9.0, "a": -8.0, "b": -7.0, "ab": -1.0, "\u2581a": -3.0, "\u2581ab": -2.0}
-    tokens += list(pieces)
-    metadata = {
-        "general.architecture": "llama",
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [0.0] * 259 + list(pieces.values()),
-        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-    files = tokenizer_files(metadata)
-    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
-    at = {token: i for i, token in enumerate(tokens)}
-    assert tokenizer.encode("ab a").ids == [1, at["\u2581ab"], at["\u2581a"]]
-    assert tokenizer.encode("\u00e9").ids == [1, at["\u2581"], at["<0xC3>"], at["<0xA9>"]]
-    assert tokenizer.decode(tokenizer.encode("ab \u00e9 b").ids) == "ab \u00e9 b"
-    assert json.loads(files["tokenizer_config.json"])["add_bos_token"] is True
 
 
 def test_llama3_rope_divisors(tmp_path: Path) -> None:
