@@ -56,12 +56,11 @@ class Rotation:
 def held(matrix: np.ndarray, *, scaled: bool) -> tuple[Rotation, dict[str, np.ndarray]]:
     """(what `rotate` does with it, its arrays) of a stored matrix [n, n].
 
-    Signs and core are held as bits, lowest first, set for -1: uint8[ceil(n / 8)] and uint8[ceil(K * K / 8)].
+    Signs and core are held as bits, lowest first, set for -1: uint8[ceil(n / 8)] and uint8[ceil(K * K / 8)]. A matrix that
+    modules share is taken apart once, while it lives: they get the same arrays.
 
     Args:
       scaled: the product is divided by sqrt(n), as it is for Hadamard matrices.
-
-    A matrix that modules share is taken apart once, while it lives: they get the same arrays.
     """
     key = (id(matrix), scaled)
     if key not in _held:

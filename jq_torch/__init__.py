@@ -7,11 +7,15 @@ model = AutoModelForCausalLM.from_pretrained("a-gptq-awq-or-any-other-checkpoint
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
 # XLA takes 75 % of a GPU when it starts, which would leave torch little; it must be told before jax is imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+if importlib.util.find_spec("torch") is None:
+    raise ImportError("jq_torch needs torch, which jq does without: pip install 'jaxq[torch]'", name="torch")
 
 from jq_torch import configs as _configs
 from jq_torch.configs import JqConfig as JqConfig

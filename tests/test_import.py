@@ -55,6 +55,19 @@ print(model.generate([[1, 2, 3]], 4, do_sample=False).shape)
     assert run(code) == "(1, 7)"
 
 
+def test_the_adapter_says_that_it_needs_torch():
+    code = """
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else found(name, *rest)
+try:
+    import jq_torch
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install 'jaxq[torch]'" in run(code)
+
+
 def test_type_checkers_know_every_public_name():
     import jq
 

@@ -66,8 +66,13 @@ class Params:
         """See `Nested.read`. Asks for the second-level scales of the cluster as well: a strip has a few, and each strip
         would begin with a wait for the memory.
         """
-        if not self.is_nested or self.plan.single:
-            return self.scales.read() if self.is_nested else []
+        if not self.is_nested:
+            return []
+        if not self.plan.single:
+            self.prefetch()
+        return self.scales.read()
+
+    def prefetch(self) -> None:
         plan = self.plan
         strip, groups = self.cluster_first + self.thread * plan.clusters, plan.form.groups(plan.k)
         with ptx.when(strip < plan.strips):
@@ -76,7 +81,6 @@ class Params:
                 for place in (begin, begin + (ROWS * groups - 1)):
                     ptx.prefetch(self.scales.second(self.scales.block(place)))
         ptx.sync_warp()
-        return self.scales.read()
 
     def write(self, entries: list[tuple[Int, ir.Value]]) -> None:
         if entries:
