@@ -230,6 +230,7 @@ class _Kernel(Sums, Output):
             self.send(t, sums[count:])
             more, _ = self.multiply(slot, parity, Int(plan.steps - 2 * plan.common), powers, count)
             self.epilogue(n0, row0, self.receive(t, [ptx.add(a, b) for a, b in zip(sums, more)]), "y")
+            self.free(t)
             return
         low = plan.block_units % c.wn  # warpgroups with a unit more than the others
         for i, height in enumerate(plan.heights):

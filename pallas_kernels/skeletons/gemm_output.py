@@ -65,7 +65,7 @@ class Output(Block):
         """
         plan, c = self.plan, self.plan.config
         if plan.depth == 1:
-            self.epilogue(n0, row0, self.exchange(t, sums) if c.split > 1 else sums, "y")
+            self.total(t, n0, row0, sums)
             return
         threads, size = 128 * plan.depth, len(sums) * 512
         filled, emptied = self.unit + (c.wn + 1), self.unit + (c.wn + 1 + plan.block_units)  # named barriers
@@ -91,9 +91,17 @@ class Output(Block):
                 ptx.sync_warp()
                 hopper.arrive_threads(emptied, threads)
             ptx.sync_warp()
-            self.epilogue(n0, row0, self.exchange(t, sums) if c.split > 1 else sums, "y")
+            self.total(t, n0, row0, sums)
             ptx.sync_warp()
         ptx.sync_warp()
+
+    def total(self, t: Int, n0: Int, row0: Int, sums: list[Any]) -> None:
+        """From a block's sums to y."""
+        if self.plan.config.split == 1:
+            self.epilogue(n0, row0, sums, "y")
+            return
+        self.epilogue(n0, row0, self.exchange(t, sums), "y")
+        self.free(t)
 
     def exchange(self, t: Int, sums: list[Any]) -> list[Any]:
         """Sums of this block's columns over all blocks of the split, added in the order of their ranks."""
@@ -132,10 +140,6 @@ class Output(Block):
                     else (above[i] if r else below[i])
                 )
                 totals[i] = ptx.add(totals[i], ptx.select_float(self.part == r, own[i], other))
-        # not behind the last pass: the other block may have left
-        more = ptx.select(t + 1 < self.work.passes, 1, 0)
-        with ptx.when(more & ptx.select(self.t < c.split, 1, 0) & ptx.select(self.t == self.part, 0, 1) == 1):
-            hopper.arrive_remote(self.freed, self.mate + self.t * c.share)
         return totals
 
     def swap(self, sums: list[Any]) -> list[Any]:
@@ -178,13 +182,19 @@ class Output(Block):
         ptx.barrier_wait(self.arrived, t & 1, "cluster")
         ptx.sync_warp()
         received = self.posted(self.at["inbox"] + self.unit * (len(own) * 512) + self.t * 16, len(own))
-        sums = [ptx.add(a, b) for a, b in zip(own, received)]
+        return [ptx.add(a, b) for a, b in zip(own, received)]
+
+    def free(self, t: Int) -> None:
+        """Lets the other blocks of the split send again what `exchange` or `receive` has read in pass t.
+
+        Behind the epilogue, whose barriers order every thread's reads before the one arrival for all of them.
+        """
         # not behind the last pass: the other block may have left
-        more = ptx.select(t + 1 < self.work.passes, 1, 0) & ptx.select(self.t == 0, 1, 0)
-        with ptx.when(more == 1):
-            hopper.arrive_remote(self.freed, 1 - self.rank)
+        more = ptx.select(t + 1 < self.work.passes, 1, 0)
+        other = ptx.select(self.t < self.plan.config.split, 1, 0) & ptx.select(self.t == self.part, 0, 1)
+        with ptx.when(more & other == 1):
+            hopper.arrive_remote(self.freed, self.mate + self.t * self.plan.config.share)
         ptx.sync_warp()
-        return sums
 
 
 def _when_positive(t: Int, function: Any) -> None:
