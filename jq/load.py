@@ -89,7 +89,7 @@ def build(
     """
     label = str(state.path or "state")
     spec = spec or spec_of(state.config, label)
-    state, spec = expert_names.as_stored(state, spec, label)
+    state, spec, fused = expert_names.as_stored(state, spec, label)
     if spec.fused and any(name.endswith(".self_attn.q_proj.weight") for name in state):
         spec = spec.replace(fused=False)  # EXL3 takes the joined matrices of a family apart
     on_cpu = jax.default_backend() == "cpu"
@@ -114,7 +114,7 @@ def build(
     body = Decoder(read, "model", spec, cache)
     lm_head = _output(read, spec)
     settings = {"packed": packed, "quantize_activations": quantize_activations, "kv_cache_dtype": kv_cache_dtype}
-    return CausalLM(body, lm_head, spec, Origin(state, read.stored, read.kept, _extra(read), settings))
+    return CausalLM(body, lm_head, spec, Origin(state, read.stored, read.kept, _extra(read), settings, fused))
 
 
 def _output(read: Reader, spec: DecoderSpec) -> Linear | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import re
@@ -13,6 +14,7 @@ import numpy as np
 
 from jq.errors import CalibrationError, JqError, UnsupportedError
 from jq.formats import stored_config
+from jq.formats.base import warn_once
 from jq.qtensor import QTensor
 from jq.state import State, load_state, module_of
 
@@ -28,6 +30,7 @@ _NORMS = re.compile(r"(norm|^ln_|layer_scale|conv)", re.IGNORECASE)
 # The output matrix and MoE routers, left in float unless `skip` says otherwise: they are small and decide much.
 _OUTPUTS = ("lm_head", "embed_out", "output_projection")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+_STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")  # the experts of a layer in one tensor
 # Conv1D layers of GPT-2 hold [in, out]; quantized checkpoints of them hold [out, in].
 _TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}
 
@@ -122,8 +125,8 @@ def matcher(skip: Iterable[str]) -> Callable[[str], bool]:
     return matches
 
 
-def default_skip(names: list[str]) -> Callable[[str], bool]:
-    """The output matrix and MoE routers."""
+def default_skip(names: Iterable[str]) -> Callable[[str], bool]:
+    """The output matrix and MoE routers of a model with tensors or modules `names`."""
     experts = any(".experts." in name for name in names)
 
     def skipped(name: str) -> bool:
@@ -133,10 +136,14 @@ def default_skip(names: list[str]) -> Callable[[str], bool]:
     return skipped
 
 
-def chosen(names: list[str], skip: Skip) -> Callable[[str], bool]:
-    """Which of the linear layers `names` a `skip` means; `ValueError` for a pattern that matches none."""
+def chosen(names: list[str], skip: Skip, beside: Iterable[str] = ()) -> Callable[[str], bool]:
+    """Which of the linear layers `names` a `skip` means; `ValueError` for a pattern that matches none.
+
+    Args:
+      beside: names of the model's other tensors.
+    """
     if skip is None:
-        return default_skip(names)
+        return default_skip((*names, *beside))
     if callable(skip):
         return skip
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -158,8 +165,9 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
             f"{label}: is quantized already; jq.convert changes the format of quantized weights, and quantizing again "
             "would add the errors of both. Start from the float model"
         )
+    state = _experts_one_by_one(state, label)
     names = linears(state)
-    skipped = chosen(names, skip)
+    skipped = chosen(names, skip, state)
     todo = [name for name in names if not skipped(name)]
     if not todo:
         raise ValueError(f"{label}: no linear layer to quantize ({len(names)} found, all skipped)")
@@ -186,6 +194,26 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
         "quantization_config": _config(method, todo, [n for n in names if n not in wanted], tensors),
     }
     return state.replace(tensors, config)
+
+
+def _experts_one_by_one(state: State, label: str) -> State:
+    """The State with fused experts apart, where a decoder here knows them: each is a matrix, as quantized files have it.
+
+    Those of other families stay as they are, with a warning: they are most of such a model.
+    """
+    stacked = [key for key in state if _STACKED.search(key)]
+    if not stacked:
+        return state
+    from jq.models import expert_names, spec_of
+
+    with contextlib.suppress(JqError):  # an unknown family, or a config.json that describes none
+        state = expert_names.as_stored(state, spec_of(state.config, label), label)[0]
+    left = [key for key in stacked if key in state]
+    if left:
+        warn_once(
+            label, f"{left[0]} and {len(left) - 1} more stacks of experts stay float: no decoder takes them apart"
+        )
+    return state
 
 
 def _common_dtype(state: State, todo: list[str]) -> np.dtype:
@@ -259,7 +287,7 @@ def _quantize_model(model: Any, method: Any, skip: Skip, advance: Advance | None
     from jq.load import build
 
     dtype = model.model.embed_tokens.weight.get_value().dtype
-    state = _quantize_state(model.to_state(), method, skip, advance)
+    state = _quantize_state(model.origin.state_of(model), method, skip, advance)
     made = build(state, dtype=dtype, **model.origin.settings)
     model.model, model.lm_head, model.spec, model.origin = made.model, made.lm_head, made.spec, made.origin
     return model

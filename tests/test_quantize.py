@@ -11,7 +11,7 @@ from flax import nnx
 from reference_dirs import directories
 
 import jq
-from jq.errors import CalibrationError, UnsupportedError
+from jq.errors import CalibrationError, JqWarning, UnsupportedError
 
 METHODS = {
     "nf4": jq.NF4(),
@@ -242,3 +242,17 @@ def test_a_name_or_a_class_is_no_method(method, tiny):
 def test_quantized_takes_models_and_states():
     with pytest.raises(TypeError, match=r"jq\.quantized takes a model or a State, got str"):
         jq.quantized("a/path")
+
+
+def test_stacks_of_experts_that_no_decoder_takes_apart_are_told_of() -> None:
+    rng = np.random.default_rng(0)
+    block = "model.layers.0.mlp"
+    tensors = {
+        f"{block}.experts.gate_up_proj": rng.standard_normal((2, 32, 64), np.float32),
+        f"{block}.router.weight": rng.standard_normal((2, 64), np.float32),
+        "model.layers.0.self_attn.q_proj.weight": rng.standard_normal((64, 64), np.float32),
+    }
+    with pytest.warns(JqWarning, match=r"experts.gate_up_proj and 0 more stacks of experts stay float"):
+        made = jq.quantize(jq.State(tensors, {"model_type": "of_nobody"}), jq.RTN(bits=8, group_size=32))
+    assert isinstance(made["model.layers.0.self_attn.q_proj.weight"], jq.QTensor)
+    assert not isinstance(made[f"{block}.router.weight"], jq.QTensor)

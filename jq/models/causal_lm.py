@@ -141,7 +141,8 @@ class CausalLM(nnx.Module):
 
     def to_state(self) -> Any:
         """The State that `jq.save` writes: every stored tensor, quantized ones as QTensors, in their stored dtypes."""
-        return self.origin.state_of(self)
+        state, fused = self.origin.state_of(self), self.origin.fused
+        return state if fused is None else fused.join(state)
 
     def _answers(self, rows: list[list[int]], chosen: Plan, chunk: int | None, answers: Rows) -> Iterator[bool]:
         """Runs the generation into `answers`; yields after each chunk whether it is over."""

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jq.models import tokenizer as _tokenizer
+from jq.models.expert_names import Fused
 from jq.models.generation_config import TOKENS, checked
 from jq.nn import FusedLinear, quantized
 from jq.safetensors_file import parse_json
@@ -31,6 +32,7 @@ class Origin:
       kept: stored arrays that the compute dtype cannot hold: name -> (stored, compute array).
       extra: stored tensors that no module took (name -> value).
       settings: arguments of `jq.load.build` that a model made from this one's State takes over.
+      fused: how the checkpoint had its experts, where it fused them.
     """
 
     def __init__(
@@ -40,12 +42,13 @@ class Origin:
         kept: Mapping[str, tuple[Any, Any]],
         extra: Mapping[str, Any],
         settings: Mapping[str, Any],
+        fused: Fused | None = None,
     ) -> None:
         self.config = dict(state.config)
         self.names = list(state)
         self.shell = state.with_tensors({})
         self.stored, self.kept, self.extra = dict(stored), dict(kept), dict(extra)
-        self.settings = dict(settings)
+        self.settings, self.fused = dict(settings), fused
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin)
@@ -68,7 +71,7 @@ class Origin:
         return _tokenizer.load(self.shell.path, self.shell.side_files)
 
     def state_of(self, model: Any) -> State:
-        """The State of a model: its tensors under the stored names, each in its stored dtype."""
+        """The State of a model: its tensors under the stored names, experts one by one, each in its stored dtype."""
         found = dict(self.extra)
         stored = set(self.names)
         for name, tensor in quantized(model).items():

@@ -150,7 +150,7 @@ def test_left_padding_equals_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
 def test_experts_stored_as_transformers_holds_them(name: str, tmp_path: Path) -> None:
-    """A `state_dict` has the experts of a layer fused; saving gives them back one by one, as files have them."""
+    """A `state_dict` has the experts of a layer fused: saved as they were; one by one, as files have them, if quantized."""
     from safetensors.torch import load_file, save_file
 
     model_type, options = CASES[name]
@@ -162,11 +162,16 @@ def test_experts_stored_as_transformers_holds_them(name: str, tmp_path: Path) ->
     ours, ids = jq.load(tmp_path), peer.random_ids((2, 24))
     assert np.abs(np.asarray(ours(ids)) - peer.logits(theirs, ids)).max() < 2e-4
     jq.save(ours, tmp_path / "saved")
-    saved = load_file(tmp_path / "saved" / "model.safetensors")
-    assert {k: v.shape for k, v in saved.items() if "experts" in k} == {
-        k: v.shape for k, v in single.items() if "experts" in k
-    }
-    assert all(saved[k].equal(single[k]) for k in saved)
+    saved, stored = (jq.load_state(path / "model.safetensors") for path in (tmp_path / "saved", tmp_path))
+    assert list(saved) == list(stored) and saved.metadata == stored.metadata
+    assert all(saved[k].dtype == stored[k].dtype and np.array_equal(saved[k], stored[k]) for k in stored)
+    np.testing.assert_array_equal(np.asarray(jq.load(tmp_path / "saved")(ids)), np.asarray(ours(ids)))
+    method, experts = jq.RTN(bits=8, group_size=32), {k.removesuffix(".weight") for k in single if ".experts." in k}
+    for path, source in ((tmp_path / "model", ours), (tmp_path / "state", jq.load_state(tmp_path))):
+        jq.save(jq.quantize(source, method), path)
+        names = load_file(path / "model.safetensors")
+        assert {k.rpartition(".")[0] for k in names if ".experts." in k} == experts
+        assert any(k.endswith(".gate.weight") for k in names)  # the router stays float
 
 
 @pytest.mark.parametrize("container", ["mlp", "block_sparse_moe"])
