@@ -9,6 +9,8 @@ All functions take numpy or JAX arrays and return the same kind; the JAX forms w
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from typing import Any
 
@@ -119,7 +121,6 @@ def _unpack(words: Array, bits: int, count: int | None, signed: bool, axis: int)
     count = room if count is None else count
     if count > room:
         raise ValueError(f"unpack: {count} codes of {bits} bits asked of {words.shape[-1]} words of {width} bits")
-    xp = namespace(words)
     if bits == width:
         codes = words.astype(np.int32)
     elif width % bits == 0:
@@ -127,7 +128,7 @@ def _unpack(words: Array, bits: int, count: int | None, signed: bool, axis: int)
         codes = ((words[..., None] >> shifts) & words.dtype.type((1 << bits) - 1)).astype(np.int32)
         codes = codes.reshape(*words.shape[:-1], room)
     else:
-        codes = _gather_stream(words, bits, count, width, xp)
+        codes = _stream(words, bits, count)
     codes = codes[..., :count]
     if signed:
         codes = (codes ^ np.int32(1 << (bits - 1))) - np.int32(1 << (bits - 1))
@@ -150,9 +151,19 @@ def _unsigned(words: Array) -> Array:
     return words.view(np.uint8)
 
 
-def _gather_stream(words: Array, bits: int, count: int, width: int, xp: Any) -> Array:
-    """Codes that may straddle words: low part of one word, high part of the next."""
-    if width == 8:  # a code touches at most 3 bytes (bits <= 16)
+def _stream(words: Array, bits: int, count: int) -> Array:
+    """int32[..., count]: codes that may straddle words; the form that is the fastest where it runs."""
+    gather = functools.partial(_gather_stream, bits=bits, count=count)
+    if isinstance(words, np.ndarray):
+        return gather(words)
+    select = functools.partial(_select_stream, bits=bits, count=count)
+    return jax.lax.platform_dependent(words, cpu=gather, default=select)
+
+
+def _gather_stream(words: Array, bits: int, count: int) -> Array:
+    """Low part of one word, high part of the next, each looked up."""
+    xp = namespace(words)
+    if words.dtype == np.uint8:  # a code touches at most 3 bytes (bits <= 16)
         first = bits * np.arange(count) // 8
         words = _pad_by(words, 2, xp).astype(np.uint32)
         word = words[..., first] | (words[..., first + 1] << np.uint32(8)) | (words[..., first + 2] << np.uint32(16))
@@ -166,6 +177,35 @@ def _gather_stream(words: Array, bits: int, count: int, width: int, xp: Any) -> 
     high = words[..., first + 1] << np.where(straddles, 32 - offset, 0).astype(np.uint32)
     word = low | xp.where(straddles, high, np.uint32(0))
     return (word & np.uint32((1 << bits) - 1)).astype(np.int32)
+
+
+def _select_stream(words: Array, bits: int, count: int) -> Array:
+    """`_gather_stream` of JAX arrays without a gather or a concatenation, neither of which XLA fuses on a GPU.
+
+    `period` words hold `per` codes, and then the pattern repeats. A code lies in the word that it starts in and in
+    those ahead of it that it reaches into; which words these are, a chain of selections by the code's place tells.
+    """
+    width = 8 * words.dtype.itemsize
+    common = math.gcd(bits, width)
+    period, per = bits // common, width // common
+    words = _pad_last(words, period, jnp)
+    blocks = words.reshape(*words.shape[:-1], words.shape[-1] // period, period)
+    start = bits * np.arange(per)
+    first, offset, last = start // width, (start % width).astype(np.uint32), (start + bits - 1) // width
+
+    def word(ahead: int) -> Array:
+        """uint32[..., blocks, per or 1]: the word `ahead` of each code's first; any word where the code ends before it."""
+        places = (first + ahead)[last >= first + ahead]
+        found = blocks[..., places[0] : places[0] + 1]
+        for i in range(places[0] + 1, places[-1] + 1):
+            found = jnp.where(first + ahead >= i, blocks[..., i : i + 1], found)
+        return found.astype(np.uint32)
+
+    codes = word(0) >> offset
+    for ahead in range(1, int((last - first).max()) + 1):  # two shifts, since one by 32 bits is undefined
+        codes = codes | (word(ahead) << np.uint32(1)) << (np.uint32(width * ahead - 1) - offset)
+    codes = (codes & np.uint32((1 << bits) - 1)).astype(np.int32)
+    return codes.reshape(*words.shape[:-1], words.shape[-1] // period * per)[..., :count]
 
 
 def unpack_words(words: Array, shifts: tuple[int, ...], bits: int) -> Array:

@@ -54,6 +54,21 @@ def test_streams_in_words_of_any_kind_along_either_axis(bits: int, word: str) ->
         assert packed.shape == (bits, 3) and np.ascontiguousarray(packed.T).tobytes() == words.tobytes()
 
 
+@pytest.mark.parametrize("bits", range(1, 17))
+@pytest.mark.parametrize("word", ["u1", "u4"])
+def test_streams_without_a_gather(bits: int, word: str) -> None:
+    """The form that runs on GPUs, with every number of words up to two periods: the last period may be cut anywhere."""
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (2, 64))
+    codes[0] = (1 << bits) - 1
+    words = np.frombuffer(b"".join(slow_stream(row, bits) for row in codes), word).reshape(2, -1)
+    width = 8 * words.dtype.itemsize
+    for count in {width * kept // bits for kept in (1, 2, 3, bits, bits + 1, words.shape[1])} - {0}:
+        kept = min(-(-count * bits // width), words.shape[1])
+        count = min(count, kept * width // bits, 64)
+        got = jbits._select_stream(jnp.asarray(words[:, :kept]), bits, count)
+        np.testing.assert_array_equal(got, codes[:, :count])
+
+
 def test_words_that_are_no_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="words are float32, expected integers"):
         jbits.unpack(np.ones((2, 3), np.float32), 4)
