@@ -296,6 +296,16 @@ def padding(codes: Array, bits: int, in_features: int) -> int:
     return _bits.capacity(codes, bits) - in_features
 
 
+def look_up(table: Array, index: Array) -> Array:
+    """`table[index]` along the first axis, for indices that packing keeps inside it: no bounds check, no wrap-around.
+
+    The checks of `jnp.take` use each index several times, and XLA on a GPU then writes the indices to memory.
+    """
+    if namespace(table, index) is np:
+        return np.take(table, index, axis=0)
+    return jnp.asarray(table).at[index.astype(np.uint32)].get(mode="promise_in_bounds")
+
+
 def from_bits(codes: Array, name: str) -> Array:
     """uint8 bit patterns viewed as an 8-bit float dtype, e.g. "float8_e4m3fn"."""
     dtype = np.dtype(getattr(ml_dtypes, name))

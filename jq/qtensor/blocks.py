@@ -20,7 +20,7 @@ import numpy as np
 from jq.bits import namespace
 from jq.errors import FormatError, UnsupportedError
 from jq.qtensor import trellis
-from jq.qtensor.base import Array, QTensor, Source, register
+from jq.qtensor.base import Array, QTensor, Source, look_up, register
 
 
 @register
@@ -153,8 +153,7 @@ def _table(name: str, attribute: str = "grid") -> np.ndarray:
 
 def _points(name: str, index: Array) -> Array:
     """Grid points float32[B, n, width] of indices [B, n]."""
-    xp = namespace(index)
-    return xp.take(xp.asarray(_table(name)), index, axis=0)
+    return look_up(_table(name), index)
 
 
 def _signs(bits: Array) -> Array:
@@ -165,8 +164,7 @@ def _signs(bits: Array) -> Array:
 
 def _sign_table(index: Array) -> Array:
     """Sign bytes of 7-bit indices: the eighth sign makes the number of minus signs even."""
-    xp = namespace(index)
-    return xp.take(xp.asarray(_table("IQ2_XXS", "ksigns")), index, axis=0)
+    return look_up(_table("IQ2_XXS", "ksigns"), index)
 
 
 def _scaled(points: Array, signs: Array, scales: Array) -> Array:

@@ -9,7 +9,6 @@ import numpy as np
 
 from jq import bits as _bits
 from jq import exact
-from jq.bits import namespace
 from jq.errors import FormatError
 from jq.qtensor.affine import check_finite
 from jq.qtensor.base import (
@@ -21,6 +20,7 @@ from jq.qtensor.base import (
     dense_value,
     expand,
     groups_of,
+    look_up,
     padding,
     register,
     row_codes,
@@ -122,8 +122,7 @@ class Codebook(QTensor):
 
     def _dense(self) -> Array:
         shape = self.shape
-        xp = namespace(self.codes, self.table)
-        values = xp.take(self.table, self.unpack(), axis=0)
+        values = look_up(self.table, self.unpack())
         absmax = expand(self.block_absmax().astype(np.float32), self.grouping, shape)
         if self.offset is None:
             return (values * absmax).astype(np.dtype(self.dtype))

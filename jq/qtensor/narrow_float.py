@@ -27,6 +27,7 @@ from jq.qtensor.base import (
     expand,
     from_bits,
     groups_of,
+    look_up,
     padding,
     register,
     row_codes,
@@ -172,8 +173,7 @@ class NarrowFloat(QTensor):
         name = KINDS[self.kind][1]
         if name is not None:
             return from_bits(dense_value(self.codes), name).astype(dtype)
-        xp = namespace(self.codes)
-        return xp.take(xp.asarray(TABLES[self.kind]), self.unpack(), axis=0).astype(dtype)
+        return look_up(TABLES[self.kind], self.unpack()).astype(dtype)
 
     def block_scales(self) -> Array:
         """Scales as real numbers per block, in float32 where they are stored as bit patterns."""
@@ -183,8 +183,7 @@ class NarrowFloat(QTensor):
         if self.scale_kind == "e4m3":
             return from_bits(scales, "float8_e4m3fn").astype(np.float32)
         if self.scale_kind in ("ue4m3", "e5m3"):
-            xp = namespace(scales)
-            return xp.take(xp.asarray(UE4M3 if self.scale_kind == "ue4m3" else E5M3), scales.astype(np.int32), axis=0)
+            return look_up(UE4M3 if self.scale_kind == "ue4m3" else E5M3, scales)
         return scales
 
     def _dense(self) -> Array:
@@ -286,8 +285,7 @@ def _gguf(t: NarrowFloat, scale: Array, _: Any, dtype: np.dtype, spread: Callabl
 
     The halved e8m0 scale 2**(byte - 128) is finite for every byte, so that 0 times it is 0.
     """
-    xp = namespace(t.codes)
-    doubled = xp.take(xp.asarray(GGUF_E2M1), t.unpack(), axis=0)  # a table: XLA would merge the factor 2 into the scale
+    doubled = look_up(GGUF_E2M1, t.unpack())  # a table: XLA would merge the factor 2 into the scale
     if t.scale_kind == "e8m0":
         return _times_pow2(doubled, dense_value(t.scales).astype(np.int32) - 128, dtype, spread)
     return (doubled * spread(scale * np.float32(0.5))).astype(dtype)

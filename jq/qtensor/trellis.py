@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jq.bits import namespace
+from jq.qtensor.base import look_up
 
 Array = Any
 BITS = tuple(range(1, 9))
@@ -55,11 +55,10 @@ def values(codebook: str) -> np.ndarray:
 
 def decode(words: Array, bits: int, codebook: str) -> Array:
     """Tiles uint32[B, 8 * bits] -> float32[B, 256], rows of outputs, then inputs."""
-    xp = namespace(words)
     end = (places().reshape(-1) + 1) * bits
     first, last = (end - 16) // 32 % (8 * bits), (end - 1) // 32
     shift = ((last + 1) * 32 - end).astype(np.uint32)
     low = words[:, last] >> shift
     crossing = np.where(first != last, np.uint32(0xFFFF), np.uint32(0))
     high = (words[:, first] << ((32 - shift) % 32).astype(np.uint32)) & crossing
-    return xp.take(xp.asarray(values(codebook)), ((low | high) & np.uint32(0xFFFF)).astype(np.int32), axis=0)
+    return look_up(values(codebook), (low | high) & np.uint32(0xFFFF))

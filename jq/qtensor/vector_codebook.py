@@ -16,7 +16,7 @@ from jq import exact
 from jq.bits import namespace
 from jq.errors import FormatError
 from jq.qtensor.affine import check_finite, check_indices
-from jq.qtensor.base import Array, QTensor, Source, padding, register
+from jq.qtensor.base import Array, QTensor, Source, look_up, padding, register
 
 
 @register
@@ -204,7 +204,7 @@ class VectorCodebook(QTensor):
         xp = namespace(self.codes, self.codebooks)
         first = (np.arange(columns) // (columns // groups))[:, None] * books + np.arange(books)  # [C, M]
         index = self.unpack() + (first * entries).astype(np.int32)
-        vectors = xp.take(self.codebooks.reshape(-1, og * ig), index, axis=0)  # [R, C, M, og * ig]
+        vectors = look_up(self.codebooks.reshape(-1, og * ig), index)  # [R, C, M, og * ig]
         scales = None
         if self.scales is not None:
             scales = xp.repeat(self.scales, columns // self.scales.shape[1], axis=1)[:, :, None]
