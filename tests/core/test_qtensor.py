@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -126,6 +128,22 @@ def test_donation_reuses_the_buffers(make) -> None:
     leaves = jax.tree.leaves(tensor)
     out = jax.jit(lambda q: jax.tree.map(lambda a: a, q), donate_argnums=0)(tensor)
     assert type(out) is type(tensor) and all(leaf.is_deleted() for leaf in leaves)
+
+
+@every
+def test_the_form_of_few_rows_on_a_gpu(make, monkeypatch) -> None:
+    """Multiply and reduce: the same product, also in a vmap; rows beyond it take a dot."""
+    module = importlib.import_module("jq.matmul")  # `jq.matmul` itself is the function
+    monkeypatch.setattr(module, "_on_gpu", lambda: True)
+    tensor = make(0).to_jax()
+    dense = np.asarray(tensor.dequantize()).astype(np.float32)
+    for rows in (1, module.FUSED_ROWS, module.FUSED_ROWS + 1):
+        x = np.random.default_rng(rows).standard_normal((rows, 64)).astype(np.float32)
+        lowered = jax.jit(lambda x, w: jq.matmul(x, w, impl="jnp")).lower(x, tensor).as_text()
+        assert ("dot_general" in lowered) == (rows > module.FUSED_ROWS)
+        np.testing.assert_allclose(jq.matmul(x, tensor, impl="jnp"), x @ dense.T, rtol=1e-5, atol=1e-4)
+    many = jax.vmap(lambda x: jq.matmul(x, tensor, impl="jnp"))(x)
+    np.testing.assert_allclose(many, x @ dense.T, rtol=1e-5, atol=1e-4)
 
 
 @every
