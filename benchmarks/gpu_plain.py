@@ -1,6 +1,6 @@
 """Times `matmul` in plain JAX on a GPU, for the weights and devices that no kernel takes: few rows of x.
 
-    python benchmarks/gpu_plain.py [--out benchmarks/results]
+    python benchmarks/gpu_plain.py  # writes benchmarks/results/gpu_plain_<card>.json
 
 Beside it the same weight dequantized and multiplied by a dot, which is what runs beyond `FUSED_ROWS` rows, and a dense
 bfloat16 weight. CUPTI kernel time, rotated weights.
@@ -8,9 +8,7 @@ bfloat16 weight. CUPTI kernel time, rotated weights.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import record
 
@@ -19,15 +17,13 @@ ROWS = (1, 2, 3, 4)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
-    out = parser.parse_args().out
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     import jq
     from jq.matmul import dense_matmul
+    from pallas_kernels.select import device_key
     from pallas_kernels.timing import copies, median_us
 
     if jax.default_backend() != "gpu":
@@ -61,9 +57,8 @@ def main() -> None:
                     row["ratio"] = round(row["dequantize_then_dot_us"] / row["us"], 2)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    result = {"card": jax.devices()[0].device_kind, "made": record.circumstances(), "rows": rows}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu_plain_h100.json").write_text(json.dumps(result, indent=1) + "\n")
+    card = jax.devices()[0].device_kind
+    record.write(f"gpu_plain_{device_key(card)}", rows, card=card)
 
 
 if __name__ == "__main__":

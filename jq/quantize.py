@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import functools
 import re
@@ -30,7 +29,6 @@ _NORMS = re.compile(r"(norm|^ln_|layer_scale|conv)", re.IGNORECASE)
 # The output matrix and MoE routers, left in float unless `skip` says otherwise: they are small and decide much.
 _OUTPUTS = ("lm_head", "embed_out", "output_projection")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
-_STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")  # the experts of a layer in one tensor
 # Conv1D layers of GPT-2 hold [in, out]; quantized checkpoints of them hold [out, in].
 _TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}
 
@@ -155,6 +153,8 @@ def chosen(names: list[str], skip: Skip, beside: Iterable[str] = ()) -> Callable
 
 
 def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | None) -> State:
+    from jq.models import expert_names
+
     if state.container == "gguf":
         from jq.formats import gguf
 
@@ -165,7 +165,11 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
             f"{label}: is quantized already; jq.convert changes the format of quantized weights, and quantizing again "
             "would add the errors of both. Start from the float model"
         )
-    state = _experts_one_by_one(state, label)
+    state, left = expert_names.apart(state, label)
+    if left:  # most of such a model
+        warn_once(
+            label, f"{left[0]} and {len(left) - 1} more stacks of experts stay float: no decoder takes them apart"
+        )
     names = linears(state)
     skipped = chosen(names, skip, state)
     todo = [name for name in names if not skipped(name)]
@@ -194,26 +198,6 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
         "quantization_config": _config(method, todo, [n for n in names if n not in wanted], tensors),
     }
     return state.replace(tensors, config)
-
-
-def _experts_one_by_one(state: State, label: str) -> State:
-    """The State with fused experts apart, where a decoder here knows them: each is a matrix, as quantized files have it.
-
-    Those of other families stay as they are, with a warning: they are most of such a model.
-    """
-    stacked = [key for key in state if _STACKED.search(key)]
-    if not stacked:
-        return state
-    from jq.models import expert_names, spec_of
-
-    with contextlib.suppress(JqError):  # an unknown family, or a config.json that describes none
-        state = expert_names.as_stored(state, spec_of(state.config, label), label)[0]
-    left = [key for key in stacked if key in state]
-    if left:
-        warn_once(
-            label, f"{left[0]} and {len(left) - 1} more stacks of experts stay float: no decoder takes them apart"
-        )
-    return state
 
 
 def _common_dtype(state: State, todo: list[str]) -> np.dtype:

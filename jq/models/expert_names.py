@@ -11,6 +11,7 @@ write these tensors. The decoders here know single experts; saving joins them ag
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -19,14 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from jq.errors import CheckpointError, UnsupportedError
+from jq.errors import CheckpointError, JqError, UnsupportedError
+from jq.models import spec_of
 from jq.models.spec import DecoderSpec
 from jq.qtensor import QTensor
 from jq.state import State, _Deferred
 
 _SINGLE = re.compile(r"\.(mlp|block_sparse_moe)\.experts\.0\.(gate_proj|w1)\.")
 _PARTS = {"gate_proj": ("gate_proj", "up_proj", "down_proj"), "w1": ("w1", "w3", "w2")}
-_FUSED = re.compile(r"^(.*\.)mlp\.experts\.(gate_up_proj|down_proj)$")
+_STACK = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
+_FUSED = re.compile(rf"^(.*\.)mlp{_STACK.pattern}")
 
 
 class Fused:
@@ -70,6 +73,17 @@ def as_stored(state: State, spec: DecoderSpec, label: str) -> tuple[State, Decod
         spec = spec.replace(experts=dataclasses.replace(spec.experts, names=names))
     state, fused = _single(state, spec, label)
     return state, spec, fused
+
+
+def apart(state: State, label: str) -> tuple[State, list[str]]:
+    """The State with fused experts one by one, as quantized files have them, and the stacks that are still in it: of a
+    family that has no decoder here, or one whose decoder takes stacks.
+    """
+    stacks = [name for name in state if _STACK.search(name)]
+    if stacks:
+        with contextlib.suppress(JqError):  # an unknown family, or a config.json that describes none
+            state = as_stored(state, spec_of(state.config, label), label)[0]
+    return state, [name for name in stacks if name in state]
 
 
 def _single(state: State, spec: DecoderSpec, label: str) -> tuple[State, Fused | None]:
