@@ -201,8 +201,9 @@ def tilings(m: int, form: Form, multiprocessors: int) -> Iterator[gemm.Config]:
             if ahead and tile_m <= 64:
                 continue
             blocks = whole_clusters(multiprocessors, share * split)
-            for tail in (TAIL, 0) if (share, split) == (1, 2) and tile_m >= 96 else (0,):
-                yield gemm.Config(tile_m, wn, 1 if one else 2, 0, share, split, blocks, 0, even, ahead, tail=tail)
+            chunks = 1 if one else 2
+            for tail in (TAIL // (chunks * CHUNK), 0) if (share, split) == (1, 2) and tile_m >= 96 else (0,):
+                yield gemm.Config(tile_m, wn, chunks, 0, share, split, blocks, 0, even, ahead, tail=tail)
         if m <= tile_m <= 128:
             yield from shared_tilings(m, tile_m, wn, multiprocessors)
     if m > 1024:
@@ -248,7 +249,8 @@ def estimate(
 WIDEST = {1: 256, 2: 256, 3: 192, 4: 128}
 # Units of a block by its warpgroups, also less than one for each, and more.
 UNITS: dict[int, tuple[int, ...]] = {1: (), 2: (1,), 3: (1,), 4: (1, 2, 4, 6, 7)}
-TAIL = 2  # steps of two blocks that share K, each for its own columns, while sums are on their way (measured)
+# Weights along K that two blocks keep for their own columns each, while sums are on their way (measured).
+TAIL = 384
 # share, split, even
 CLUSTERS = ((1, 1, False), (2, 1, False), (1, 2, False), (2, 2, False), (1, 4, False), (1, 1, True))
 # Measured on an H100: cycles of one k16 step of one warpgroup, decode included, with 1 to 4 warpgroups at work.
@@ -290,7 +292,7 @@ def microseconds(choice: Choice, m: int, n: int, k: int, form: Form) -> float:
     blocks = plan.clusters * plan.cluster
     l2 = passes * k / c.split * (c.tile_m * 2 / c.share + 34 * plan.block_units) * blocks / L2
     dram = weight / DRAM / PIECES.get(c.chunks, 1.15)
-    exchange = (900 + 5 * c.tile_m * plan.block_units) if c.split > 1 else 800 if c.even else 0
+    exchange = (900 + (2 if c.tail else 5) * c.tile_m * plan.block_units) if c.split > 1 else 0
     ends = (passes * (900 + 6 * c.tile_m) + exchange + 400 * (plan.depth > 1)) / CLOCK
     return max(tensor, l2, dram) + 0.15 * min(tensor, max(l2, dram)) + ends + START
 

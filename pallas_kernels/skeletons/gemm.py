@@ -67,6 +67,7 @@ class _Kernel(Sums, Output):
                 ptx.barrier_init(self.full + 8 * i, 1)
                 ptx.barrier_init(self.empty + 8 * i, c.wn // plan.depth * c.share)
             ptx.barrier_init(self.arrived, 1)
+            ptx.barrier_init(self.swapped, 1)
             ptx.barrier_init(self.freed, plan.block_units * max(1, c.split - 1))
             ptx.fence_barrier_init()
             ptx.store_shared(self.at["magic"], [Int(affine.MAGIC * 0x10001)])
@@ -101,11 +102,6 @@ class _Kernel(Sums, Output):
                 ptx.cluster_wait()
             self.consume()
         ptx.sync_warp()
-        if c.even:  # the one that shares its unit has waited for all others already
-            with ptx.when(ptx.select(self.wg == self.work.split_wg, 1, 0) == 0):
-                ptx.cluster_arrive(relaxed=True)
-                ptx.cluster_wait()
-            ptx.sync_warp()
         if c.share > 1:  # others still release slots here; sums that they send have all been waited for
             ptx.cluster_arrive(relaxed=True)
             ptx.cluster_wait()
@@ -136,7 +132,8 @@ class _Kernel(Sums, Output):
                 ptx.barrier_wait(self.empty + slot * 8, parity ^ 1)
                 bar = self.full + slot * 8
                 if c.even:
-                    busy = [ptx.select(s.begin < kk + 1, ptx.select(kk < s.end, 1, 0), 0) for s in shares]
+                    busy = [ptx.select(kk < s.end, 1, 0) for s in shares]
+                    kk = work.place(t, kk)
                     ptx.barrier_expect(bar, functools.reduce(lambda a, b: a + b, busy) * unit_bytes + plan.x_bytes)
                     for i, on in enumerate(busy):
                         with ptx.when(on == 1):
@@ -188,20 +185,21 @@ class _Kernel(Sums, Output):
                 return carry
             at = t * plan.steps  # every pass runs over all steps
             slot, parity = at % plan.stages, at // plan.stages & 1
-            count = mine.end - mine.begin
-            with ptx.when(count == 0):
+            with ptx.when(mine.end == 0):
                 self.skip(slot, parity, Int(plan.steps))
             ptx.sync_warp()
-            with ptx.when(Int(0) < count):
-                slot, parity = self.skip(slot, parity, mine.begin)
-                sums, (slot, parity) = self.multiply(slot, parity, count, self.powers(n0))
-                self.skip(slot, parity, plan.steps - mine.end)
-                with ptx.when(count == plan.steps):
+            with ptx.when(Int(0) < mine.end):
+                sums, at = self.multiply(slot, parity, mine.end, self.powers(n0))
+                with ptx.when(mine.end == plan.steps):
+                    with ptx.when(work.odd == 1):
+                        ptx.barrier_wait(self.swapped, 0)
+                    ptx.sync_warp()
                     self.epilogue(n0, row, sums, "y")
                 ptx.sync_warp()
-                with ptx.when(count < plan.steps):
-                    half = self.swap(sums)
+                with ptx.when(mine.end < plan.steps):
+                    half, at, passed = self.swap(sums, *at)
                     self.epilogue(n0, row + self.rank * (c.tile_m // 2), half, "y half")
+                    self.skip(*at, plan.steps - mine.end - passed)
                 ptx.sync_warp()
             ptx.sync_warp()
             return carry
@@ -225,11 +223,10 @@ class _Kernel(Sums, Output):
         own = (steps - begin + (plan.depth - 1)) // plan.depth
         if c.tail:
             powers = self.powers(n0)
-            sums, (slot, parity) = self.multiply(slot, parity, Int(plan.common), powers)
-            count = plan.sums // 2
-            self.send(t, sums[count:])
-            more, _ = self.multiply(slot, parity, Int(plan.steps - 2 * plan.common), powers, count)
-            self.epilogue(n0, row0, self.receive(t, [ptx.add(a, b) for a, b in zip(sums, more)]), "y")
+            sums, at = self.accumulate(slot, parity, Int(plan.common), powers)
+            self.announce(t)
+            own = self.last_steps(sums, *at, powers[0])
+            self.epilogue(n0, row0, self.whole(self.receive(t, own), powers), "y")
             self.free(t)
             return
         low = plan.block_units % c.wn  # warpgroups with a unit more than the others

@@ -35,7 +35,7 @@ class Block:
         at = plan.layout
         self.at = {name: shared + offset for name, offset in at.items() if name != "bytes"}
         self.full, self.empty = self.at["barriers"], self.at["barriers"] + 8 * plan.stages
-        self.arrived, self.freed = self.empty + 8 * plan.stages, self.empty + 8 * (plan.stages + 1)
+        self.arrived, self.freed, self.swapped = (self.empty + 8 * (plan.stages + i) for i in range(3))
         stacked = "layer" in refs
         self.layer = [Int(ptx.load_global(ptx.global_pointer(refs["layer"]), "u32"))] if stacked else []
         lead = (1,) if stacked else ()

@@ -142,22 +142,37 @@ class Output(Block):
                 totals[i] = ptx.add(totals[i], ptx.select_float(self.part == r, own[i], other))
         return totals
 
-    def swap(self, sums: list[Any]) -> list[Any]:
-        """Half of the columns of the unit that both blocks of a pair have summed a part of, summed."""
-        count = len(sums) // 2
-        # all warpgroups of both blocks are behind their last step: the ring is free to be the inbox
-        ptx.cluster_arrive(relaxed=True)
-        ptx.cluster_wait()
+    def swap(self, sums: list[Any], slot: Int, parity: Int) -> tuple[list[Any], list[Int], int]:
+        """Half of the columns of the unit that both blocks of a pair have summed a part of, summed.
+
+        The other warpgroups go on: this one lets their steps pass meanwhile, and sends a little in each of them, as in
+        `last_steps`.
+
+        Returns:
+          The sums, the slot of the next step, and how many steps have passed.
+        """
+        plan, count = self.plan, len(sums) // 2
         with ptx.when(self.t == 0):
             ptx.barrier_expect(self.arrived, count * 128 * 4)
         ptx.sync_warp()
         first = self.rank == 0
         own = [ptx.select_float(first, a, b) for a, b in zip(sums[:count], sums[count:])]
         other = [ptx.select_float(first, b, a) for a, b in zip(sums[:count], sums[count:])]
-        at = self.at["inbox"] + self.t * 16
-        self.post(at, other, 1 - self.rank)
+        left = plan.steps // 2
+        at, passed = [slot, parity], max(1, min(count // 4, left // 2))
+        inbox = self.at["inbox"] + self.t * 16
+        for i in range(passed):
+            at = self.skip(*at, Int(1))
+            self.post_part(inbox, other, i, passed)
+        at = self.skip(*at, Int((left - passed) // 2))  # until those of the other block are likely to be here
         ptx.barrier_wait(self.arrived, 0, "cluster")
-        return [ptx.add(a, b) for a, b in zip(own, self.posted(at, count))]
+        ptx.sync_warp()
+        half = [ptx.add(a, b) for a, b in zip(own, self.posted(inbox, count))]
+        hopper.sync_threads(self.wg + 1, 128)
+        with ptx.when(self.t == 0):
+            ptx.barrier_arrive(self.swapped)
+        ptx.sync_warp()
+        return half, at, passed + (left - passed) // 2
 
     def post(self, at: Int, sums: list[Any], rank: Int) -> None:
         """Sums of a thread to its place `at` in the inbox of another block."""
@@ -165,17 +180,48 @@ class Output(Block):
         for v in range(0, len(sums), 4):
             ptx.store_remote(target + v * 512, sums[v : v + 4], bar)
 
+    def post_part(self, at: Int, sums: list[Any], part: int, parts: int) -> None:
+        """One of several parts, as even as can be, of what `post` sends to the other block of a pair."""
+        begin, end = (len(sums) // 4 * i // parts * 4 for i in (part, part + 1))
+        self.post(at + begin * 512, sums[begin:end], 1 - self.rank)
+
     def posted(self, at: Int, count: int) -> list[Any]:
         return ptx.chain(*(ptx.load_shared(at + v * 512, "f32", 4) for v in range(0, count, 4)))
 
-    def send(self, t: Int, sums: list[Any]) -> None:
-        """Sums of pass t to the block of the pair that writes them."""
+    def announce(self, t: Int) -> None:
+        """Makes the inbox ready for the sums of pass t, and waits until that of the other block of the pair is."""
         with ptx.when(self.thread == 0):
             ptx.barrier_expect(self.arrived, self.plan.inbox_bytes)
         ptx.sync_warp()
         _when_positive(t, lambda: ptx.barrier_wait(self.freed, (t + 1) & 1))
         ptx.sync_warp()
-        self.post(self.at["inbox"] + self.unit * (len(sums) * 512) + self.t * 16, sums, 1 - self.rank)
+
+    def last_steps(self, sums: list[Any], slot: Int, parity: Int, powers: Any) -> list[Any]:
+        """The tail: steps for the columns that this block writes, while its sums of the others travel.
+
+        A few of them leave in each step, behind the reads of the next step's codes: stores to another block leave at 17
+        bytes a cycle, and what stands behind them in the queue waits for them.
+        """
+        plan, count = self.plan, len(sums) // 2
+        own, others = sums[:count], sums[count:]
+        at = self.at["inbox"] + self.unit * (count * 512) + self.t * 16
+        steps = plan.steps - 2 * plan.common
+        sending = max(1, steps - 1)
+        ready = self.fetch(slot, parity)
+        for i in range(steps):
+            own, _ = self.step(own, ready, slot, powers=powers)
+            following = self.after(slot, parity)
+            if i + 1 < steps:
+                ready = self.fetch(*following)
+            if i < sending:
+                self.post_part(at, others, i, sending)
+            if i + 1 < steps:
+                ready["a"] = self.first_fragment(ready, powers)
+            hopper.wgmma_wait(0)
+            self.release(slot)
+            ptx.sync_warp()
+            slot, parity = following
+        return own
 
     def receive(self, t: Int, own: list[Any]) -> list[Any]:
         """Own sums plus those that the other block of the pair has sent."""

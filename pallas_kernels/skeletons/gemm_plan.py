@@ -207,7 +207,9 @@ class Plan(Launch):
 
     @property
     def y_bytes(self) -> int:
-        return self.config.wn // self.depth * 2 * self.epilogue_rows * 128
+        """Buffers of the epilogues; with `even` they are the inbox of the shared unit's sums before."""
+        buffers = self.config.wn // self.depth * 2 * self.epilogue_rows * 128
+        return max(buffers, self.config.even * self.config.tile_m // 2 * UNIT * 4)
 
     @property
     def fixed_bytes(self) -> int:
@@ -225,11 +227,11 @@ class Plan(Launch):
         sizes = {"x": s * self.x_bytes, "codes": s * self.code_bytes}
         sizes |= {name: s * nbytes for name, nbytes in zip(("scales", "zeros"), self.param_bytes)}
         sizes |= {"y": self.y_bytes, "inbox": self.inbox_bytes, "local": self.local_bytes}
-        sizes |= {"tables": self.table_bytes, "barriers": 8 * (2 * s + 3)}
+        sizes |= {"tables": self.table_bytes, "barriers": 8 * (2 * s + 4)}
         out = offsets(sizes, 1024)
-        out["magic"] = out["barriers"] + 8 * (2 * s + 2)
+        out["magic"] = out["barriers"] + 8 * (2 * s + 3)
         if self.config.even:
-            out["inbox"] = out["x"]  # used when the ring is not any more
+            out["inbox"] = out["y"]
         return out
 
     def reason(self) -> str | None:

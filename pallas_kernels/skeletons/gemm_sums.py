@@ -228,6 +228,13 @@ class Sums(Block):
           powers: see `powers`; of each unit.
           count: sums of a thread, all units; fewer than the plan's where only the first columns are wanted.
         """
+        sums, at = self.accumulate(slot, parity, steps, powers, count)
+        return self.whole(sums, powers), at
+
+    def accumulate(
+        self, slot: Int, parity: Int, steps: Int, powers: list[Powers | None], count: int = 0
+    ) -> tuple[list[Any], list[Int]]:
+        """As `multiply`, without what `whole` does."""
         plan = self.plan
         count, depth, height = count or plan.sums, plan.depth, len(powers)
         zero = [ptx.zero()] * count
@@ -247,7 +254,7 @@ class Sums(Block):
                 return [*sums, *self.after(slot, parity, depth)]
 
             out = ptx.loop(0, steps, 1, [*zero, slot, parity], alone)
-            return self.whole(out[:count], powers), out[count:]
+            return out[:count], out[count:]
 
         # Each step is committed in two halves, and the tensor core always has one of them left to do while the first
         # weights of the next step are decoded.
@@ -281,7 +288,7 @@ class Sums(Block):
         hopper.wgmma_wait(0)
         self.release(slot)
         ptx.sync_warp()
-        return self.whole(sums, powers), list(self.after(slot, parity, depth))
+        return sums, list(self.after(slot, parity, depth))
 
     def whole(self, sums: list[Any], powers: list[Powers | None]) -> list[Any]:
         """The sums of all units, times what the decode has divided by."""

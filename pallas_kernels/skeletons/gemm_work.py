@@ -27,7 +27,7 @@ class Tiles:
         self.passes = (plan.tiles + plan.clusters - 1 - cluster) // plan.clusters
         self.begin = part * plan.steps // plan.config.split
         self.end = (part + 1) * plan.steps // plan.config.split
-        self.split_wg, self.tail = Int(-1), (0, 0)
+        self.tail: tuple[Any, Any] = (0, 0)
         if plan.config.tail:
             self.begin = part * (plan.steps - plan.common)
             self.end = self.begin + plan.common
@@ -51,9 +51,12 @@ class Tiles:
 
 
 class Pairs:
-    """A pair of blocks takes a range of units for one tile of x. What does not fill a pass of both blocks is dealt out
-    evenly, and an odd unit goes to both: the first block runs over the first half of its steps, the second over the
-    rest. So no block waits for others that have a tile more. `split_wg` is the warpgroup with the odd unit, or -1.
+    """A pair of blocks takes a range of units for one tile of x, so that no block waits for others that have a tile more.
+
+    What does not fill a pass of both blocks is dealt out evenly and comes first. An odd unit goes to both: the first
+    block runs over the first half of its steps, the second, whose first pass begins in the middle, over the rest. Their
+    sums meet, and are written, while other warpgroups go on; and the warpgroups that had less to do stay ahead by some
+    steps in the passes that follow, so that epilogues do not coincide and the tensor core always has work.
     """
 
     def __init__(self, plan: Plan, cluster: Int, rank: Int):
@@ -62,26 +65,31 @@ class Pairs:
         self.im, j = cluster % plan.m_tiles, cluster // plan.m_tiles
         self.low = j * plan.units // groups
         count = (j + 1) * plan.units // groups - self.low
-        self.full = count // both
-        rest = count - self.full * both
-        self.each = rest >> 1
-        self.odd = rest & 1
-        self.passes = self.full + ptx.select(Int(0) < rest, 1, 0)
-        self.begin, self.end = Int(0), Int(plan.steps)
-        self.split_wg, self.tail = ptx.select(self.odd == 1, self.each, -1), (0, 0)
+        full = count // both
+        self.rest = count - full * both
+        self.each = self.rest >> 1
+        self.odd = self.rest & 1
+        self.partial = ptx.select(Int(0) < self.rest, 1, 0)  # passes that not all warpgroups have a unit for
+        self.passes = full + self.partial
+        self.begin, self.end, self.tail = Int(0), Int(plan.steps), (0, 0)
 
     def tile(self, t: Int) -> tuple[Int, Int]:
         wn = self.plan.config.wn
-        mine = ptx.select(t < self.full, wn, self.each)
-        return self.im, self.low + t * (2 * wn) + self.rank * mine
+        later = self.low + self.rest + (t - self.partial) * (2 * wn) + self.rank * wn
+        return self.im, ptx.select(t < self.partial, self.low + self.rank * self.each, later)
 
     def share(self, t: Int, first: Int, w: Any) -> Share:
-        plan, wn = self.plan, self.plan.config.wn
         w = Int(w) if isinstance(w, int) else w
-        whole = w < ptx.select(t < self.full, wn, self.each)
-        odd = w == ptx.select(t < self.full, -1, self.split_wg)
-        middle = plan.steps // 2
-        last = self.low + self.full * (2 * wn) + self.each * 2
-        begin = ptx.select(odd, self.rank * middle, 0)
-        end = ptx.select(whole, plan.steps, ptx.select(odd, ptx.select(self.rank == 0, middle, plan.steps), 0))
-        return Share(ptx.select(odd, last, first + w), begin, end)
+        steps, middle = self.plan.steps, self.plan.steps // 2
+        whole = w < ptx.select(t < self.partial, self.each, self.plan.config.wn)
+        half = ptx.select(self.rank == 0, middle, steps - middle) * self.odd
+        half = ptx.select(w == ptx.select(t < self.partial, self.each, -1), half, 0)
+        unit = ptx.select(whole, first + w, self.low + self.each * 2)
+        return Share(unit, self.begin, ptx.select(whole, steps, half))
+
+    def place(self, t: Int, step: Int) -> Int:
+        """Where along K a block is in a step of pass t."""
+        steps = self.plan.steps
+        turned = ptx.select(t < self.partial, self.rank * self.odd, 0) * (steps // 2)
+        at = step + turned
+        return ptx.select(at < steps, at, at - steps)

@@ -61,7 +61,9 @@ def test_every_step_once(plain_integers, m, n, k, config):
                 for i in range(plan.block_units):
                     share = work.share(t, first, i)
                     busy += share.end - share.begin
-                    steps = [(step, half) for step in range(share.begin, share.end) for half in (0, 1)]
+                    steps = list(range(share.begin, share.end))
+                    steps = [work.place(t, step) for step in steps] if config.even else steps
+                    steps = list(itertools.product(steps, (0, 1)))
                     steps += [(step, rank) for step in range(*work.tail)] if config.tail else []
                     seen.update((tile, share.unit, *step) for step in steps)
             longest = max(longest, busy)
