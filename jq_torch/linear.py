@@ -24,7 +24,7 @@ _traces, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack  # na
 _before, _after = module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks
 _before_back, _after_back = module_hooks._global_backward_pre_hooks, module_hooks._global_backward_hooks
 _call = nn.Module.__call__
-_Held = Callable[[Any, torch.Tensor], torch.Tensor | None]
+_Held = Callable[[dict[str, Any], torch.Tensor], torch.Tensor | None]
 
 
 def _plain(x: torch.Tensor) -> bool:
@@ -34,7 +34,7 @@ def _plain(x: torch.Tensor) -> bool:
         and not _autocasts()
         and not _traces()  # torch.jit.trace
         and not _modes()  # make_fx, counters, recomputation
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and not x.requires_grad
     )
 
 
@@ -172,15 +172,15 @@ class JqLinear(Packed, nn.Linear):
         """`nn.Module.__call__`: what it spends on looking for hooks is a fifth of the time to start a kernel."""
         if (
             not _compiles()
-            and (held := self._held) is not None
-            and not (self._forward_pre_hooks or self._forward_hooks or _before or _after)
-            and not (self._backward_pre_hooks or self._backward_hooks or _before_back or _after_back)
-            and type(self).forward is JqLinear.forward  # a subclass, or a hook of accelerate in its place
-            and "forward" not in self.__dict__
-            and self._compiled_call_impl is None
+            and (held := (own := self.__dict__)["_held"]) is not None  # half the time of an attribute of a module
+            and not (own["_forward_pre_hooks"] or own["_forward_hooks"] or _before or _after)
+            and not (own["_backward_pre_hooks"] or own["_backward_hooks"] or _before_back or _after_back)
+            and type(self).forward is _forward  # a subclass, or another function in its place
+            and "forward" not in own  # a hook of accelerate
+            and "_compiled_call_impl" not in own
             and nn.Module.__call__ is _call  # replaced by those who watch
             and not (more or named)  # a hook before `forward` may take them
-            and (y := held(self, input)) is not None
+            and (y := held(own["_parameters"], input)) is not None
         ):
             return y
         return super().__call__(input, *more, **named)
@@ -203,15 +203,15 @@ class JqLinear(Packed, nn.Linear):
         """The product by the GPU kernel, past torch's dispatcher, which costs more than it; None where that cannot be."""
         if not self.kernels:
             return None
-        if (held := self._held) is not None and (y := held(self, x)) is not None:
+        if (held := self._held) is not None and (y := held(self._parameters, x)) is not None:
             return y
         if not (x.is_cuda and _plain(x)):
             return None
         held = self._held = self._hold(x.dtype)
-        return None if held is None else held(self, x)
+        return None if held is None else held(self._parameters, x)
 
     def _hold(self, dtype: torch.dtype) -> _Held | None:
-        """(layer, x) -> the product, or None where x or the layer's arrays are not, or no more, what this was made for."""
+        """(parameters, x) -> the product, or None where one of them is not, or no more, what this was made for."""
         name = self._first
         first = self._parameters.get(name)
         if first is None or not self._skeletons["q"].layout:
@@ -219,15 +219,16 @@ class JqLinear(Packed, nn.Linear):
         weight = ops.cuda_weight(*self.operands(), dtype)
         if weight is None:
             return None
-        kernel, lies, pointer = weight.of(dtype), first.data_ptr, first.data_ptr()
+        kernel, lies, pointer = weight.of(dtype, _plain), first.data_ptr, first.data_ptr()
 
-        def run(layer: JqLinear, x: torch.Tensor) -> torch.Tensor | None:
-            parameters = layer._parameters
-            if not (_plain(x) and x.dtype is dtype and parameters.get(name) is first and lies() == pointer):
+        def run(parameters: dict[str, Any], x: torch.Tensor) -> torch.Tensor | None:
+            # of what makes x plain, modes alone can change between tensors that are alike to the kernel
+            if _modes() or parameters.get(name) is not first or lies() != pointer:
                 return None
             y = kernel(x)
-            bias = parameters["bias"]  # nn.Module's __getattr__ takes a microsecond
-            return y if bias is None else y.add_(bias if bias.dtype is dtype else bias.to(dtype))
+            if y is None or (bias := parameters["bias"]) is None:
+                return y
+            return y.add_(bias if bias.dtype is dtype else bias.to(dtype))
 
         return run
 
@@ -244,3 +245,6 @@ class JqLinear(Packed, nn.Linear):
     def extra_repr(self) -> str:
         what = self._described.get("q", "not packed")
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {what}"
+
+
+_forward = JqLinear.forward

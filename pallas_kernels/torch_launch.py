@@ -63,6 +63,9 @@ def private() -> tuple[Any, Any]:
     return _find_mgpu_call_in_module, ctypes.CDLL(plugin._get_library_path())
 
 
+pointer = ctypes.c_void_p.from_param  # address -> an argument: a c_void_p would be made into one at each call
+
+
 class Launcher:
     """A compiled kernel: device pointers in, work on a stream out."""
 
@@ -83,14 +86,14 @@ class Launcher:
         compiled = library.MosaicGpuCompile(code, len(code))
         if not compiled:
             raise RuntimeError("Mosaic could not compile the kernel")
-        self._context = ctypes.c_void_p(compiled[0])
+        self._context = pointer(compiled[0])
         # PYFUNCTYPE keeps the interpreter's lock: the call only enqueues, giving the lock away would cost more.
         # Without argument types, which would cost a conversion each, it takes ctypes' own objects alone.
         self._launch = ctypes.PYFUNCTYPE(None)(compiled[1])
 
     @property
-    def parts(self) -> tuple[Any, ctypes.c_void_p]:
-        """(C function (context, stream, array of pointers) that takes c_void_p and ctypes arrays, context)."""
+    def parts(self) -> tuple[Any, Any]:
+        """(C function (context, stream, array of pointers) that takes what `pointer` and ctypes.byref make, context)."""
         return self._launch, self._context
 
 

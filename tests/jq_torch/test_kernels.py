@@ -152,8 +152,8 @@ def test_watchers_see_a_layer_that_goes_past_module_call(double, monkeypatch):
     want = layer(x)
 
     class Kernel:
-        def of(self, dtype):
-            return lambda x: calls.append(1) or want * (x[0, 0] / first)
+        def of(self, dtype, takes):
+            return lambda x: (calls.append(1) or want * (x[0, 0] / first)) if takes(x) else None
 
     first = x[0, 0].clone()
     monkeypatch.setattr(ops, "cuda_weight", lambda packed, spec, dtype: Kernel())
@@ -284,6 +284,9 @@ def test_a_packed_layer_takes_the_kernel():
             layer.bias = torch.nn.Parameter(torch.randn(N, device="cuda", dtype=dtype))
             assert torch.equal(layer(x), without + layer.bias.to(x.dtype))
             layer.bias = None
+        with torch.autocast("cuda", torch.float16):
+            assert layer(x).dtype is torch.float16
+        assert layer(x).dtype is torch.bfloat16
     x.requires_grad_()
     layer(x).sum().backward()
     assert torch.isfinite(x.grad).all()
