@@ -28,7 +28,7 @@ from pallas_kernels.launch import launch
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.gemm_output import Output
 from pallas_kernels.skeletons.gemm_plan import CONSUMER_REGISTERS, PRODUCER_REGISTERS, UNIT, Config, Plan
-from pallas_kernels.skeletons.gemm_sums import Sums
+from pallas_kernels.skeletons.gemm_work import Pairs
 
 __all__ = ["Config", "Plan", "matmul"]
 
@@ -55,7 +55,7 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     return launch(emit, "gemm_matmul", arrays, out, shared_bytes=plan.layout["bytes"], **size)[0]
 
 
-class _Kernel(Sums, Output):
+class _Kernel(Output):
     """Emits the kernel."""
 
     def run(self) -> None:
@@ -131,7 +131,7 @@ class _Kernel(Sums, Output):
                 slot, parity = carry
                 ptx.barrier_wait(self.empty + slot * 8, parity ^ 1)
                 bar = self.full + slot * 8
-                if c.even:
+                if isinstance(work, Pairs):
                     busy = [ptx.select(kk < s.end, 1, 0) for s in shares]
                     kk = work.place(t, kk)
                     ptx.barrier_expect(bar, functools.reduce(lambda a, b: a + b, busy) * unit_bytes + plan.x_bytes)
@@ -159,7 +159,8 @@ class _Kernel(Sums, Output):
             carry = ptx.loop(work.begin, work.end, 1, carry, step)
             if c.tail:
                 own = functools.partial(step, halves=1)
-                carry = ptx.loop(*work.tail, 1, carry, own)
+                begin, end = work.tail
+                carry = ptx.loop(begin, end, 1, carry, own)
             return carry
 
         ptx.loop(0, work.passes, 1, [Int(0), Int(0)], one_pass)
@@ -179,12 +180,12 @@ class _Kernel(Sums, Output):
             im, first = work.tile(t)
             mine = work.share(t, first, self.unit)
             row, n0 = im * c.tile_m, mine.unit * UNIT
-            if not c.even:
+            if not isinstance(work, Pairs):
                 steps = Int(plan.steps - plan.common) if c.tail else mine.end - mine.begin
                 self.tile(t, n0, row + self.part * plan.own_rows, steps)
                 return carry
-            at = t * plan.steps  # every pass runs over all steps
-            slot, parity = at % plan.stages, at // plan.stages & 1
+            step = t * plan.steps  # every pass runs over all steps
+            slot, parity = step % plan.stages, step // plan.stages & 1
             with ptx.when(mine.end == 0):
                 self.skip(slot, parity, Int(plan.steps))
             ptx.sync_warp()
@@ -197,9 +198,9 @@ class _Kernel(Sums, Output):
                     self.epilogue(n0, row, sums, "y")
                 ptx.sync_warp()
                 with ptx.when(mine.end < plan.steps):
-                    half, at, passed = self.swap(sums, *at)
+                    half, (slot, parity), passed = self.swap(sums, *at)
                     self.epilogue(n0, row + self.rank * (c.tile_m // 2), half, "y half")
-                    self.skip(*at, plan.steps - mine.end - passed)
+                    self.skip(slot, parity, plan.steps - mine.end - passed)
                 ptx.sync_warp()
             ptx.sync_warp()
             return carry
@@ -218,15 +219,15 @@ class _Kernel(Sums, Output):
         """
         plan, c = self.plan, self.plan.config
         begin = (self.turn + (plan.depth - t * steps % plan.depth)) % plan.depth  # the slots of this warpgroup's turn
-        at = t * steps + begin
-        slot, parity = at % plan.stages, at // plan.stages & 1
+        step = t * steps + begin
+        slot, parity = step % plan.stages, step // plan.stages & 1
         own = (steps - begin + (plan.depth - 1)) // plan.depth
         if c.tail:
             powers = self.powers(n0)
             sums, at = self.accumulate(slot, parity, Int(plan.common), powers)
             self.announce(t)
-            own = self.last_steps(sums, *at, powers[0])
-            self.epilogue(n0, row0, self.whole(self.receive(t, own), powers), "y")
+            totals = self.receive(t, self.last_steps(sums, *at, powers[0]))
+            self.epilogue(n0, row0, self.whole(totals, powers), "y")
             self.free(t)
             return
         low = plan.block_units % c.wn  # warpgroups with a unit more than the others

@@ -7,11 +7,11 @@ from typing import Any
 
 from pallas_kernels import hopper, ptx
 from pallas_kernels.ptx import Int
-from pallas_kernels.skeletons.gemm_block import Block
+from pallas_kernels.skeletons.gemm_sums import Sums
 
 
-class Output(Block):
-    """Epilogues."""
+class Output(Sums):
+    """Epilogues, and the steps during which sums travel."""
 
     def epilogue(self, n0: Int, row0: Int, sums: list[Any], target: str) -> None:
         """Writes y of one unit, rows of x from row0 on: through shared memory, in pieces."""
@@ -142,7 +142,7 @@ class Output(Block):
                 totals[i] = ptx.add(totals[i], ptx.select_float(self.part == r, own[i], other))
         return totals
 
-    def swap(self, sums: list[Any], slot: Int, parity: Int) -> tuple[list[Any], list[Int], int]:
+    def swap(self, sums: list[Any], slot: Int, parity: Int) -> tuple[list[Any], tuple[Int, Int], int]:
         """Half of the columns of the unit that both blocks of a pair have summed a part of, summed.
 
         The other warpgroups go on: this one lets their steps pass meanwhile, and sends a little in each of them, as in
@@ -159,12 +159,13 @@ class Output(Block):
         own = [ptx.select_float(first, a, b) for a, b in zip(sums[:count], sums[count:])]
         other = [ptx.select_float(first, b, a) for a, b in zip(sums[:count], sums[count:])]
         left = plan.steps // 2
-        at, passed = [slot, parity], max(1, min(count // 4, left // 2))
+        sending = max(1, min(count // 4, left // 2))
+        waiting = (left - sending) // 2  # until those of the other block are likely to be here
         inbox = self.at["inbox"] + self.t * 16
-        for i in range(passed):
-            at = self.skip(*at, Int(1))
-            self.post_part(inbox, other, i, passed)
-        at = self.skip(*at, Int((left - passed) // 2))  # until those of the other block are likely to be here
+        for i in range(sending):
+            slot, parity = self.skip(slot, parity, Int(1))
+            self.post_part(inbox, other, i, sending)
+        slot, parity = self.skip(slot, parity, Int(waiting))
         ptx.barrier_wait(self.arrived, 0, "cluster")
         ptx.sync_warp()
         half = [ptx.add(a, b) for a, b in zip(own, self.posted(inbox, count))]
@@ -172,7 +173,7 @@ class Output(Block):
         with ptx.when(self.t == 0):
             ptx.barrier_arrive(self.swapped)
         ptx.sync_warp()
-        return half, at, passed + (left - passed) // 2
+        return half, (slot, parity), sending + waiting
 
     def post(self, at: Int, sums: list[Any], rank: Int) -> None:
         """Sums of a thread to its place `at` in the inbox of another block."""

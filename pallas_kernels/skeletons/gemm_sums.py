@@ -18,7 +18,7 @@ from pallas_kernels.skeletons.plan import tile_words
 class Sums(Block):
     """Accumulates y^T of one unit of 64 rows."""
 
-    def skip(self, slot: Int, parity: Int, count: Int) -> list[Int]:
+    def skip(self, slot: Int, parity: Int, count: Int) -> tuple[Int, Int]:
         """Lets steps pass that are for other warpgroups."""
 
         def step(_: Int, carry: list[Int]) -> list[Int]:
@@ -31,7 +31,8 @@ class Sums(Block):
             ptx.sync_warp()
             return list(self.after(carry[0], carry[1]))
 
-        return ptx.loop(0, count, 1, [slot, parity], step)
+        slot, parity = ptx.loop(0, count, 1, [slot, parity], step)
+        return slot, parity
 
     def words(self, slot: Int, chunk: int, unit: Int) -> list[ir.Value]:
         """This thread's codes of a tile of 64 along K, from shared memory."""
@@ -220,7 +221,7 @@ class Sums(Block):
 
     def multiply(
         self, slot: Int, parity: Int, steps: Int, powers: list[Powers | None], count: int = 0
-    ) -> tuple[list[Any], list[Int]]:
+    ) -> tuple[list[Any], tuple[Int, Int]]:
         """y^T of one or more units: sums over `steps` steps from this slot on, each `depth` slots behind the one before it;
         and the slot behind them.
 
@@ -233,7 +234,7 @@ class Sums(Block):
 
     def accumulate(
         self, slot: Int, parity: Int, steps: Int, powers: list[Powers | None], count: int = 0
-    ) -> tuple[list[Any], list[Int]]:
+    ) -> tuple[list[Any], tuple[Int, Int]]:
         """As `multiply`, without what `whole` does."""
         plan = self.plan
         count, depth, height = count or plan.sums, plan.depth, len(powers)
@@ -254,7 +255,7 @@ class Sums(Block):
                 return [*sums, *self.after(slot, parity, depth)]
 
             out = ptx.loop(0, steps, 1, [*zero, slot, parity], alone)
-            return out[:count], out[count:]
+            return out[:count], (out[count], out[count + 1])
 
         # Each step is committed in two halves, and the tensor core always has one of them left to do while the first
         # weights of the next step are decoded.
@@ -288,7 +289,7 @@ class Sums(Block):
         hopper.wgmma_wait(0)
         self.release(slot)
         ptx.sync_warp()
-        return sums, list(self.after(slot, parity, depth))
+        return sums, self.after(slot, parity, depth)
 
     def whole(self, sums: list[Any], powers: list[Powers | None]) -> list[Any]:
         """The sums of all units, times what the decode has divided by."""
