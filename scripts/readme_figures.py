@@ -128,7 +128,8 @@ def gpu_matmul() -> str:
         )
     header = ["out x in", "int4 M=1, us", "of a bare read", "best peer / ours", "NF4 M=1, us", "bitsandbytes / ours"]
     header += [f"cuBLAS bf16 / ours, M={m}" for m in (16, 64, 256, 4096)]
-    return table(header, rows) + gpu_line(found)
+    earlier = sorted({r["peers_measured"] for r in found["rows"] if "peers_measured" in r})
+    return table(header, rows) + gpu_line(found) + (f"; bitsandbytes: {', '.join(earlier)}" if earlier else "")
 
 
 KINDS = {"w8a16_g128": "int8 in groups of 128", "e4m3_row": "float8 e4m3, rows", "mxfp4": "MXFP4"}
