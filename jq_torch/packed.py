@@ -154,7 +154,8 @@ class Packed(nn.Module):
         return [getattr(self, name) for name in self._operands[role]], self._spec[role]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None, "_dense_cache": None}  # made anew where they are needed
+        # made anew where they are needed; nn.Module's own leaves out the function of `compile`, which is the original's
+        return {**super().__getstate__(), "_held": None, "_dense_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -189,6 +189,18 @@ def test_gradient_of_a_bias(model):
     torch.testing.assert_close(layer.bias.grad, weight.sum((0, 1)))
 
 
+def test_a_copy_of_a_compiled_layer_is_its_own(model):
+    layer = copy.deepcopy(model.model.layers[0].mlp.up_proj)
+    layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features))
+    layer.compile(backend="eager")
+    x = torch.randn(2, layer.in_features)
+    want, twin = layer(x), copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.bias += 1
+    torch.testing.assert_close(twin(x), want + 1)
+    assert torch.equal(layer(x), want)
+
+
 def test_odd_inputs(model):
     layer = model.model.layers[0].mlp.up_proj
     w = layer.dequantize(torch.float32)
