@@ -129,7 +129,18 @@ def gpu_matmul() -> str:
     header = ["out x in", "int4 M=1, us", "of a bare read", "best peer / ours", "NF4 M=1, us", "bitsandbytes / ours"]
     header += [f"cuBLAS bf16 / ours, M={m}" for m in (16, 64, 256, 4096)]
     earlier = sorted({r["peers_measured"] for r in found["rows"] if "peers_measured" in r})
-    return table(header, rows) + gpu_line(found) + (f"; bitsandbytes: {', '.join(earlier)}" if earlier else "")
+    made = gpu_line(found) + (f"; bitsandbytes: {', '.join(earlier)}" if earlier else "")
+    beside_int4 = [
+        f"{title} {', '.join(over_int4(cells, kernel, m) for m in (1, 8, 16, 64))}"
+        for kernel, title in (("nf4_b64", "NF4"), ("nf4_b64_dq", "with nested scales"))
+    ]
+    return table(header, rows) + made + f"\n\nTime over int4's at 1, 8, 16 and 64 rows: {'; '.join(beside_int4)}."
+
+
+def over_int4(cells: dict[tuple[int, int], dict[tuple[str, int], dict]], kernel: str, m: int) -> str:
+    """Smallest and largest time of a kernel over int4's among shapes, at m rows."""
+    ratios = [at[kernel, m]["us"] / at["w4a16_g128", m]["us"] for at in cells.values() if (kernel, m) in at]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "-"
 
 
 KINDS = {"w8a16_g128": "int8 in groups of 128", "e4m3_row": "float8 e4m3, rows", "mxfp4": "MXFP4"}
