@@ -30,9 +30,9 @@ from jq.algorithms import rtn
 from jq.errors import FormatError, UnsupportedError
 from jq.formats import marlin
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take
-from jq.formats.gptq_config import Options, config_of, detect, parse, with_block_list
+from jq.formats.gptq_config import Options, config_of, detect, index_mode, parse, with_block_list
 from jq.qtensor import Affine, Grouping, Source, Transposed
-from jq.qtensor.affine import check_finite, check_indices, pack_zeros
+from jq.qtensor.affine import check_finite, pack_zeros
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 MARLIN = ("B", "s")  # and a workspace, in some files
@@ -85,7 +85,7 @@ def _load(prefix: str, parts: Parts, options: Options, context: Context) -> Affi
         f"{prefix}.qzeros",
         f"{groups} groups, {out_features} * {o.bits} / {width} words; check quantization_config.bits ({o.bits})",
     )
-    mode, stored_index = _index_mode(prefix, g_idx, in_features, group, groups)
+    mode, stored_index = index_mode(prefix, g_idx, in_features, group, groups)
     codes = codes_of(qweight, o)
     zeros = zeros_of(qzeros, out_features, o)
     zero_point = 1 << (o.bits - 1)
@@ -150,18 +150,6 @@ def _sizes(
         f"and its config disagree; check quantization_config.bits and dynamic in {context.label}",
     )
     return in_features, out_features
-
-
-def _index_mode(
-    prefix: str, g_idx: np.ndarray | None, in_features: int, group: int, groups: int
-) -> tuple[str, np.ndarray | None]:
-    """("none" | "trivial" | "stored", the g_idx that the arithmetic needs)."""
-    if g_idx is None:
-        return "none", None
-    check_indices(g_idx, groups, f"{prefix}.g_idx")
-    if np.array_equal(g_idx, np.arange(in_features) // group):
-        return "trivial", None
-    return "stored", g_idx.astype(np.int32)
 
 
 def codes_of(qweight: np.ndarray, o: Options) -> np.ndarray:
@@ -277,7 +265,7 @@ def build(
     group = in_features if group_size == -1 else group_size
     rule = zeros_rule or ("v1-field" if storage == "gptq" else "v2")
     options = Options(bits, group_size, isinstance(zeros, int), planar=storage == "gptq_p", zeros=rule)
-    mode, index = _index_mode(
+    mode, index = index_mode(
         name, np.arange(in_features) // group if g_idx is None else g_idx, in_features, group, scales.shape[-1]
     )
     return Affine.make(

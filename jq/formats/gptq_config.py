@@ -7,8 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, true_or_false, warn_unknown
+from jq.qtensor.affine import check_indices
 
 WORDS = ("int8", "int16", "int32", "int64")
 
@@ -294,3 +297,26 @@ def with_block_list(config: dict[str, Any], quantized: list[str], skip: list[str
     if left and not done.keys() & left.keys():
         config["modules_in_block_to_quantize"] = [sorted(done)]
     return config
+
+
+def index_mode(
+    prefix: str, g_idx: np.ndarray | None, in_features: int, group: int, groups: int
+) -> tuple[str, np.ndarray | None]:
+    """("none" | "trivial" | "stored", the g_idx that the arithmetic needs).
+
+    Raises:
+      FormatError: groups that are not there, or group 0 for all inputs though there are several: GPT-QModel's torch and
+        triton layers would multiply by its scales alone, its exllama and marlin ones by those of k // group.
+    """
+    if g_idx is None:
+        return "none", None
+    check_indices(g_idx, groups, f"{prefix}.g_idx")
+    if np.array_equal(g_idx, np.arange(in_features) // group):
+        return "trivial", None
+    if not g_idx.any():  # one group would have been trivial
+        raise FormatError(
+            f"{prefix}.g_idx: found 0 for all {in_features} inputs, expected each of {groups} groups of {group} in use; "
+            f"some readers take that for group 0 throughout, some for k // {group}. A buffer that was never filled: make "
+            "the file anew, or leave g_idx out of it if the weights were quantized without desc_act"
+        )
+    return "stored", g_idx.astype(np.int32)

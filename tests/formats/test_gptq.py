@@ -191,6 +191,10 @@ BROKEN = {
         r"q_proj\.qzeros: found shape \(2, 3\), expected \(2, 4\)",
     ),
     "g_idx range": (index_out_of_range, r"q_proj\.g_idx: values 0\.\.2 are outside 0\.\.1"),
+    "g_idx zeros": (
+        lambda p: p.update(g_idx=np.zeros_like(p["g_idx"])),
+        r"q_proj\.g_idx: found 0 for all 64 inputs, expected each of 2 groups of 32 in use",
+    ),
     "g_idx length": (lambda p: p.update(g_idx=p["g_idx"][:32]), r"q_proj\.qweight: found shape \(8, 32\), expected \(4, 32\)"),
     "g_idx float": (lambda p: p.update(g_idx=p["g_idx"].astype(np.float32)), r"q_proj\.g_idx: found float32\[64\]"),
     "nan": (nan_scales, r"q_proj\.scales: 1 of 64 values are not finite \(first at \(1, 3\)\)"),
