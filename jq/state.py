@@ -90,9 +90,15 @@ class State(Mapping[str, Any]):
         return value.entry if isinstance(value, _Deferred) else None
 
     def replace(self, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> State:
-        """The same checkpoint with other tensors (and config); shards and metadata are planned anew."""
+        """The same checkpoint with other tensors (and config); shards and metadata are planned anew.
+
+        A GGUF file's State stays one as long as tensors have the file's names: config and vocabulary are its metadata.
+        """
         config = self.config if config is None else config
-        return State(tensors, config, path=self.path, side_files=self.side_files, shared=self.shared)
+        kept: dict[str, Any] = {}
+        if self.container == "gguf" and self.metadata and any(name in self for name in tensors):
+            kept = {"container": self.container, "metadata": self.metadata}
+        return State(tensors, config, path=self.path, side_files=self.side_files, shared=self.shared, **kept)
 
     def with_tensors(self, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> State:
         """The same checkpoint, its shards, metadata and order included, with these tensors (and config)."""

@@ -197,6 +197,25 @@ def test_a_state_in_memory_is_what_loads(tmp_path: Path, lazy: bool) -> None:
             jq.load(state)
 
 
+def test_a_state_with_other_tensors_stays_a_gguf(tmp_path: Path) -> None:
+    """Its config and vocabulary are the file's; and a directory of its names alone is nothing that loads."""
+    file = tmp_path / "model.gguf"
+    dense = write_model(file)
+    state = jq.load_state(file)
+    plain = {n: np.asarray(v.dequantize()) if isinstance(v, jq.QTensor) else v for n, v in state.items()}
+    ids = np.arange(1, 9)[None]
+    expected = np.asarray(jq.load(jq.state.State(dense, model_state(state).config))(ids))
+    for tensors in (plain, dict(state)):
+        other = state.replace(tensors)
+        model = jq.load(other)
+        np.testing.assert_allclose(np.asarray(model(ids)), expected, rtol=1e-4, atol=1e-4)
+        assert model.tokenizer("abc")["input_ids"] == [9]
+        with pytest.raises(UnsupportedError, match=r"model[.]gguf: GGUF is read, not written; jq[.]convert"):
+            jq.save(other, tmp_path / "out")
+    jq.save(state.replace(dense, model_state(state).config), tmp_path / "out")  # under Hugging Face's names
+    np.testing.assert_allclose(np.asarray(jq.load(tmp_path / "out")(ids)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_tokenizer_of_bytes(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     write_model(file)
