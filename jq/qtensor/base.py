@@ -157,12 +157,24 @@ class QTensor(_Common):
         """Slices leading stack axes; on an unstacked [N, K] tensor a slice of rows where blocks end with rows."""
         stack = self.ndim - 2
         if stack > 0:
-            if isinstance(index, int) and not -self.shape[0] <= index < self.shape[0]:  # JAX would clamp it
-                raise IndexError(f"{type(self).__name__}: index {index} of a stack of {self.shape[0]}")
+            self._check_index(index if isinstance(index, tuple) else (index,))
             return jax.tree.map(lambda a: a[index], self)
         if not isinstance(index, slice):
             raise TypeError(f"{type(self).__name__}: only a slice of rows can be taken of [N, K], got {index!r}")
         return self._rows(index)
+
+    def _check_index(self, index: tuple[Any, ...]) -> None:
+        """Raises `IndexError` for integers outside the stack, which JAX would clamp, and for more axes than it has."""
+        stack = self.shape[:-2]
+        if len(index) > len(stack):
+            raise IndexError(f"{type(self).__name__}: {len(index)} indices into {len(stack)} leading axes")
+        for size, i in zip(stack, index, strict=False):
+            if i is None or i is Ellipsis:
+                raise IndexError(
+                    f"{type(self).__name__}: leading axes are taken by integers, slices and arrays, not {i}"
+                )
+            if isinstance(i, int | np.integer) and not -size <= i < size:
+                raise IndexError(f"{type(self).__name__}: index {i} of a stack of {size}")
 
     def _rows(self, index: slice) -> Self:
         raise ValueError(

@@ -337,9 +337,17 @@ def test_scales_and_zeros_that_do_not_fit_are_refused(fields):
 def test_a_stack_ends():
     stacked = stack([affine_of().to_jax() for _ in range(2)])
     assert [q.shape for q in stacked] == [(4, 8), (4, 8)] and stacked[-2].shape == (4, 8)
-    for index in (2, -3):
+    for index in (2, -3, np.int64(2), (2,)):
         with pytest.raises(IndexError, match="of a stack of 2"):
             stacked[index]
+    twice = stack([stacked] * 3)
+    np.testing.assert_array_equal(twice[2, 1].dequantize(), affine_of().dequantize())
+    for index in ((0, 2), (np.int32(3), 0), (slice(None), -3)):
+        with pytest.raises(IndexError, match=r"of a stack of [23]"):
+            twice[index]
+    for index in ((0, 0, 0), ..., None):  # would cut rows and columns of codes and scales alike
+        with pytest.raises(IndexError, match=r"indices into 2 leading axes|leading axes are taken by"):
+            twice[index]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.complex64])
