@@ -97,3 +97,25 @@ def test_loads_to_the_same_bits_whatever_dtype_config_json_names(
         want, got = np.asarray(q.dequantize()), np.asarray(again[module].dequantize())
         assert (got.dtype, again[module].dtype) == (want.dtype, q.dtype), module
         assert got.tobytes() == want.tobytes(), module
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_finite_is_refused(name: str, bad: float) -> None:
+    """Scale rules that look for a maximum, or saturate, would make numbers of it."""
+    w = np.ones((2, 256, 256) if name in NO_LINEARS else (256, 256), np.float32)
+    w[..., 3, 5] = bad
+    method = getattr(jq, name)(**OPTIONS.get(name, {}))
+    with pytest.raises(ValueError, match=r"not finite|fp16|float16"):
+        method.quantize(w, name="layer")
+    if name not in NO_LINEARS:
+        with pytest.raises(ValueError, match=r"layer: holds values that are not finite"):
+            jq.quantize({"layer.weight": w}, method)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(NO_LINEARS)))
+def test_a_transposed_view_is_the_same_weight(name: str) -> None:
+    w = np.random.default_rng(0).standard_normal((256, 256), np.float32)
+    method = getattr(jq, name)(**OPTIONS.get(name, {}))
+    found = method.quantize(np.asfortranarray(w)).dequantize("float32")
+    np.testing.assert_array_equal(found, method.quantize(w).dequantize("float32"))

@@ -16,6 +16,18 @@ def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def finite(w: np.ndarray, name: str) -> np.ndarray:
+    """The weight to quantize as contiguous rows.
+
+    Raises:
+      ValueError: it holds NaN or infinity, which some scale rules would turn into numbers.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not np.isfinite(w.sum(dtype=np.float32)) and not np.isfinite(w.astype(np.float32)).all():
+            raise ValueError(f"{name}: holds values that are not finite; nothing can be rounded to them")
+    return np.ascontiguousarray(w)
+
+
 def group_ranges(w: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Smallest and largest weight of each group of `group_size` inputs (-1 = all): float32[N, ceil(K / group_size)].
 

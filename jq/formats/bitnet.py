@@ -29,6 +29,7 @@ import numpy as np
 
 from jq.activations import Activation
 from jq.algorithms.bitnet import absmean_codes, absmean_scale
+from jq.algorithms.blocks import finite
 from jq.errors import FormatError
 from jq.formats.base import (
     Context,
@@ -240,8 +241,9 @@ class BitNet:
 
         Raises:
           FormatError: N is no multiple of 4 (the format's packing would add rows).
+          ValueError: weights that are not finite.
         """
-        w = np.asarray(w)
+        w = finite(np.asarray(w), name)
         expect_dtype(w, FLOATS, name)
         if w.shape[0] % PER_BYTE:
             raise FormatError(f"{name}: {w.shape[0]} output features; BitNet packs rows by {PER_BYTE}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.activations import Activation
-from jq.algorithms import codebook4, int8
+from jq.algorithms import blocks, codebook4, int8
 from jq.errors import UnsupportedError
 from jq.qtensor import Affine, Codebook, Grouping, Source
 
@@ -86,9 +86,7 @@ def _checked(w: Any, name: str) -> np.ndarray:
         raise ValueError(
             f"{name}: expected float32, float16 or bfloat16 [out_features, in_features], got {w.dtype}{list(w.shape)}"
         )
-    if not np.isfinite(w.sum(dtype=np.float32)) and not np.isfinite(w.astype(np.float32)).all():
-        raise ValueError(f"{name}: holds values that are not finite; nothing can be rounded to them")
-    return w
+    return blocks.finite(w, name)
 
 
 def _config(skip: Iterable[str], **given: Any) -> dict[str, Any]:

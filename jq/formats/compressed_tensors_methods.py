@@ -9,7 +9,7 @@ import numpy as np
 
 from jq import bits as _bits
 from jq import exact
-from jq.algorithms import minmax, narrow
+from jq.algorithms import blocks, minmax, narrow
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Parts
 from jq.formats.compressed_tensors_config import Args, Group, preset
@@ -76,6 +76,7 @@ class CompressedTensors:
         Raises:
           FormatError: a shape that the groups do not divide.
           UnsupportedError: a preset with static activations.
+          ValueError: weights that are not finite.
         """
         from jq.formats import compressed_tensors
 
@@ -90,7 +91,7 @@ class CompressedTensors:
                 f"{name}: found {w.dtype} {w.shape}, expected [out_features, in_features] of {', '.join(DTYPES)}"
             )
         assert group.weights is not None
-        parts = weight_parts(w, group.weights, layout_of(group), name, peak)
+        parts = weight_parts(blocks.finite(w, name), group.weights, layout_of(group), name, peak)
         options = compressed_tensors.Options(groups=(group,), version=WRITES)
         return compressed_tensors.load(name, parts, options, compressed_tensors.Context())
 

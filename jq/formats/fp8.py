@@ -36,7 +36,7 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.activations import Activation
-from jq.algorithms import narrow
+from jq.algorithms import blocks, narrow
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_unknown
 from jq.qtensor import Grouping, NarrowFloat, Source
@@ -317,10 +317,11 @@ class FP8:
 
         Raises:
           FormatError: a shape that the blocks do not tile (transformers leaves such a layer unquantized), or an option.
+          ValueError: weights that are not finite.
         """
         _one_of(self.scale_fmt, ("float", "ue8m0"), f"{name}: scale_fmt")
         _one_of(self.activation_scheme, ("dynamic",), f"{name}: activation_scheme")
-        w = np.asarray(w)
+        w = blocks.finite(np.asarray(w), name)
         n, k = w.shape[-2:]
         block = self.block_size or (n, k)
         if n % block[0] or k % block[1]:

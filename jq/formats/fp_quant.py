@@ -29,6 +29,7 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.activations import Activation
+from jq.algorithms import blocks
 from jq.algorithms import fp_quant as algorithm
 from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, true_or_false, warn_unknown
@@ -249,9 +250,10 @@ class FPQuant:
 
         Raises:
           FormatError: an option or a size that the library does not have.
+          ValueError: weights that are not finite.
         """
         options = parse(self.config(), Context(label=name))
-        w = np.asarray(w)
+        w = blocks.finite(np.asarray(w), name)
         size, block = self._size(), BLOCKS[self.forward_dtype]
         if w.ndim != 2 or w.shape[1] % size or size % block:
             raise FormatError(f"{name}: found shape {w.shape}; FP-Quant rotates blocks of {size} inputs")
