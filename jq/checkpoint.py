@@ -290,6 +290,13 @@ def _side_files(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def not_carried(file: Path) -> bool:
+    """Whether a file of a directory is no part of its checkpoint: adapters', trainers', and those too large for `side_files`."""
+    if file.name.endswith(WEIGHT_SUFFIXES):
+        return file.name in NOT_WEIGHTS
+    return file.name != "config.json" and file.is_file() and file.stat().st_size > MAX_SIDE_FILE_BYTES
+
+
 def _plain_values(folder: Path, sides: Mapping[str, bytes]) -> dict[str, Any]:
     """Values of a `*.index.json.meta.json`, {module: {"meta": {name: value}}}, by dotted name."""
     found: dict[str, Any] = {}

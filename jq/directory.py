@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jq.checkpoint import NOT_WEIGHTS
+from jq.checkpoint import NOT_WEIGHTS, not_carried
 from jq.errors import CheckpointError
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf")
@@ -49,7 +49,8 @@ def checked(target: str | os.PathLike) -> Path:
 def replacing(target: str | os.PathLike) -> Iterator[Path]:
     """A temporary directory that takes `target`'s place when the block ends well, and vanishes when it does not.
 
-    Of a checkpoint that was there the files go, directories within it and hidden files stay.
+    Of a checkpoint that was there the files go, directories within it and hidden files stay, and those that belong to none:
+    what `not_carried` says.
 
     Raises:
       CheckpointError: what `checked` raises, or the target cannot be written.
@@ -66,7 +67,8 @@ def replacing(target: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         for item in _kept(target):
-            _link(item, temporary / item.name)
+            if not os.path.lexists(temporary / item.name):
+                _link(item, temporary / item.name)
         if not target.exists():
             os.rename(temporary, target)
         else:
@@ -103,7 +105,7 @@ def _kept(target: Path) -> list[Path]:
             f"{target}: holds files ({names}), but no checkpoint that a new one could replace; give a new or an empty "
             "directory"
         )
-    return [f for f in found if f.name.startswith(".") or f.is_dir()]
+    return [f for f in found if f.name.startswith(".") or f.is_dir() or not_carried(f)]
 
 
 def _of_a_model(file: Path) -> bool:

@@ -338,7 +338,8 @@ def save(model_or_state: Any, path: str | os.PathLike) -> None:
     """Writes a Hugging Face directory: weights, config.json, tokenizer and other side files.
 
     Every stored tensor of a loaded checkpoint comes back byte for byte. The directory appears whole or not at all; of a
-    checkpoint that it replaces, directories within it and hidden files stay.
+    checkpoint that it replaces, directories within it and hidden files stay, and what reading leaves out: adapters' and
+    trainers' files (`adapter_model.safetensors`, `optimizer.pt`, ...), files of more than 64 MB that hold no weights.
 
     Raises:
       CheckpointError: `path` holds files but no checkpoint, is a file or the current directory, or cannot be written; a

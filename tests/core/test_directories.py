@@ -134,6 +134,31 @@ def test_directories_and_hidden_files_of_a_replaced_checkpoint_stay(tmp_path: Pa
     assert list(jq.load_state(folder)) == ["b"]
 
 
+def test_what_reading_leaves_out_outlives_saving_in_place(tmp_path: Path, monkeypatch) -> None:
+    """Files beside the weights are read with them and written again; those that are not would be lost."""
+    folder = checkpoint_of(tmp_path / "out", a=1)
+    monkeypatch.setattr(checkpoint, "MAX_SIDE_FILE_BYTES", 8)
+    beside = {
+        "README.md": b"mine",
+        "tokenizer.json": b"{}",
+        "chat_template.jinja": b"{{ a }}",
+        "importance.dat": b"0123456789",
+        "adapter_model.safetensors": b"x",
+        "adapter_config.json": b"{}",
+        "optimizer.pt": b"y",
+    }
+    for name, raw in beside.items():
+        (folder / name).write_bytes(raw)
+    (folder / "pytorch_model.bin").write_bytes(b"the same weights once more")
+    before = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    jq.save(jq.load_state(folder), folder)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == beside | before
+    state = jq.load_state(folder)
+    state.side_files["importance.dat"] = b"new, and long"  # what is written stays as written
+    jq.save(state, folder)
+    assert (folder / "importance.dat").read_bytes() == b"new, and long"
+
+
 def test_saving_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     folder = checkpoint_of(tmp_path / "real", a=1)
     (tmp_path / "link").symlink_to(folder)
