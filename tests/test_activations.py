@@ -213,3 +213,11 @@ def test_gradient_is_straight_through():
     dx, db = jax.jit(jax.grad(lambda x, b: activations.matmul(x, w, b).sum(), argnums=(0, 1)))(x, bias)
     np.testing.assert_allclose(np.asarray(dx), np.broadcast_to(np.asarray(w.dequantize()).sum(0), (3, 32)), rtol=1e-6)
     np.testing.assert_array_equal(np.asarray(db), 3)
+
+
+@pytest.mark.parametrize("name", ["ct-fp8-static", "ct-nvfp4", "quark-int8-dyn"])
+def test_rows_of_a_weight_keep_the_scales_of_its_inputs(name: str) -> None:
+    weights = jq.quantized(jq.load_state(reference_dirs.directories()[name]))
+    w = next(w for w in weights.values() if w.activation is not None)
+    x = np.random.default_rng(0).standard_normal((3, w.in_features), np.float32)
+    np.testing.assert_allclose(jq.matmul(x, w[16:32]), jq.matmul(x, w)[:, 16:32], rtol=1e-5, atol=1e-5)

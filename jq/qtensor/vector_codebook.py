@@ -225,7 +225,7 @@ class VectorCodebook(QTensor):
             row_scale=None if self.row_scale is None else self.row_scale[start:stop],
             row_bias=None if self.row_bias is None else self.row_bias[start:stop],
             row_pad=(cut.stop - cut.start) * og - (stop - start),
-            extras={},
+            extras=self.without_extras().extras,
         )
 
 
