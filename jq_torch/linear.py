@@ -47,6 +47,7 @@ class JqLinear(Packed, nn.Linear):
     Attributes:
       in_features, out_features, bias: as in nn.Linear.
       transposed: it replaces a Conv1D, whose weight is [K, N]; `weight` here is [N, K] all the same.
+      float_dtype: what a float layer in its place would have, which follows `to`; None where there was none.
     """
 
     def __init__(
@@ -59,14 +60,23 @@ class JqLinear(Packed, nn.Linear):
         self._keep_dense = False
         self._dense_cache: torch.Tensor | None = None
         self._held: _Held | None = None
+        self.float_dtype: torch.dtype | None = None
 
     @classmethod
     def in_place_of(cls, old: nn.Module) -> JqLinear:
         """An empty layer with the features and the bias of an `nn.Linear` or `Conv1D`."""
-        if isinstance(old, nn.Linear):
-            return cls(old.in_features, old.out_features, bias=old.bias)
-        k, n = old.weight.shape  # type: ignore[union-attr,misc]
-        return cls(int(k), int(n), bias=old.bias, transposed=True)  # type: ignore[arg-type]
+        n, k = old.weight.shape  # type: ignore[union-attr,misc]
+        transposed = not isinstance(old, nn.Linear)
+        n, k = (k, n) if transposed else (n, k)
+        new = cls(int(k), int(n), bias=old.bias, transposed=transposed)  # type: ignore[arg-type]
+        new.float_dtype = old.weight.dtype  # type: ignore[union-attr,assignment]
+        return new
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.float_dtype is not None:
+            self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
+        return self
 
     def num_weights(self) -> int:
         return self.in_features * self.out_features

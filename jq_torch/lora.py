@@ -67,9 +67,12 @@ def _merges_densely(kind: type) -> None:
         base = getattr(self, "base_layer", None)
         if not isinstance(base, JqLinear):
             return merge(self, *args, **kwargs)
-        inside = {id(p) for p in base.parameters()}
-        own = [p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in inside]
-        self.base_layer = dense_layer(base, own[0] if own else torch.float32)
+        dtype = base.float_dtype  # not the adapter's, which peft keeps in float32 beside a bfloat16 model
+        if dtype is None:
+            inside = {id(p) for p in base.parameters()}
+            own = [p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in inside]
+            dtype = own[0] if own else torch.float32
+        self.base_layer = dense_layer(base, dtype)
         try:
             return merge(self, *args, **kwargs)
         finally:
@@ -107,7 +110,8 @@ def _backend() -> Any:
             return base_layer.weight.data  # type: ignore[union-attr, return-value]
 
         def set_base_weight(self, peft_layer: Any, weight_data: torch.Tensor) -> None:
-            peft_layer.get_base_layer().weight.data = weight_data  # dense by now (`_merges_densely`)
+            weight = peft_layer.get_base_layer().weight  # dense by now (`_merges_densely`)
+            weight.data = weight_data.to(weight.dtype)
 
     return JqBackend()
 

@@ -24,9 +24,9 @@ def folder(gptq_pair):
     return gptq_pair
 
 
-def load(folder, kind="packed"):
+def load(folder, kind="packed", **options):
     with jq_torch.enable():
-        return AutoModelForCausalLM.from_pretrained(folder / kind)
+        return AutoModelForCausalLM.from_pretrained(folder / kind, **options)
 
 
 def adapted(folder, **options):
@@ -127,6 +127,38 @@ def test_other_tuners_merge(folder, tuner):
     model.unmerge_adapter()
     assert torch.equal(logits(model), want) and any(isinstance(m, JqLinear) for m in model.modules())
     torch.testing.assert_close(logits(model.merge_and_unload()), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tuner", ["LoraConfig", *TUNERS])
+def test_a_merge_keeps_the_dtype_of_the_model(folder, tuner):
+    """Adapters stay in float32 beside a bfloat16 base: what peft makes of the dense model is the measure."""
+    options, made = {"LoraConfig": LORA, **TUNERS}[tuner], {}
+    for kind in ("packed", "dense"):
+        base = load(folder, kind, dtype=torch.bfloat16)
+        model = peft.get_peft_model(base, getattr(peft, tuner)(target_modules=["q_proj"], **options)).eval()
+        torch.manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "ranknum" not in name:  # AdaLoRA's count of ranks
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.merge_adapter()
+        while_merged = logits(model)
+        model.unmerge_adapter()
+        merged = model.merge_and_unload()
+        dtypes = {name: p.dtype for name, p in merged.named_parameters() if "q_proj" in name}
+        made[kind] = while_merged, logits(merged), dtypes
+    (first, second, dtypes), (first_dense, second_dense, dense) = made["packed"], made["dense"]
+    assert dtypes == dense and set(dtypes.values()) == {torch.bfloat16}
+    for got, want in ((first, first_dense), (second, second_dense)):
+        assert got.dtype == want.dtype == torch.bfloat16
+        assert (got - want).float().norm() <= 0.02 * want.float().norm()
+
+
+def test_the_dtype_of_a_merge_follows_the_model(folder):
+    model = adapted(folder, target_modules=["q_proj"])
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert layer.float_dtype == torch.float32
+    layer._apply(lambda tensor: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
+    assert layer.float_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "corda"])
