@@ -193,9 +193,7 @@ class Affine(QTensor):
         def cut(a: Any) -> Any:
             return a if a is None or isinstance(a, QTensor) or a.shape[0] == 1 else a[index]
 
-        return self.replace(
-            codes=self.codes[index], scales=cut(self.scales), zeros=cut(self.zeros), extras=self.without_extras().extras
-        )
+        return self.replace(codes=self.codes[index], scales=cut(self.scales), zeros=cut(self.zeros))
 
 
 def pack_zeros(zeros: Array, bits: int) -> Array:

@@ -161,7 +161,7 @@ class QTensor(_Common):
             return jax.tree.map(lambda a: a[index], self)
         if not isinstance(index, slice):
             raise TypeError(f"{type(self).__name__}: only a slice of rows can be taken of [N, K], got {index!r}")
-        return self._rows(index)
+        return self.without_extras()._rows(index)
 
     def _check_index(self, index: tuple[Any, ...]) -> None:
         """Raises `IndexError` for integers outside the stack, which JAX would clamp, and for more axes than it has."""

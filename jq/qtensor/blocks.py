@@ -99,7 +99,7 @@ class Blocks(QTensor):
         if rows > 1 and (step != 1 or start % rows or stop % rows):
             return super()._rows(index)
         cut = index if rows == 1 else slice(start // rows, stop // rows)
-        return self.replace(codes=self.codes[cut], extras=self.without_extras().extras)
+        return self.replace(codes=self.codes[cut])
 
 
 @dataclasses.dataclass(frozen=True)

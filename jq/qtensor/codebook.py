@@ -131,4 +131,4 @@ class Codebook(QTensor):
     def _rows(self, index: slice) -> Self:
         if self.grouping.kind != "block" or isinstance(self.absmax, QTensor):
             return super()._rows(index)
-        return self.replace(codes=self.codes[index], absmax=self.absmax[index], extras=self.without_extras().extras)
+        return self.replace(codes=self.codes[index], absmax=self.absmax[index])

@@ -60,4 +60,4 @@ class LowRank(OnBase):
         return exact.cast(exact.cast(dense, np.float32) + low, dtype)
 
     def _rows(self, index: slice) -> Self:
-        return self.replace(base=self.base._rows(index), up=self.up[index], extras=self.without_extras().extras)
+        return self.replace(base=self.base[index], up=self.up[index])

@@ -197,7 +197,7 @@ class NarrowFloat(QTensor):
         if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or nested:
             return super()._rows(index)
         scales = self.scales if self.scales.shape[0] == 1 else self.scales[index]
-        return self.replace(codes=self.codes[index], scales=scales, extras=self.without_extras().extras)
+        return self.replace(codes=self.codes[index], scales=scales)
 
 
 def check_bits(values: Array, nan: tuple[int, ...], name: str) -> None:

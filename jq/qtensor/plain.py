@@ -55,4 +55,4 @@ class Plain(QTensor):
         return exact.cast(self.values, np.dtype(self.dtype))
 
     def _rows(self, index: slice) -> Self:
-        return self.replace(values=self.values[index], extras=self.without_extras().extras)
+        return self.replace(values=self.values[index])

@@ -109,7 +109,7 @@ class Rotated(OnBase):
         if self.out_block or self.padding[0]:
             return super()._rows(index)
         rows = None if self.row_scale is None else self.row_scale[index]
-        return self.replace(base=self.base._rows(index), row_scale=rows, extras=self.without_extras().extras)
+        return self.replace(base=self.base[index], row_scale=rows)
 
 
 def _normalised(size: int) -> Array:

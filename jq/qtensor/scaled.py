@@ -66,7 +66,7 @@ class Scaled(OnBase):
     def _rows(self, index: slice) -> Self:
         if self._tall:
             return super()._rows(index)
-        return self.replace(base=self.base._rows(index), extras=self.without_extras().extras)
+        return self.replace(base=self.base[index])
 
 
 @register

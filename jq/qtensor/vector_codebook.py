@@ -217,7 +217,7 @@ class VectorCodebook(QTensor):
         if step != 1 or start % og or (stop % og and stop != self.shape[-2]) or self.outliers is not None:
             return super()._rows(index)
         cut = slice(start // og, -(-stop // og))
-        residual = None if self.residual is None else self.residual._rows(index)
+        residual = None if self.residual is None else self.residual[index]
         return self.replace(
             codes=self.codes[cut],
             scales=None if self.scales is None else self.scales[cut],
@@ -225,7 +225,6 @@ class VectorCodebook(QTensor):
             row_scale=None if self.row_scale is None else self.row_scale[start:stop],
             row_bias=None if self.row_bias is None else self.row_bias[start:stop],
             row_pad=(cut.stop - cut.start) * og - (stop - start),
-            extras=self.without_extras().extras,
         )
 
 
