@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import reference
-from pallas_kernels.form import NESTED_BLOCK, ROWS, Packed
+from pallas_kernels.form import Packed
 from pallas_kernels.select import ARCHITECTURES, KERNELS, Choice, choose, device_key
 
 Array = Any
@@ -150,27 +149,8 @@ def launch(
     if w.perm is not None and (choice.kernel != "stream" or x.shape[0] > 1):
         x = jnp.take(x, w.perm if layer is None else w.perm[layer[0]], axis=1)
         w = w.replace(perm=None)
-    if choice.kernel == "gemm" and w.form.scale == "u8":
-        w = expand_scales(w)
     w = w.replace(shape=(n + -n % 8, k + -k % 8))
     if bias is not None and n % 8:
         bias = jnp.pad(bias, (0, -n % 8))
     y = KERNELS[choice.kernel].matmul(x, w, choice.config, bias, layer)
     return y[:, :n] if n % 8 else y
-
-
-def expand_scales(w: Packed) -> Packed:
-    """Nested scales as plain bfloat16 ones (for the kernel of many rows, where that pass costs little)."""
-    groups = w.scales.shape[-2]
-    place = jnp.arange(ROWS)
-    row = jnp.arange(w.scales.shape[-3])[:, None, None] * ROWS + (place % 2) * 8 + place // 2
-    block = (row * groups + jnp.arange(groups)[:, None]) // NESTED_BLOCK
-
-    def one(codes: jax.Array, tables: dict[str, jax.Array]) -> jax.Array:
-        second = tables["absmax2"][jnp.minimum(block, tables["absmax2"].shape[0] - 1)]
-        return (tables["table2"][codes.astype(jnp.int32)] * second + tables["offset"]).astype(jnp.bfloat16)
-
-    scales = (jax.vmap(one) if w.stacked else one)(w.scales, w.tables)
-    form = dataclasses.replace(w.form, scale="bf16")
-    tables = {name: table for name, table in w.tables.items() if name == "table"}
-    return w.replace(scales=scales, tables=tables, form=form)

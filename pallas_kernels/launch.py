@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
+from pallas_kernels.form import Packed
 from pallas_kernels.ptx import Int
 
 
@@ -63,6 +65,24 @@ def launch(
     )(*arrays.values())
 
 
-def pointers(refs: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-    """64-bit addresses of arguments and results."""
-    return {name: ptx.global_pointer(ref) for name, ref in refs.items()}
+def arguments(x: jax.Array, w: Packed, bias: jax.Array | None, layer: jax.Array | None) -> dict[str, jax.Array]:
+    """The arrays of a product by name, scalars as one element."""
+    named = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "perm": w.perm, "bias": bias}
+    named |= {**w.tables, "layer": layer}
+    return {name: a.reshape(1) if a.ndim == 0 else a for name, a in named.items() if a is not None}
+
+
+def pointers(refs: Mapping[str, ir.Value], arrays: Mapping[str, Any] | None = None) -> dict[str, ir.Value]:
+    """64-bit addresses of arguments and results.
+
+    Args:
+      arrays: what `arguments` gives; with a layer among them the addresses are those of its slice of the weight.
+    """
+    at = {name: ptx.global_pointer(ref) for name, ref in refs.items()}
+    if arrays and "layer" in arrays:
+        index = Int(ptx.load_global(at["layer"], "u32"))
+        for name, array in arrays.items():
+            if name not in ("x", "bias", "layer"):
+                nbytes = math.prod(array.shape[1:]) * array.dtype.itemsize
+                at[name] = ptx.slice_address(at[name], index, nbytes)
+    return at

@@ -105,10 +105,6 @@ def choose(
 def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = False) -> bool:
     if choice.kernel == "direct" and gathered:
         return False
-    if choice.kernel == "gemm" and form.scale == "u8":
-        if m <= stream.MAX_ROWS:  # plain scales would be made for each call
-            return False
-        form = dataclasses.replace(form, scale="bf16")
     plan = KERNELS[choice.kernel].Plan(m, n, k, form, choice.config, "bf16")
     if gathered and choice.kernel == "stream":
         plan = dataclasses.replace(plan, gathered=True)
@@ -271,7 +267,7 @@ def microseconds(choice: Choice, m: int, n: int, k: int, form: Form) -> float:
     if choice.kernel != "gemm":
         return float("inf")
     c = choice.config
-    plan = gemm.Plan(m, n, k, dataclasses.replace(form, scale="bf16") if form.scale == "u8" else form, c, "bf16")
+    plan = gemm.Plan(m, n, k, form, c, "bf16")
 
     def busy(units: float) -> float:
         """Cycles of a pass in which a block has this many units to multiply, perhaps half a one."""

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
-from pallas_kernels import api, select, tensors
+from pallas_kernels import select, tensors
 from pallas_kernels.form import Packed
 from pallas_kernels.torch_launch import (
     Key,
@@ -32,7 +31,6 @@ from pallas_kernels.torch_launch import (
     pointer,
     private,
     skeleton_of,
-    with_arrays,
 )
 
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
@@ -105,23 +103,14 @@ class TorchWeight:
 
     def _take(self, structs: Any, held: Any) -> None:
         self.shape = structs.shape[-2:]
-        self._few, self._many = _skeletons(structs)
+        self._skeleton = _skeleton(structs)
         self.tensors: dict[str, torch.Tensor] = _named(held)
         self._device = self.tensors["codes"].device
-        if "offset" in self._few.tables and "offset" not in self.tensors:
-            self.tensors["offset"] = torch.zeros(self._few.tables["offset"].shape, device=self._device)
-        if self._many.form != self._few.form:  # nested scales, expanded for the kernel of many rows
-            self.tensors["scales many"] = self._expanded()
+        if "offset" in self._skeleton.tables and "offset" not in self.tensors:
+            self.tensors["offset"] = torch.zeros(self._skeleton.tables["offset"].shape, device=self._device)
         self._index: int = self.tensors["codes"].get_device()
         self._ready: dict[tuple[int, torch.dtype], _Call] = {}
         self._direct: dict[tuple[Any, torch.dtype], Call] = {}
-
-    def _expanded(self) -> torch.Tensor:
-        structs = arrays_of(self._few)
-        small = {n: jnp.asarray(self.tensors[n].cpu().numpy().view(structs[n].dtype)) for n in structs if n != "codes"}
-        named = {n: a.reshape(structs[n].shape) for n, a in small.items()}
-        made = api.expand_scales(with_arrays(self._few, {"codes": structs["codes"], **named}))
-        return _tensor(np.asarray(made.scales)).to(self._device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] bfloat16 or float16 on the weight's device -> [..., N], summed in float32.
@@ -202,14 +191,13 @@ class TorchWeight:
             raise RuntimeError(f"a kernel for {rows} rows is not compiled yet: call the layer once before capturing")
         (n, k), index = self.shape, self._index
         name = str(dtype).removeprefix("torch.")
-        gathered = self._few.perm is not None and rows == 1  # one row is permuted by the kernel, more are before it
-        choice = select.choose(rows, n, k, self._few.form, *_device(index), gathered)
-        skeleton = self._many if choice.kernel == "gemm" else self._few
+        skeleton = self._skeleton
+        gathered = skeleton.perm is not None and rows == 1  # one row is permuted by the kernel, more are before it
+        choice = select.choose(rows, n, k, skeleton.form, *_device(index), gathered)
         permute = skeleton.perm is not None and not (choice.kernel == "stream" and rows == 1)
         if permute:
             skeleton = skeleton.replace(perm=None)
-        expanded = skeleton.form != self._few.form
-        found = [self.tensors["scales many" if n == "scales" and expanded else n] for n in arrays_of(skeleton)]
+        found = [self.tensors[name] for name in arrays_of(skeleton)]
         with torch.cuda.device(index):
             launcher = launcher_of(Key(skeleton), rows, name, choice, index)
         call = _Call(launcher, found, self.tensors["perm"] if permute else None)
@@ -342,18 +330,16 @@ def _named(w: Any) -> dict[str, Any]:
     return {name: a for name, a in found.items() if a is not None}
 
 
-def _skeletons(structs: Any) -> tuple[Packed, Packed]:
-    """The kernels' view of a prepared QTensor of shape structs: for few rows, and for many."""
+def _skeleton(structs: Any) -> Packed:
+    """The kernels' view of a prepared QTensor of shape structs."""
     leaves, tree = jax.tree.flatten(structs)
-    return _skeletons_of(tree, tuple((tuple(a.shape), np.dtype(a.dtype)) for a in leaves))
+    return _skeleton_of(tree, tuple((tuple(a.shape), np.dtype(a.dtype)) for a in leaves))
 
 
 @functools.lru_cache(maxsize=512)
-def _skeletons_of(tree: Any, shapes: tuple[tuple[tuple[int, ...], np.dtype], ...]) -> tuple[Packed, Packed]:
+def _skeleton_of(tree: Any, shapes: tuple[tuple[tuple[int, ...], np.dtype], ...]) -> Packed:
     structs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*s) for s in shapes])
-    few = jax.eval_shape(tensors.packed, structs)
-    many = jax.eval_shape(api.expand_scales, few) if few.form.scale == "u8" else few
-    return skeleton_of(few), skeleton_of(many)
+    return skeleton_of(jax.eval_shape(tensors.packed, structs))
 
 
 def _workplace(device: torch.device) -> Any:

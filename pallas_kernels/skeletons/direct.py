@@ -14,7 +14,6 @@ Compared with `stream`: the first products come earlier and the tail is shorter,
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from pallas_kernels import hopper, ptx
 from pallas_kernels.decode import DECODES, affine
 from pallas_kernels.decode.scaled import as_floats, shifts
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
-from pallas_kernels.launch import launch, pointers
+from pallas_kernels.launch import arguments, launch, pointers
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.direct_plan import MAX_ROWS, Config, Plan
 from pallas_kernels.skeletons.nested import Nested
@@ -42,22 +41,11 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
         raise ValueError(f"direct.matmul: {reason}")
     if w.perm is not None:
         raise ValueError("direct.matmul: x must be in the order of the codes already")
-    optional = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "bias": bias}
-    optional |= {**w.tables, "layer": layer}
-    arrays = {name: array for name, array in optional.items() if array is not None}
-    strides = {
-        name: math.prod(a.shape[1:]) * a.dtype.itemsize
-        for name, a in arrays.items()
-        if layer is not None and name not in ("x", "bias", "layer")
-    }
+    arrays = arguments(x, w, bias, layer)
 
     def emit(ctx: Any, refs: dict[str, ir.Value], shared: Int) -> None:
         ptx.skip_preamble()
-        at = pointers(refs)
-        if layer is not None:
-            index = Int(ptx.load_global(at["layer"], "u32"))
-            for name, stride in strides.items():
-                at[name] = ptx.slice_address(at[name], index, stride)
+        at = pointers(refs, arrays)
         x_map = hopper.tensor_map(ctx, refs["x"], (m, CHUNK), 128 if m > 1 else None)
         _Kernel(plan, x_map, at, shared).run()
 
@@ -81,7 +69,8 @@ class _Kernel(Writer):
         self.tables = shared + at["tables"]
         self.bars = shared + at["barriers"]
         self.mail_bars = self.bars + 8 * c.warps
-        self.nested = Nested(plan, pointers, shared, self.thread) if plan.form.scale == "u8" else None
+        table2, threads = shared + at["table2"], c.warps * 32
+        self.nested = Nested(plan, pointers, table2, self.thread, threads) if plan.form.scale == "u8" else None
         self.policy = ptx.evict_first()
         self.local = self.warp * plan.chunks  # first chunk of the warp, in the block and along the whole K
         self.first = self.local + self.rank * plan.block_chunks

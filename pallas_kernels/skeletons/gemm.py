@@ -24,7 +24,7 @@ from jaxlib.mlir import ir
 from pallas_kernels import hopper, ptx
 from pallas_kernels.decode import affine
 from pallas_kernels.form import CHUNK, ROWS, Packed
-from pallas_kernels.launch import launch
+from pallas_kernels.launch import arguments, launch
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.gemm_output import Output
 from pallas_kernels.skeletons.gemm_plan import CONSUMER_REGISTERS, PRODUCER_REGISTERS, UNIT, Config, Plan
@@ -42,13 +42,11 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
         raise ValueError(f"gemm.matmul: {reason}")
     if w.perm is not None:
         raise ValueError("gemm.matmul: x must be in the order of the codes already")
-    optional = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "bias": bias}
-    optional |= {**w.tables, "layer": layer}
-    arrays = {name: array for name, array in optional.items() if array is not None}
+    arrays = arguments(x, w, bias, layer)
 
     def emit(ctx: Any, refs: dict[str, ir.Value], shared: Int) -> None:
         ptx.skip_preamble()
-        _Kernel(plan, ctx, refs, shared).run()
+        _Kernel(plan, ctx, refs, arrays, shared).run()
 
     out = {"y": jax.ShapeDtypeStruct((m, n), x.dtype)}
     size = {"clusters": plan.clusters, "cluster": plan.cluster, "warps": 4 * (config.wn + 1)}
@@ -91,11 +89,13 @@ class _Kernel(Output):
             hopper.set_registers(CONSUMER_REGISTERS[c.wn], "inc")
             if self.searched:
                 self.prefetch_scales()
+            entries = self.nested.read() if self.nested else []
             if plan.table_bytes:
-                table = ptx.global_pointer(self.refs["table"]) if "table" in self.refs else None
-                if table is not None and self.layer:
-                    table = ptx.address(table, self.layer[0], 64)
+                table = self.tables.get("table")
                 self.decode.fill(plan.form, plan.dtype, self.at["tables"], table, self.thread, consumers)
+                ptx.sync_warp()
+            if self.nested:
+                self.nested.write(entries)
                 ptx.sync_warp()
             hopper.sync_threads(0, everyone)
             if plan.cluster > 1:
@@ -127,6 +127,10 @@ class _Kernel(Output):
                     target = self.at[name] + slot * nbytes + i * pitch
                     hopper.tensor_copy(target, self.maps[name], [0, group, row, *self.layer], bar)
 
+            def note(slot: Int, kk: Int) -> None:
+                if plan.place_bytes:
+                    ptx.store_shared(self.at["places"] + slot * 4, [self.group_of(kk)])
+
             def step(kk: Int, carry: list[Int], halves: int = 2) -> list[Int]:
                 slot, parity = carry
                 ptx.barrier_wait(self.empty + slot * 8, parity ^ 1)
@@ -134,11 +138,13 @@ class _Kernel(Output):
                 if isinstance(work, Pairs):
                     busy = [ptx.select(kk < s.end, 1, 0) for s in shares]
                     kk = work.place(t, kk)
+                    note(slot, kk)
                     ptx.barrier_expect(bar, functools.reduce(lambda a, b: a + b, busy) * unit_bytes + plan.x_bytes)
                     for i, on in enumerate(busy):
                         with ptx.when(on == 1):
                             weight(slot, kk, i, bar)
                 else:
+                    note(slot, kk)
                     ptx.barrier_expect(bar, plan.x_bytes * halves // 2 + plan.block_units * unit_bytes)
                     weight(slot, kk, 0, bar)
                 x = self.at["x"] + slot * plan.x_bytes
@@ -190,7 +196,7 @@ class _Kernel(Output):
                 self.skip(slot, parity, Int(plan.steps))
             ptx.sync_warp()
             with ptx.when(Int(0) < mine.end):
-                sums, at = self.multiply(slot, parity, mine.end, self.powers(n0))
+                sums, at = self.multiply(slot, parity, mine.end, self.scaling(n0))
                 with ptx.when(mine.end == plan.steps):
                     with ptx.when(work.odd == 1):
                         ptx.barrier_wait(self.swapped, 0)
@@ -223,11 +229,11 @@ class _Kernel(Output):
         slot, parity = step % plan.stages, step // plan.stages & 1
         own = (steps - begin + (plan.depth - 1)) // plan.depth
         if c.tail:
-            powers = self.powers(n0)
-            sums, at = self.accumulate(slot, parity, Int(plan.common), powers)
+            scaling = self.scaling(n0)
+            sums, at = self.accumulate(slot, parity, Int(plan.common), scaling)
             self.announce(t)
-            totals = self.receive(t, self.last_steps(sums, *at, powers[0]))
-            self.epilogue(n0, row0, self.whole(totals, powers), "y")
+            totals = self.receive(t, self.last_steps(sums, *at, scaling[0]))
+            self.epilogue(n0, row0, self.whole(totals, scaling), "y")
             self.free(t)
             return
         low = plan.block_units % c.wn  # warpgroups with a unit more than the others
@@ -235,7 +241,7 @@ class _Kernel(Output):
             mine = ptx.when(ptx.select(self.wg < low, 1 - i, i) == 1) if plan.heights[1:] else contextlib.nullcontext()
             with mine:
                 ptx.sync_warp()
-                sums, _ = self.multiply(slot, parity, own, self.powers(n0, height), plan.sums * height)
+                sums, _ = self.multiply(slot, parity, own, self.scaling(n0, height), plan.sums * height)
                 for u in range(height):
                     self.finish(t, n0 + u * (c.wn * UNIT), row0, sums[u * plan.sums : (u + 1) * plan.sums])
             ptx.sync_warp()

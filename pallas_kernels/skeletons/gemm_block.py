@@ -9,15 +9,19 @@ from jaxlib.mlir import ir
 from pallas_kernels import hopper, ptx
 from pallas_kernels.decode import DECODES
 from pallas_kernels.form import CHUNK, ROWS
+from pallas_kernels.launch import pointers
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.gemm_plan import UNIT, Plan
 from pallas_kernels.skeletons.gemm_work import Pairs, Tiles
+from pallas_kernels.skeletons.nested import Nested
+
+TABLES = ("table", "table2", "absmax2", "offset")
 
 
 class Block:
     """A block of the kernel; attributes are values of one thread."""
 
-    def __init__(self, plan: Plan, ctx: Any, refs: dict[str, ir.Value], shared: Int):
+    def __init__(self, plan: Plan, ctx: Any, refs: dict[str, ir.Value], arrays: dict[str, Any], shared: Int):
         self.plan, self.refs = plan, refs
         c = plan.config
         self.decode = DECODES[plan.form.decode]
@@ -37,6 +41,11 @@ class Block:
         self.full, self.empty = self.at["barriers"], self.at["barriers"] + 8 * plan.stages
         self.arrived, self.freed, self.swapped = (self.empty + 8 * (plan.stages + i) for i in range(3))
         stacked = "layer" in refs
+        names = [n for n in (*TABLES, "layer") if n in refs]
+        self.tables = pointers({n: refs[n] for n in names}, {n: arrays[n] for n in names}) if names != ["layer"] else {}
+        threads = 128 * c.wn
+        nested = plan.form.scale == "u8"
+        self.nested = Nested(plan, self.tables, self.at["table2"], self.thread, threads) if nested else None
         self.layer = [Int(ptx.load_global(ptx.global_pointer(refs["layer"]), "u32"))] if stacked else []
         lead = (1,) if stacked else ()
         # boxes are given slowest axis first, as shapes are

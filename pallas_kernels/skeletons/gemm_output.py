@@ -197,7 +197,7 @@ class Output(Sums):
         _when_positive(t, lambda: ptx.barrier_wait(self.freed, (t + 1) & 1))
         ptx.sync_warp()
 
-    def last_steps(self, sums: list[Any], slot: Int, parity: Int, powers: Any) -> list[Any]:
+    def last_steps(self, sums: list[Any], slot: Int, parity: Int, scaling: Any) -> list[Any]:
         """The tail: steps for the columns that this block writes, while its sums of the others travel.
 
         A few of them leave in each step, behind the reads of the next step's codes: stores to another block leave at 17
@@ -208,16 +208,16 @@ class Output(Sums):
         at = self.at["inbox"] + self.unit * (count * 512) + self.t * 16
         steps = plan.steps - 2 * plan.common
         sending = max(1, steps - 1)
-        ready = self.fetch(slot, parity)
+        ready = self.fetch(slot, parity, scaling)
         for i in range(steps):
-            own, _ = self.step(own, ready, slot, powers=powers)
+            own, _ = self.step(own, ready, slot, scaling=scaling)
             following = self.after(slot, parity)
             if i + 1 < steps:
-                ready = self.fetch(*following)
+                ready = self.fetch(*following, scaling)
             if i < sending:
                 self.post_part(at, others, i, sending)
             if i + 1 < steps:
-                ready["a"] = self.first_fragment(ready, powers)
+                ready["a"] = self.first_fragment(ready, scaling)
             hopper.wgmma_wait(0)
             self.release(slot)
             ptx.sync_warp()

@@ -206,6 +206,11 @@ class Plan(Launch):
         return (self.depth - 1) * self.block_units * 128 * self.sums * 4
 
     @property
+    def place_bytes(self) -> int:
+        """For each slot, its place along K, where second-level scales change on the way."""
+        return 4 if self.form.scale == "u8" and not self.nested_by_row else 0
+
+    @property
     def y_bytes(self) -> int:
         """Buffers of the epilogues; with `even` they are the inbox of the shared unit's sums before."""
         buffers = self.config.wn // self.depth * 2 * self.epilogue_rows * 128
@@ -213,7 +218,7 @@ class Plan(Launch):
 
     @property
     def fixed_bytes(self) -> int:
-        return self.y_bytes + self.inbox_bytes + self.local_bytes + self.table_bytes + 1024
+        return self.y_bytes + self.inbox_bytes + self.local_bytes + self.table_bytes + self.table2_bytes + 1024
 
     @property
     def stages(self) -> int:
@@ -227,9 +232,11 @@ class Plan(Launch):
         sizes = {"x": s * self.x_bytes, "codes": s * self.code_bytes}
         sizes |= {name: s * nbytes for name, nbytes in zip(("scales", "zeros"), self.param_bytes)}
         sizes |= {"y": self.y_bytes, "inbox": self.inbox_bytes, "local": self.local_bytes}
-        sizes |= {"tables": self.table_bytes, "barriers": 8 * (2 * s + 4)}
+        sizes |= {"tables": self.table_bytes, "table2": self.table2_bytes}
+        sizes |= {"barriers": 8 * (2 * s + 4) + s * self.place_bytes}
         out = offsets(sizes, 1024)
         out["magic"] = out["barriers"] + 8 * (2 * s + 3)
+        out["places"] = out["magic"] + 8
         if self.config.even:
             out["inbox"] = out["y"]
         return out
@@ -238,8 +245,6 @@ class Plan(Launch):
         c = self.config
         if self.k % 8 or self.n % 8:
             return f"a weight of {self.n}x{self.k}: both must be multiples of 8 for the tensor copies"
-        if self.form.scale == "u8":
-            return "nested scales"
         group = self.form.group
         if group and group % self.span and self.span % group:
             return f"groups of {group} with steps of {self.span}"

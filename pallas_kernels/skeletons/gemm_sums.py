@@ -11,8 +11,12 @@ from pallas_kernels.decode.scaled import Powers, folds, scaled_fragment
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.gemm_block import Block
+from pallas_kernels.skeletons.gemm_nested import NestedScales
 from pallas_kernels.skeletons.gemm_plan import UNIT
 from pallas_kernels.skeletons.plan import tile_words
+
+# What makes weights of codes and parameters where that is more than a multiplication with a stored scale.
+Scaling = Powers | NestedScales | None
 
 
 class Sums(Block):
@@ -41,7 +45,7 @@ class Sums(Block):
         tile = unit * (UNIT // ROWS) + (self.warp & 3)
         return tile_words(form, at + (tile * plan.config.chunks + chunk) * form.chunk_bytes)
 
-    def params(self, slot: Int, unit: Int) -> list[Any]:
+    def params(self, slot: Int, unit: Int, scaling: Scaling) -> list[Any]:
         """Scales (and zeros) of a unit in a step: for each group, for each array, the registers."""
         plan, form = self.plan, self.plan.form
         params = []
@@ -56,6 +60,9 @@ class Sums(Block):
                 else:
                     one.append(ptx.load_shared(base, "u16" if size == 1 else "u32"))
             params.append(one)
+        if isinstance(scaling, NestedScales):
+            place = ptx.load_shared(self.at["places"] + slot * 4, "u32")[0] if plan.place_bytes else 0
+            return [[pair] for pair in scaling.of_step(Int(place), [Int(one[0][0]) for one in params])]
         return params
 
     def magic(self) -> Any:
@@ -64,25 +71,25 @@ class Sums(Block):
         return hopper.load_shared_here(self.at["magic"]) if pinned else None
 
     def fragment(
-        self, i: int, words: list[Any], params: list[Any], magic: Any = None, powers: Powers | None = None
+        self, i: int, words: list[Any], params: list[Any], magic: Any = None, scaling: Scaling = None
     ) -> list[ir.Value]:
         """Weights of k16 step i of a step of the ring, whose codes are `words`."""
         plan, form = self.plan, self.plan.form
         group = i * 16 // form.group if form.group and form.group < plan.span else 0
-        if powers:
-            return powers.fragment(form, words, params[group])
+        if scaling:
+            return scaling.fragment(form, words, params[group])
         table = self.at["tables"] + self.lane * 4
         return scaled_fragment(form, plan.dtype, words, params[group], table, magic)
 
-    def fetch(self, slot: Int, parity: Int) -> dict[str, list[Any]]:
+    def fetch(self, slot: Int, parity: Int, scaling: Scaling = None) -> dict[str, list[Any]]:
         """This thread's codes and parameters of a step, once they are there."""
         ptx.barrier_wait(self.full + slot * 8, parity)
         ptx.sync_warp()
         words = ptx.chain(*(self.words(slot, i, self.unit) for i in range(self.plan.config.chunks)))
-        return {"words": words, "params": self.params(slot, self.unit)}
+        return {"words": words, "params": self.params(slot, self.unit, scaling)}
 
-    def first_fragment(self, ready: dict[str, list[Any]], powers: Powers | None = None) -> list[ir.Value]:
-        return self.fragment(0, ready["words"][: self.plan.form.bits // 4], ready["params"], self.magic(), powers)
+    def first_fragment(self, ready: dict[str, list[Any]], scaling: Scaling = None) -> list[ir.Value]:
+        return self.fragment(0, ready["words"][: self.plan.form.bits // 4], ready["params"], self.magic(), scaling)
 
     def step(
         self,
@@ -91,7 +98,7 @@ class Sums(Block):
         slot: Int,
         before: Int | None = None,
         after: Any = None,
-        powers: Powers | None = None,
+        scaling: Scaling = None,
     ) -> tuple[list[Any], Any]:
         """Issues the wgmmas of a step.
 
@@ -99,7 +106,7 @@ class Sums(Block):
           ready: codes and parameters, and "a", the weights of the first wgmma, if they are decoded already.
           before: the slot of the step before it, to release once the tensor core has read it.
           after: slot and parity of the next step.
-          powers: where the scale is part of the decode's arithmetic.
+          scaling: where it is more than a multiplication with a stored scale.
 
         Returns:
           The sums, and the codes and parameters of the next step if the plan wants them before the last wgmma.
@@ -110,13 +117,13 @@ class Sums(Block):
         x = self.at["x"] + slot * plan.x_bytes
         words, params = ready["words"], ready["params"]
         per = plan.form.bits // 4  # words of a k16 step
-        a = ready.get("a") or self.first_fragment(ready, powers)
+        a = ready.get("a") or self.first_fragment(ready, scaling)
         magic, following = [None, self.magic()], None
         for i in range(count):
             if after is not None and i == count - 1 and plan.fetch_early:
-                following = self.fetch(*after)
+                following = self.fetch(after[0], after[1], scaling)
             if i:
-                a = self.fragment(i, words[i * per : (i + 1) * per], params, magic[i], powers)
+                a = self.fragment(i, words[i * per : (i + 1) * per], params, magic[i], scaling)
             if i % 4 == 0:
                 b = hopper.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
             hopper.wgmma_fence()
@@ -131,19 +138,19 @@ class Sums(Block):
         hopper.wgmma_commit()
         return sums, following
 
-    def step_in_turn(self, sums: list[Any], slot: Int, height: int, powers: list[Powers | None]) -> list[Any]:
+    def step_in_turn(self, sums: list[Any], slot: Int, height: int, scaling: list[Scaling]) -> list[Any]:
         """As `step`, for `height` units and with fewer registers: each chunk is read while the one before is multiplied.
 
         Args:
           sums: those of all units, one after the other.
-          powers: of each unit.
+          scaling: of each unit.
         """
         plan, c = self.plan, self.plan.config
         x, per = self.at["x"] + slot * plan.x_bytes, plan.form.bits // 4
         order = [(u, chunk) for u in range(height) for chunk in range(c.chunks)]
         size = len(sums) // height
         parts = [sums[u * size : (u + 1) * size] for u in range(height)]
-        stored = [self.params(slot, self.unit + u * c.wn) for u in range(height)]
+        stored = [self.params(slot, self.unit + u * c.wn, scaling[u]) for u in range(height)]
         words = self.words(slot, 0, self.unit)
         for at, (u, chunk) in enumerate(order):
             now = words
@@ -152,7 +159,7 @@ class Sums(Block):
                 words = self.words(slot, following, self.unit + v * c.wn)
             b = hopper.matrix_descriptor(x + chunk * (c.tile_m * CHUNK * 2))
             for i in range(4):
-                a = self.fragment(4 * chunk + i, now[i * per : (i + 1) * per], stored[u], powers=powers[u])
+                a = self.fragment(4 * chunk + i, now[i * per : (i + 1) * per], stored[u], scaling=scaling[u])
                 hopper.wgmma_fence()
                 parts[u] = hopper.wgmma(parts[u], a, hopper.advance(b, 32 * i) if i else b, plan.dtype)
                 if (i + 1) % plan.burst == 0:
@@ -172,11 +179,14 @@ class Sums(Block):
         """Whether the largest scale of each row is looked for."""
         return self.folded and not self.plan.form.small
 
-    def powers(self, n0: Int, height: int = 1) -> list[Powers | None]:
+    def scaling(self, n0: Int, height: int = 1) -> list[Scaling]:
         """Of `height` units from row n0 on."""
+        rows = [n0 + u * (self.plan.config.wn * UNIT) for u in range(height)]
+        if self.nested:
+            table, g = self.at["tables"] + self.lane * 4, (self.warp & 3) * ROWS + (self.lane >> 2)
+            return [NestedScales(self.nested, row + g, table) for row in rows]
         if not self.searched:
             return [Powers() if self.folded else None] * height
-        rows = [n0 + u * (self.plan.config.wn * UNIT) for u in range(height)]
         return [Powers(self.largest_scales(row)) for row in rows]
 
     def scales_of(self, n0: Int) -> ir.Value:
@@ -220,24 +230,24 @@ class Sums(Block):
         return [pair & 0xFFFF, pair >> 16]
 
     def multiply(
-        self, slot: Int, parity: Int, steps: Int, powers: list[Powers | None], count: int = 0
+        self, slot: Int, parity: Int, steps: Int, scaling: list[Scaling], count: int = 0
     ) -> tuple[list[Any], tuple[Int, Int]]:
         """y^T of one or more units: sums over `steps` steps from this slot on, each `depth` slots behind the one before it;
         and the slot behind them.
 
         Args:
-          powers: see `powers`; of each unit.
+          scaling: see `scaling`; of each unit.
           count: sums of a thread, all units; fewer than the plan's where only the first columns are wanted.
         """
-        sums, at = self.accumulate(slot, parity, steps, powers, count)
-        return self.whole(sums, powers), at
+        sums, at = self.accumulate(slot, parity, steps, scaling, count)
+        return self.whole(sums, scaling), at
 
     def accumulate(
-        self, slot: Int, parity: Int, steps: Int, powers: list[Powers | None], count: int = 0
+        self, slot: Int, parity: Int, steps: Int, scaling: list[Scaling], count: int = 0
     ) -> tuple[list[Any], tuple[Int, Int]]:
         """As `multiply`, without what `whole` does."""
         plan = self.plan
-        count, depth, height = count or plan.sums, plan.depth, len(powers)
+        count, depth, height = count or plan.sums, plan.depth, len(scaling)
         zero = [ptx.zero()] * count
         if not self.plan.config.ahead:
 
@@ -246,9 +256,9 @@ class Sums(Block):
                 if plan.in_turn:
                     ptx.barrier_wait(self.full + slot * 8, parity)
                     ptx.sync_warp()
-                    sums = self.step_in_turn(sums, slot, height, powers)
+                    sums = self.step_in_turn(sums, slot, height, scaling)
                 else:
-                    sums, _ = self.step(sums, self.fetch(slot, parity), slot, powers=powers[0])
+                    sums, _ = self.step(sums, self.fetch(slot, parity, scaling[0]), slot, scaling=scaling[0])
                 hopper.wgmma_wait(0)
                 self.release(slot)
                 ptx.sync_warp()
@@ -264,14 +274,14 @@ class Sums(Block):
 
         def turn(sums: list[Any], ready: Any, slot: Int, parity: Int, before: Int | None) -> list[Any]:
             following = self.after(slot, parity, depth)
-            sums, fetched = self.step(sums, ready, slot, before, following, powers[0])
+            sums, fetched = self.step(sums, ready, slot, before, following, scaling[0])
             hopper.wgmma_wait(1)
-            fetched = fetched or self.fetch(*following)
-            first = self.first_fragment(fetched, powers[0])
+            fetched = fetched or self.fetch(*following, scaling[0])
+            first = self.first_fragment(fetched, scaling[0])
             return [*sums, *flat({"a": first, **fetched}), *following, slot]
 
-        ready = self.fetch(slot, parity)
-        ready["a"] = self.first_fragment(ready, powers[0])
+        ready = self.fetch(slot, parity, scaling[0])
+        ready["a"] = self.first_fragment(ready, scaling[0])
 
         def unflat(values: list[Any]) -> dict[str, list[Any]]:
             it = iter(values)
@@ -285,18 +295,16 @@ class Sums(Block):
         values = turn(zero, ready, slot, parity, None)
         values = ptx.loop(1, steps - 1, 1, values, body)
         slot, parity, before = values[-3:]
-        sums, _ = self.step(values[:count], unflat(values[count:-3]), slot, before, powers=powers[0])
+        sums, _ = self.step(values[:count], unflat(values[count:-3]), slot, before, scaling=scaling[0])
         hopper.wgmma_wait(0)
         self.release(slot)
         ptx.sync_warp()
         return sums, self.after(slot, parity, depth)
 
-    def whole(self, sums: list[Any], powers: list[Powers | None]) -> list[Any]:
+    def whole(self, sums: list[Any], scaling: list[Scaling]) -> list[Any]:
         """The sums of all units, times what the decode has divided by."""
-        size = len(sums) // len(powers)
-        parts = (sums[u * size : (u + 1) * size] for u in range(len(powers)))
+        size = len(sums) // len(scaling)
+        parts = (sums[u * size : (u + 1) * size] for u in range(len(scaling)))
         gain = ptx.constant(self.plan.gain)
-        scaled = (
-            power.whole(part) if power else [ptx.mul(s, gain) for s in part] for power, part in zip(powers, parts)
-        )
-        return ptx.chain(*scaled) if self.plan.gain != 1 or powers[0] else sums
+        scaled = (one.whole(part) if one else [ptx.mul(s, gain) for s in part] for one, part in zip(scaling, parts))
+        return ptx.chain(*scaled) if self.plan.gain != 1 or scaling[0] else sums

@@ -1,4 +1,4 @@
-"""Nested scales in the kernels for few rows: scale = table2[code] * absmax2[block of 256 codes] + offset."""
+"""Nested scales in the kernels: scale = table2[code] * absmax2[block of 256 codes] + offset."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from jaxlib.mlir import ir
 from pallas_kernels import ptx
 from pallas_kernels.form import NESTED_BLOCK
 from pallas_kernels.ptx import Int
-from pallas_kernels.skeletons.plan import FewRows
+from pallas_kernels.skeletons.plan import Launch
 
 
 class Nested:
     """Emits what a block needs of them; `entries` of the table are read ahead of `write`, for other work in between."""
 
-    def __init__(self, plan: FewRows, pointers: dict[str, Any], shared: Int, thread: Int):
-        self.plan, self.pointers, self.thread = plan, pointers, thread
-        self.table = shared + plan.layout["table2"]
+    def __init__(self, plan: Launch, pointers: dict[str, Any], table: Int, thread: Int, threads: int):
+        """Args:
+        table: address in shared memory of the table of scales.
+        thread, threads: index and number of the threads that fill it.
+        """
+        self.plan, self.pointers, self.table = plan, pointers, table
+        self.thread, self.threads = thread, threads
         self.last = plan.n * plan.form.groups(plan.k) - 1  # code: behind it are rows of padding
 
     def read(self) -> list[tuple[Int, ir.Value]]:
         """This thread's entries of the table of scales, for `write` when they have come."""
         self.offset = ptx.load_global(self.pointers["offset"], "f32")
         out = []
-        for first in range(0, 256, self.plan.config.warps * 32):
+        for first in range(0, 256, self.threads):
             i = (self.thread + first) & 255
             out.append((i, ptx.load_global(ptx.address(self.pointers["table2"], i, 4), "f32")))
         return out
@@ -42,6 +46,18 @@ class Nested:
         """Global address of the second-level scale of a block."""
         return ptx.address(self.pointers["absmax2"], block, 4)
 
+    def load(self, block: Int) -> ir.Value:
+        return ptx.load_global(self.second(block), "f32")
+
+    def over(self, first: Int, count: int, blocks: int) -> list[Any]:
+        """Second-level scales of `count` codes from `first` on, which touch at most so many blocks, 1 or 2: the scale of
+        the first code; and with 2 also that of the last one, and the number of the code from which on it holds.
+        """
+        block = self.block(first)
+        if blocks == 1:
+            return [self.load(block)]
+        return [self.load(block), self.load(self.block(first + (count - 1))), (block + 1) * NESTED_BLOCK - first]
+
     def floats(self, pair: Int, seconds: Sequence[ir.Value]) -> list[ir.Value]:
         """Scales of rows g and g + 8 as float32.
 
@@ -51,3 +67,9 @@ class Nested:
         """
         values = [ptx.load_shared(self.table + code * 4, "f32")[0] for code in (pair & 255, pair >> 8)]
         return [ptx.fma(value, second, self.offset) for value, second in zip(values, seconds)]
+
+
+def one_of(found: Sequence[Any], i: Any) -> ir.Value:
+    """The second-level scale of code i of those that `Nested.over` has found."""
+    scale, *other = found
+    return ptx.select_float(Int(i) < other[1], scale, other[0]) if other else scale

@@ -43,6 +43,16 @@ class Launch:
         """Tables of the decode function in shared memory."""
         return DECODES[self.form.decode].shared_bytes(self.form)
 
+    @property
+    def table2_bytes(self) -> int:
+        """The table of nested scales in shared memory."""
+        return 1024 if self.form.scale == "u8" else 0
+
+    @property
+    def nested_by_row(self) -> bool:
+        """Whether all groups of a row share a second-level scale."""
+        return self.form.scale == "u8" and NESTED_BLOCK % self.form.groups(self.k) == 0
+
 
 @dataclasses.dataclass(frozen=True)
 class FewRows(Launch):
@@ -55,16 +65,6 @@ class FewRows(Launch):
     @property
     def k_chunks(self) -> int:
         return -(-self.k // CHUNK)
-
-    @property
-    def table2_bytes(self) -> int:
-        """The table of nested scales in shared memory."""
-        return 1024 if self.form.scale == "u8" else 0
-
-    @property
-    def nested_by_row(self) -> bool:
-        """Whether all groups of a row share a second-level scale."""
-        return self.form.scale == "u8" and NESTED_BLOCK % self.form.groups(self.k) == 0
 
     @property
     def layout(self) -> dict[str, int]:

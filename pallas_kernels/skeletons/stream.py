@@ -15,7 +15,6 @@ leave before anything is set up, and the tail after the last byte is one strip.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from jaxlib.mlir import ir
 from pallas_kernels import ptx
 from pallas_kernels.decode import DECODES, affine
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
-from pallas_kernels.launch import launch, pointers
+from pallas_kernels.launch import arguments, launch, pointers
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.plan import tile_words
 from pallas_kernels.skeletons.stream_inputs import Inputs
@@ -52,22 +51,11 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     plan = Plan(m, n, k, w.form, config, dtype, w.perm is not None)
     if reason := plan.reason():
         raise ValueError(f"stream.matmul: {reason}")
-    optional = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "perm": w.perm, "bias": bias}
-    optional |= {**w.tables, "layer": layer}
-    arrays = {name: a.reshape(1) if a.ndim == 0 else a for name, a in optional.items() if a is not None}
-    strides = {
-        name: math.prod(a.shape[1:]) * a.dtype.itemsize
-        for name, a in arrays.items()
-        if layer is not None and name not in ("x", "bias", "layer")
-    }
+    arrays = arguments(x, w, bias, layer)
 
     def emit(_: Any, refs: dict[str, ir.Value], shared: Int) -> None:
         ptx.skip_preamble()
-        at = pointers(refs)
-        if layer is not None:
-            index = Int(ptx.load_global(at["layer"], "u32"))
-            for name, stride in strides.items():
-                at[name] = ptx.slice_address(at[name], index, stride)
+        at = pointers(refs, arrays)
         _Kernel(plan, at, shared).run()
 
     out = {"y": jax.ShapeDtypeStruct((m, n), x.dtype)}

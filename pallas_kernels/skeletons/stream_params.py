@@ -9,9 +9,9 @@ from jaxlib.mlir import ir
 from pallas_kernels import ptx
 from pallas_kernels.decode import DECODES
 from pallas_kernels.decode.scaled import as_floats, shifts
-from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS
+from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS
 from pallas_kernels.ptx import Int
-from pallas_kernels.skeletons.nested import Nested
+from pallas_kernels.skeletons.nested import Nested, one_of
 from pallas_kernels.skeletons.stream_plan import Plan
 
 
@@ -23,7 +23,7 @@ class Params:
         self.lane = thread & 31
         self.cluster_first = ptx.special("clusterid.x") if plan.config.cluster > 1 else ptx.special("ctaid.x")
         self.is_nested = plan.form.scale == "u8"
-        self.scales = Nested(plan, pointers, shared, thread)
+        self.scales = Nested(plan, pointers, shared + plan.layout["table2"], thread, plan.config.warps * 32)
 
     def group_of(self, piece: Int) -> Int:
         """First group of a piece (counted along the whole K)."""
@@ -91,8 +91,8 @@ class Params:
         where they are those of a row).
 
         Returns:
-          of each tile, for rows g and g + 8: the scale of the first group; and where the groups of a piece can touch
-          two blocks, also the second scale and the group from which on it holds. Nothing where scales are plain.
+          of each tile, for rows g and g + 8, what `Nested.over` finds for the groups of the piece. Nothing where scales
+          are plain.
         """
         plan = self.plan
         if not self.is_nested:
@@ -104,18 +104,11 @@ class Params:
             row = ((self.cluster_first + strip * plan.clusters) * plan.height + h) * ROWS + (self.lane >> 2)
             for half in (0, 8):
                 first = (row + half) * groups + at
-                block = self.scales.block(first)
-                out.append(ptx.load_global(self.scales.second(block), "f32"))
-                if plan.nested_span == 2:
-                    end = self.scales.block(first + (plan.piece_groups - 1))
-                    out.append(ptx.load_global(self.scales.second(end), "f32"))
-                    out.append((block + 1) * NESTED_BLOCK - first)
+                out += self.scales.over(first, plan.piece_groups, plan.nested_span)
         return out
 
     def expand(self, pair: Int, nested: list[Any], h: int, group: int) -> list[ir.Value]:
         """Nested scales of rows g and g + 8 as float32."""
-        seconds, size = [], 1 if self.plan.nested_span == 1 else 3
-        for i in range(2):
-            second, *other = nested[(2 * h + i) * size : (2 * h + i + 1) * size]
-            seconds.append(ptx.select_float(Int(group) < other[1], second, other[0]) if other else second)
+        size = len(nested) // (2 * self.plan.height)  # of a row
+        seconds = [one_of(nested[(2 * h + i) * size : (2 * h + i + 1) * size], group) for i in range(2)]
         return self.scales.floats(pair, seconds)

@@ -53,3 +53,32 @@ def test_shared_work(m, n, k, config):
     assert np.linalg.norm(np.asarray(y, np.float32) - expected) < 4e-3 * np.linalg.norm(expected)
     for _ in range(50):
         assert bool(jnp.array_equal(run(x, w), y))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (64, 2048, 4096, NARROW),  # four rows share a second-level scale
+        (100, 2000, 14336, WIDE),  # a row has several
+        (100, 2000, 4160, WIDE),  # one ends within a step along K
+        (70, 1000, 1088, dataclasses.replace(NARROW, even=True)),
+        (16, 4096, 14336, Config(16, 4, 4, split=2, units=1, ahead=False)),
+        (200, 4096, 14336, dataclasses.replace(WIDE, split=2, tail=2)),
+        (64, 28672, 1600, dataclasses.replace(NARROW, units=7)),
+        (300, 1024, 20480, dataclasses.replace(LARGE, share=2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+def test_nested_scales(m, n, k, config, dtype):
+    form = Form("codebook", 4, 64, "u8", table="nf4")
+    layers = [tune.random_weight(form, n, k, seed) for seed in range(2)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)
+    x = jax.random.normal(jax.random.key(1), (m, k), dtype)
+    run = jax.jit(lambda x, w, layer: api.launch(x, w, Choice("gemm", config), layer=layer))
+    for i, w in enumerate(layers):
+        expected = np.asarray(jax.jit(reference.product)(x, w))
+        single = jax.jit(lambda x, w: api.launch(x, w, Choice("gemm", config)))(x, w)
+        assert np.linalg.norm(np.asarray(single, np.float32) - expected) < 4e-3 * np.linalg.norm(expected)
+        for _ in range(20):
+            assert bool(jnp.array_equal(run(x, stacked, jnp.asarray([i], jnp.int32)), single))

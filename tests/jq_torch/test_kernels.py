@@ -39,13 +39,11 @@ def weight(name: str):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_a_kernel_is_one_mosaic_call(name, rows):
-    from pallas_kernels import api, select, tensors
+    from pallas_kernels import select, tensors
     from pallas_kernels.torch_launch import lower, skeleton_of
 
     packed = tensors.packed(tensors.prepare(weight(name).replace(extras={}, activation=None, source=None).to_jax()))
     choice = select.choose(rows, N, K, packed.form, "h100", 132, packed.perm is not None and rows == 1)
-    if choice.kernel == "gemm" and packed.form.scale == "u8":
-        packed = api.expand_scales(packed)
     if rows > 1:  # permuted before the kernel
         packed = packed.replace(perm=None)
     text = lower(skeleton_of(packed), rows, "bfloat16", choice).as_text()

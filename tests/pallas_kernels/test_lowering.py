@@ -98,6 +98,8 @@ def test_options():
 def test_units_that_warpgroups_share_or_collect(m, config):
     for name in ("g128", "w8_asym", "nf4"):
         lower(FORMS[name], 2000, 1024, m, select.Choice("gemm", config), bias=True)
+    for k in (1024, 14336, 20480):  # second-level scales of four rows, two of a row, and more
+        lower(FORMS["nf4_dq"], 2000, k, m, select.Choice("gemm", config), jnp.float16, bias=True, stack=2)
 
 
 def tuned():
@@ -130,7 +132,7 @@ def test_what_a_kernel_cannot_run_takes_the_next_row():
         assert select.choose(m, 4096, 4096, Form(), kernels=("stream", "gemm")).kernel != "direct"
     assert select.choose(1, 4096, 4096, FORMS["nf4"]).kernel == "direct"
     assert select.choose(1, 4096, 4096, FORMS["nf4_dq"]).kernel == "stream"
-    assert select.choose(100, 4096, 4096, FORMS["nf4_dq"]) == select.choose(100, 4096, 4096, FORMS["nf4"])
+    assert select.choose(2000, 4096, 4096, FORMS["nf4_dq"]) == select.choose(2000, 4096, 4096, Form())
     assert not select.fits(DIRECT, 1, 4096, 4096, Form(), gathered=True)
 
 
