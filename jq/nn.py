@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from jq import activations
-from jq.algorithms.blocks import finite
 from jq.errors import JqWarning, UnsupportedError
 from jq.matmul import matmul
 from jq.qtensor import Affine, Codebook, NarrowFloat, QTensor
@@ -341,7 +340,7 @@ def replace_linears(
         if not path:
             raise UnsupportedError("replace_linears: the module is itself a linear layer; quantize its parent")
         weight, bias = _dense_parts(layer)
-        q = method.quantize(finite(np.asarray(weight), name), name=name).to_jax()
+        q = method.quantize(np.asarray(weight), name=name).to_jax()
         new = linear_of(q, bias, dtype=dtype or weight.dtype, packed=packed)
         _set(model, path, new)
         names.append(name)

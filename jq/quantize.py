@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jq.algorithms.blocks import finite
 from jq.errors import CalibrationError, JqError, UnsupportedError
 from jq.formats import stored_config
 from jq.formats.base import warn_once
@@ -189,7 +188,7 @@ def _quantize_state(state: State, method: Any, skip: Skip, advance: Advance | No
             if advance is not None:
                 advance(done, len(todo), name)
             more = {"peak": peaks[name]} if name in peaks else {}
-            w = finite(_oriented(value, name, state.config).astype(dtype), name)
+            w = _oriented(value, name, state.config).astype(dtype)
             value = method.quantize(w, name=name, **more).to_jax()
             done += 1
         tensors[key] = value

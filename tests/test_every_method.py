@@ -12,6 +12,7 @@ import pytest
 
 import jq
 from jq.cli import methods
+from jq.errors import FormatError
 
 NAMES = sorted(name for name in methods.names().values() if hasattr(methods.find(name), "quantize"))
 # The tiny model's matrices are 64 to 256 long: groups of 128 do not divide them all.
@@ -106,11 +107,19 @@ def test_what_is_not_finite_is_refused(name: str, bad: float) -> None:
     w = np.ones((2, 256, 256) if name in NO_LINEARS else (256, 256), np.float32)
     w[..., 3, 5] = bad
     method = getattr(jq, name)(**OPTIONS.get(name, {}))
-    with pytest.raises(ValueError, match=r"not finite|fp16|float16"):
+    with pytest.raises(ValueError, match=r"layer: holds values that are not finite"):
         method.quantize(w, name="layer")
     if name not in NO_LINEARS:
         with pytest.raises(ValueError, match=r"layer: holds values that are not finite"):
             jq.quantize({"layer.weight": w}, method)
+
+
+@pytest.mark.parametrize("bad", [((64,), "float32"), ((256, 256), "int32"), ((256, 256), "float64"), ((8, 0), "float32"), ((0, 64), "float32")], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_weight_is_refused(name: str, bad: tuple[tuple[int, ...], str]) -> None:
+    method = getattr(jq, name)(**OPTIONS.get(name, {}))
+    with pytest.raises(FormatError, match=r"layer: found "):
+        method.quantize(np.zeros(*bad), name="layer")
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(NO_LINEARS)))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from jq.errors import FormatError
+
+FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 CHUNK = 1 << 16  # weights at a time: intermediate float32 arrays stay in the cache
 
 
@@ -16,12 +21,24 @@ def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def finite(w: np.ndarray, name: str) -> np.ndarray:
-    """The weight to quantize as contiguous rows.
+def weight(w: Any, name: str, *, dtypes: Sequence[Any] = FLOATS, stacked: bool | None = False) -> np.ndarray:
+    """What every method begins with: the weight to quantize as contiguous rows, float[N, K].
+
+    Args:
+      dtypes: those that the method takes.
+      stacked: whether it is a stack [E, N, K] of weights; None: it may be.
 
     Raises:
+      FormatError: another shape or type, or no element.
       ValueError: it holds NaN or infinity, which some scale rules would turn into numbers.
     """
+    w, expected = np.asarray(w), tuple(map(np.dtype, dtypes))
+    if w.ndim not in {False: (2,), True: (3,), None: (2, 3)}[stacked] or w.dtype not in expected or not w.size:
+        axes = {False: "", True: "experts, ", None: "(experts,) "}[stacked]
+        raise FormatError(
+            f"{name}: found {w.dtype}{list(w.shape)}, expected {', '.join(map(str, expected))} "
+            f"[{axes}out_features, in_features], none of them 0"
+        )
     with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite(w.sum(dtype=np.float32)) and not np.isfinite(w.astype(np.float32)).all():
             raise ValueError(f"{name}: holds values that are not finite; nothing can be rounded to them")

@@ -27,13 +27,9 @@ def parameters(
       scales scale_dtype[N, groups] and zeros: int32[N, groups], or the one zero point 2**(bits-1) where `sym`.
 
     Raises:
-      ValueError: weights that are not finite, or scales that overflow `scale_dtype`.
+      ValueError: scales that overflow `scale_dtype`.
     """
-    if w.ndim != 2:
-        raise ValueError(f"{name}: expected a weight [out_features, in_features], got shape {w.shape}")
     low, high = blocks.group_ranges(w, group_size)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ValueError(f"{name}: holds values that are not finite; nothing can be rounded to them")
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     top = (1 << bits) - 1
     width = np.maximum(high, -low) * 2 if sym else high - low

@@ -28,8 +28,8 @@ import ml_dtypes
 import numpy as np
 
 from jq.activations import Activation
+from jq.algorithms import blocks
 from jq.algorithms.bitnet import absmean_codes, absmean_scale
-from jq.algorithms.blocks import finite
 from jq.errors import FormatError
 from jq.formats.base import (
     Context,
@@ -243,8 +243,7 @@ class BitNet:
           FormatError: N is no multiple of 4 (the format's packing would add rows).
           ValueError: weights that are not finite.
         """
-        w = finite(np.asarray(w), name)
-        expect_dtype(w, FLOATS, name)
+        w = blocks.weight(w, name)
         if w.shape[0] % PER_BYTE:
             raise FormatError(f"{name}: {w.shape[0]} output features; BitNet packs rows by {PER_BYTE}")
         codes, scale = absmean_codes(w.astype(np.float32))

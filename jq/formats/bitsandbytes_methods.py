@@ -80,15 +80,6 @@ def tensor_4bit(
     )
 
 
-def _checked(w: Any, name: str) -> np.ndarray:
-    w = np.asarray(w)
-    if w.ndim != 2 or str(w.dtype) not in ("float32", "float16", "bfloat16"):
-        raise ValueError(
-            f"{name}: expected float32, float16 or bfloat16 [out_features, in_features], got {w.dtype}{list(w.shape)}"
-        )
-    return blocks.finite(w, name)
-
-
 def _config(skip: Iterable[str], **given: Any) -> dict[str, Any]:
     """quantization_config with the keys of transformers' BitsAndBytesConfig."""
     four = given.get("load_in_4bit", False)
@@ -146,7 +137,7 @@ class _FourBit:
           ValueError: weights of another kind or not finite.
           UnsupportedError: bytes that do not fill whole elements of `quant_storage`.
         """
-        w = _checked(w, name)
+        w = blocks.weight(w, name)
         (n, k), size = w.shape, self.block_size
         width = np.dtype(self.quant_storage).itemsize
         if -(-n * k // 2) % width:
@@ -222,7 +213,7 @@ class Int8:
         Raises:
           ValueError: weights of another kind, not finite, or beyond float16 (the method rounds to it first).
         """
-        w = _checked(w, name)
+        w = blocks.weight(w, name)
         codes, scb = int8.quantize_rows(w)
         if not np.isfinite(scb).all():
             raise ValueError(f"{name}: weights beyond float16's 65504, to which LLM.int8 rounds first")

@@ -85,13 +85,9 @@ class CompressedTensors:
             raise UnsupportedError(
                 f"preset {self.preset}: its activation scales come from calibration data; FP8_DYNAMIC and NVFP4A16 need none"
             )
-        w = np.asarray(w)
-        if w.ndim != 2 or str(w.dtype) not in DTYPES:
-            raise FormatError(
-                f"{name}: found {w.dtype} {w.shape}, expected [out_features, in_features] of {', '.join(DTYPES)}"
-            )
+        w = blocks.weight(w, name)
         assert group.weights is not None
-        parts = weight_parts(blocks.finite(w, name), group.weights, layout_of(group), name, peak)
+        parts = weight_parts(w, group.weights, layout_of(group), name, peak)
         options = compressed_tensors.Options(groups=(group,), version=WRITES)
         return compressed_tensors.load(name, parts, options, compressed_tensors.Context())
 

@@ -22,6 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jq.algorithms import blocks
 from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Affine, Grouping, QTensor, Source
@@ -116,11 +117,10 @@ class EETQ:
         Raises:
           FormatError: bfloat16 (EETQ refuses it) or sizes that its kernels do not take.
         """
-        w = np.asarray(w)
-        if w.dtype == ml_dtypes.bfloat16:
+        if np.asarray(w).dtype == ml_dtypes.bfloat16:
             raise FormatError(f"{name}: EETQ does not quantize bfloat16 weights; cast them to float16 first")
-        expect_dtype(w, (np.float16, np.float32), name)
-        if w.ndim != 2 or w.shape[0] % TILE or w.shape[1] % TILE:
+        w = blocks.weight(w, name, dtypes=(np.float16, np.float32))
+        if w.shape[0] % TILE or w.shape[1] % TILE:
             raise FormatError(f"{name}: found shape {w.shape}; EETQ needs multiples of {TILE} in both dimensions")
         wide = w.astype(np.float32)
         scale = np.abs(wide).max(1, keepdims=True) * np.float32(1 / 128)

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from jq.activations import Activation
-from jq.algorithms import narrow
+from jq.algorithms import blocks, narrow
 from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Grouping, NarrowFloat, Source
@@ -137,9 +137,7 @@ class FbgemmFp8:
 
     def quantize(self, w: Any, name: str = "weight") -> NarrowFloat:
         """w [N, K] of any float dtype (cast to bfloat16 first, which the library demands) -> codes and scales."""
-        x = np.asarray(w).astype(ml_dtypes.bfloat16).astype(np.float32)
-        if x.ndim != 2:
-            raise FormatError(f"{name}: found shape {x.shape}, expected [out_features, in_features]")
+        x = blocks.weight(w, name).astype(ml_dtypes.bfloat16).astype(np.float32)
         codes, scale = narrow.fp8_rows(x)
         return load(
             name, {"weight": codes.view(E4M3), "weight_scale": scale}, Options(self.activation_scale_ub), Context()

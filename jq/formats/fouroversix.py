@@ -28,6 +28,7 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.activations import Activation
+from jq.algorithms import blocks
 from jq.algorithms import fouroversix as algorithm
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import (
@@ -257,9 +258,9 @@ class FourOverSix:
 
     def stored(self, w: Any, name: str) -> Parts:
         """The tensors that a file has for the weight w."""
-        w = np.asarray(w)
+        w = blocks.weight(w, name)
         block, scale_dtype, _ = DTYPES[self.dtype]
-        if w.ndim != 2 or w.shape[1] % block or (self.weight_scale_2d and w.shape[0] % block):
+        if w.shape[1] % block or (self.weight_scale_2d and w.shape[0] % block):
             raise FormatError(f"{name}: found shape {w.shape}, expected blocks of {block} to divide it")
         (n, k), rows = w.shape, -(-w.shape[0] // 128) * 128
         columns = -(-w.shape[1] // (4 * block)) * 4 * block

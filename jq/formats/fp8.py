@@ -321,7 +321,7 @@ class FP8:
         """
         _one_of(self.scale_fmt, ("float", "ue8m0"), f"{name}: scale_fmt")
         _one_of(self.activation_scheme, ("dynamic",), f"{name}: activation_scheme")
-        w = blocks.finite(np.asarray(w), name)
+        w = blocks.weight(w, name, stacked=None)
         n, k = w.shape[-2:]
         block = self.block_size or (n, k)
         if n % block[0] or k % block[1]:

@@ -253,9 +253,9 @@ class FPQuant:
           ValueError: weights that are not finite.
         """
         options = parse(self.config(), Context(label=name))
-        w = blocks.finite(np.asarray(w), name)
+        w = blocks.weight(w, name)
         size, block = self._size(), BLOCKS[self.forward_dtype]
-        if w.ndim != 2 or w.shape[1] % size or size % block:
+        if w.shape[1] % size or size % block:
             raise FormatError(f"{name}: found shape {w.shape}; FP-Quant rotates blocks of {size} inputs")
         matrix = algorithm.rotation(self.transform_init, size).astype(w.dtype)
         whole, quest = (3.0, False) if self.forward_method == "abs_max" else (1.0, True)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jq import bits as _bits
-from jq.algorithms import rtn
+from jq.algorithms import blocks, rtn
 from jq.errors import FormatError, UnsupportedError
 from jq.formats import marlin
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take
@@ -319,7 +319,7 @@ class RTN:
         Raises:
           ValueError: weights that are not finite, or scales that `scale_dtype` cannot hold.
         """
-        w = np.asarray(w)
+        w = blocks.weight(w, name)
         scales, zeros = rtn.parameters(
             w, bits=self.bits, group_size=self.group_size, sym=self.sym, scale_dtype=self.scale_dtype, name=name
         )

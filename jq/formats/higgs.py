@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jq.algorithms import blocks
 from jq.algorithms import higgs as algorithm
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
@@ -252,9 +253,9 @@ class HIGGS:
           FormatError: an option or a size that the library does not have.
         """
         options = parse(self._settings(), Context(label=name))
-        w = np.asarray(w)
+        w = blocks.weight(w, name)
         dtype = np.dtype(np.float16) if w.dtype == np.float32 else w.dtype
-        if w.ndim != 2 or w.shape[1] % self.hadamard_size or self.hadamard_size % self.group_size:
+        if w.shape[1] % self.hadamard_size or self.hadamard_size % self.group_size:
             raise FormatError(
                 f"{name}: found shape {w.shape}; HIGGS needs in_features of whole blocks of hadamard_size "
                 f"{self.hadamard_size}, and blocks of whole groups of {self.group_size}"

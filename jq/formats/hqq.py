@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from jq.algorithms import blocks
 from jq.algorithms.hqq import NBITS, hqq_codes, max_code
 from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_unknown
@@ -310,9 +311,7 @@ class HQQ:
         Raises:
           FormatError: a group size that does not divide N*K, or rows that do not fill a word.
         """
-        w = np.asarray(w)
-        if str(w.dtype) not in DTYPES:
-            raise FormatError(f"{name}: hqq quantizes {', '.join(DTYPES)} weights, found {w.dtype}")
+        w = blocks.weight(w, name)
         params = self._params()
         _check_params(params, name)
         n, k = w.shape

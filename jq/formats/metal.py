@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jq.algorithms import blocks
 from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Affine, Grouping, Source
@@ -114,7 +115,7 @@ class Metal:
           FormatError: in_features that groups or words do not divide, or an option.
         """
         options = parse({"bits": self.bits, "group_size": self.group_size}, Context(label=name))
-        w = np.asarray(w)
+        w = blocks.weight(w, name)
         n, k = w.shape
         if k % self.group_size or k * self.bits % 32:
             raise FormatError(f"{name}: in_features {k} are no multiple of group_size {self.group_size} and of a word")

@@ -33,8 +33,7 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.activations import FLOAT, Activation
-from jq.algorithms import narrow
-from jq.algorithms.blocks import finite
+from jq.algorithms import blocks, narrow
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_one, expect_shape, take, warn_once
 from jq.formats.modelopt_config import NAME, Options, detect, parse
@@ -296,10 +295,10 @@ class NVFP4:
 
     def quantize(self, w: Any, name: str = "weight", peak: float | None = None) -> NarrowFloat:
         """w [N, K], K a multiple of 16 -> codes and scales; `dequantize()` gives w's dtype."""
-        w = np.asarray(w)
-        if w.ndim != 2 or w.shape[1] % 16:
+        w = blocks.weight(w, name)
+        if w.shape[1] % 16:
             raise FormatError(f"{name}: found shape {w.shape}, expected [out, in] with in a multiple of 16")
-        codes, scale, whole = narrow.nvfp4_modelopt(finite(w, name), peak)
+        codes, scale, whole = narrow.nvfp4_modelopt(w, peak)
         packed = _bits.pack(codes, 4).view(np.uint8)
         parts = {"weight": packed, "weight_scale": scale.view(E4M3), "weight_scale_2": whole}
         made = load(name, parts, Options("W4A16_NVFP4", dtype=str(w.dtype)), Context())

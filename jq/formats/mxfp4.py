@@ -24,7 +24,7 @@ import numpy as np
 
 from jq import bits as _bits
 from jq.algorithms import narrow
-from jq.algorithms.blocks import finite
+from jq.algorithms.blocks import weight
 from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
 from jq.qtensor import Grouping, NarrowFloat, Source
@@ -122,7 +122,7 @@ class MXFP4:
                 f"{name}: found shape {w.shape}; the mxfp4 format stores experts [E, out, in] with in a multiple of 32. "
                 'For Linear layers take jq.CompressedTensors("MXFP4A16")'
             )
-        w = finite(w, name)
+        w = weight(w, name, stacked=True)
         codes, scales = narrow.mxfp4_triton(w) if self.exponents == "up" else narrow.mxfp4_ocp(w)
         blocks = _bits.pack(codes, 4).view(np.uint8).reshape(*scales.shape, 16)
         return load(name, {"blocks": blocks, "scales": scales}, Options(), Context())

@@ -27,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from jq.activations import Activation
+from jq.algorithms import blocks
 from jq.algorithms.quanto import QTYPES, affine_codes, group_size_of, symmetric_codes
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, take, warn_unknown
@@ -257,8 +258,7 @@ class Quanto:
 
     def quantize(self, w: Any, name: str = "weight") -> QTensor:
         """w: float16, bfloat16 or float32 [N, K] -> the tensor that `freeze` would store."""
-        w = np.asarray(w)
-        expect_dtype(w, FLOATS, name)
+        w = blocks.weight(w, name)
         qtype, one = self.qtype, np.ones((), w.dtype)
         parts: Parts = {"input_scale": one, "output_scale": one}
         if qtype in ("qint4", "qint2"):

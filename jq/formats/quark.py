@@ -36,6 +36,7 @@ import numpy as np
 
 from jq import rotation
 from jq.activations import FLOAT, Activation
+from jq.algorithms import blocks
 from jq.algorithms import quark as algorithm
 from jq.errors import FormatError, UnsupportedError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, group_by_prefix, take
@@ -200,12 +201,12 @@ class Quark:
         Raises:
           FormatError: an option that Quark does not have, or sizes that its packing does not take.
         """
-        w = np.asarray(w)
+        w = blocks.weight(w, name)
         context = Context({"dtype": str(w.dtype)}, label=name)
         options = parse(self.config(), context)
         spec = options.default.weight
         assert spec is not None
-        if w.ndim != 2 or 0 in w.shape or (self.qscheme == "per_group" and w.shape[1] % self.group_size):
+        if self.qscheme == "per_group" and w.shape[1] % self.group_size:
             raise FormatError(f"{name}: found shape {w.shape}; groups of {self.group_size} do not divide it")
         n, k = w.shape
         rows = {

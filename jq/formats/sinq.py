@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from jq import bits as _bits
+from jq.algorithms import blocks
 from jq.algorithms import sinq as algorithm
 from jq.errors import FormatError
 from jq.formats.base import Context, Format, Parts, expect_dtype, expect_shape, take, warn_unknown
@@ -327,10 +328,10 @@ class SINQ:
           ValueError: scales or zero points that float16 does not hold.
         """
         options = parse(self.config(), Context(label=name))
-        w = np.asarray(w)
+        w = blocks.weight(w, name)
         tiled = self.tiling_mode == "2D"
-        group = self.group_size if tiled or w.ndim != 2 else _narrowed(self.group_size, w.shape[1])
-        cut = w.ndim == 2 and not w.shape[1] % group and not (tiled and w.shape[0] % group)
+        group = self.group_size if tiled else _narrowed(self.group_size, w.shape[1])
+        cut = not w.shape[1] % group and not (tiled and w.shape[0] % group)
         if not cut or self.group_size % 8 or (group < 16 and group != self.group_size) or w.size // group % TILE:
             squares = (
                 f"squares of {group} that divide both sizes" if tiled else f"groups of {group} that divide in_features"

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from jq.algorithms import blocks
 from jq.algorithms.torchao import INT8_EPS, affine_codes, float8_codes, plain_int4_codes, tinygemm_codes
 from jq.errors import FormatError
 from jq.formats.base import Context, Parts, expect_dtype
-from jq.formats.torchao_tensors import FLOATS, pack_tiles
+from jq.formats.torchao_tensors import pack_tiles
 from jq.qtensor import QTensor
 
 Scheme = Literal[
@@ -56,8 +57,7 @@ class TorchAO:
         """
         from jq.formats.torchao import load
 
-        w = np.asarray(w)
-        expect_dtype(w, FLOATS, name)
+        w = blocks.weight(w, name)
         if self.scheme not in _SCHEMES:
             raise FormatError(f"TorchAO: scheme {self.scheme!r}; known: {', '.join(_SCHEMES)}")
         kind, parts, attributes = self._parts(w, name)
