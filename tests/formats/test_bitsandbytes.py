@@ -320,7 +320,7 @@ def test_methods_refuse():
     for method in (jq.NF4(), jq.FP4(), jq.Int8()):
         with pytest.raises(ValueError, match="m: holds values that are not finite"):
             method.quantize(np.array([[1.0, np.nan]], np.float32), "m")
-        with pytest.raises(ValueError, match="m: found .*expected float32, float16, bfloat16"):
+        with pytest.raises(ValueError, match=r"m: found .*expected float32, float16, bfloat16"):
             method.quantize(np.zeros((2, 2, 2), np.float32), "m")
     with pytest.raises(ValueError, match="m: weights beyond float16's 65504"):
         jq.Int8().quantize(np.full((1, 4), 1e5, np.float32), "m")
