@@ -41,11 +41,11 @@ class Block:
         self.full, self.empty = self.at["barriers"], self.at["barriers"] + 8 * plan.stages
         self.arrived, self.freed, self.swapped = (self.empty + 8 * (plan.stages + i) for i in range(3))
         stacked = "layer" in refs
-        names = [n for n in (*TABLES, "layer") if n in refs]
-        self.tables = pointers({n: refs[n] for n in names}, {n: arrays[n] for n in names}) if names != ["layer"] else {}
-        threads = 128 * c.wn
-        nested = plan.form.scale == "u8"
-        self.nested = Nested(plan, self.tables, self.at["table2"], self.thread, threads) if nested else None
+        names = [n for n in TABLES if n in refs]
+        names += ["layer"] if names and "layer" in refs else []
+        self.tables = pointers({n: refs[n] for n in names}, {n: arrays[n] for n in names})
+        nested, table2 = plan.form.scale == "u8", self.at["table2"]
+        self.nested = Nested(plan, self.tables, table2, self.thread, 128 * c.wn) if nested else None
         self.layer = [Int(ptx.load_global(ptx.global_pointer(refs["layer"]), "u32"))] if stacked else []
         lead = (1,) if stacked else ()
         # boxes are given slowest axis first, as shapes are
