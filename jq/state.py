@@ -80,6 +80,15 @@ class State(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle holds the tensors, also those of a lazy State."""
+        return {**self.__dict__, "_tensors": dict(self.items())}
+
+    def __copy__(self) -> State:
+        made = State.__new__(State)
+        made.__dict__ |= self.__dict__
+        return made
+
     def __repr__(self) -> str:
         kind = self.config.get("model_type", "")
         return f"State({len(self)} tensors{', ' + kind if kind else ''}{', ' + str(self.path) if self.path else ''})"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -281,3 +283,15 @@ def test_lazy_state_reads_at_access(tmp_path: Path, monkeypatch) -> None:
         assert isinstance(state["a"], np.ndarray)
         np.testing.assert_array_equal(state["a"], ONE)
         assert len(reads) == 2 * count
+    assert len(reads) == 4
+    shallow = copy.copy(state)
+    assert len(reads) == 4 and shallow["a"] is not shallow["a"]  # lazy too
+
+
+def test_a_lazy_state_is_pickled_with_its_tensors(tmp_path: Path) -> None:
+    source = directory(tmp_path / "in", {"model.safetensors": {"a": ONE}})
+    kept = pickle.dumps(jq.load_state(source, lazy=True))
+    (source / "model.safetensors").unlink()
+    state = pickle.loads(kept)
+    np.testing.assert_array_equal(state["a"], ONE)
+    assert state.config == jq.load_state(directory(tmp_path / "again", {"model.safetensors": {"a": ONE}})).config
