@@ -171,6 +171,10 @@ class JqLinear(Packed, nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
+        if not self.is_packed and self._stored_device().type == "meta":  # on disk, where a family's _init_weights looks
+            nothing = torch.empty(self.out_features, self.in_features, dtype=self.float_dtype, device="meta")
+            nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+            return nothing
         return self.dequantize()
 
     @property

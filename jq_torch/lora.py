@@ -29,7 +29,20 @@ def dense_layer(packed: JqLinear, dtype: torch.dtype) -> nn.Linear:
     new.bias = (
         None if packed.bias is None else nn.Parameter(packed.bias.detach().clone().to(dtype), requires_grad=False)
     )
+    if packed.transposed:
+        new.__dict__["conv1d"] = packed  # not a submodule
     return new
+
+
+def _give_back_conv1d(model: nn.Module) -> None:
+    """Merged layers that peft leaves in a model become what the float model has there: a Conv1D's weight is [K, N]."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            packed = child.__dict__.get("conv1d")
+            if packed is not None:
+                new = packed.to_float(child.weight.detach())
+                new.bias = child.bias
+                setattr(module, name, new.requires_grad_(False))
 
 
 @functools.cache
@@ -95,6 +108,19 @@ def _merges_densely(kind: type) -> None:
     kind.unmerge = unmerged  # type: ignore[attr-defined]
 
 
+def _unloads_conv1d(kind: Any) -> None:
+    """What a tuner gives back has its layers of transformers' own classes."""
+    original = kind._unload_and_optionally_merge
+
+    @functools.wraps(original)
+    def unloaded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = original(self, *args, **kwargs)
+        _give_back_conv1d(model)
+        return model
+
+    kind._unload_and_optionally_merge = unloaded
+
+
 def _backend() -> Any:
     """peft's interface for some of the tuners other than LoRA (OFT, VeRA, MiSS, BOFT, SHiRA)."""
     from peft.utils.quantization_utils import QuantizationBackend
@@ -126,6 +152,7 @@ def install() -> None:
         return
     import peft.tuners
     from peft.tuners.lora.model import LoraModel
+    from peft.tuners.tuners_utils import BaseTuner
 
     _installed = True
     create = LoraModel._create_new_module
@@ -143,10 +170,14 @@ def install() -> None:
         return create(lora_config, adapter_name, target, **kwargs)
 
     LoraModel._create_new_module = staticmethod(create_new_module)
+    if "_unload_and_optionally_merge" in vars(BaseTuner):
+        _unloads_conv1d(BaseTuner)
     names = [f"peft.tuners.{m.name}" for m in pkgutil.iter_modules(peft.tuners.__path__) if m.ispkg]
     for name in names:
         module = sys.modules.get(f"{name}.model")
         for model in list(vars(module).values()) if module is not None else ():
+            if isinstance(model, type) and "_unload_and_optionally_merge" in vars(model):
+                _unloads_conv1d(model)
             if isinstance(model, type) and "_check_merge_allowed" in vars(model):
                 model._check_merge_allowed = _merge_allowed(model._check_merge_allowed)  # type: ignore[attr-defined]
     for name in ("peft.tuners.lycoris_utils", *[f"{n}.layer" for n in names]):

@@ -7,6 +7,7 @@ knows them; here transformers is told. Saving writes these files again, and conf
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import os
@@ -19,6 +20,7 @@ from transformers import modeling_utils
 from jq.checkpoint import find_weights, open_checkpoint
 from jq.errors import CheckpointError, UnsupportedError
 from jq.formats import _method_without_name, detect
+from jq.safetensors_file import read_header
 
 # Files beside the weights that tell a loader how they are quantized; the tokenizer's files are the tokenizer's to save.
 SIDE_FILES = (
@@ -30,6 +32,8 @@ SIDE_FILES = (
     "quantization_map.json",
     "model.safetensors.index.json.meta.json",
 )
+# Ends of names that no float model's tensors have.
+PACKED = (".qweight", ".weight._data", ".weight._data._data", ".weight_packed", ".SCB", ".weight_scale_inv")
 
 
 class Sides:
@@ -91,15 +95,34 @@ def patch_saving(kind: type) -> None:
 
 
 def patch(state: Any) -> None:
-    """Wraps the two functions by which from_pretrained finds config and files; `state` undoes it."""
+    """Wraps the three functions by which from_pretrained finds config and files; `state` undoes it."""
     if getattr(modeling_utils.get_hf_quantizer, "_jq", False):
         return
+    state.patch(modeling_utils, "maybe_load_adapters", _noting_the_source(modeling_utils.maybe_load_adapters))
     state.patch(modeling_utils, "get_hf_quantizer", _with_side_files(modeling_utils.get_hf_quantizer))
     state.patch(
         modeling_utils,
         "_get_resolved_checkpoint_files",
         _with_other_names(modeling_utils._get_resolved_checkpoint_files),
     )
+
+
+# What this thread's from_pretrained loads: name or directory, with its subfolder; and whether it has a quantizer.
+_source: contextvars.ContextVar[str] = contextvars.ContextVar("source", default="")
+_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
+
+
+def _noting_the_source(original: Any) -> Any:
+    """The first that from_pretrained does with its arguments is to look whether an adapter's base model is meant."""
+
+    @functools.wraps(original)
+    def maybe_load_adapters(name: Any, download_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(name, download_kwargs, *args, **kwargs)
+        subfolder = dict(download_kwargs or {}).get("subfolder") or ""
+        _source.set("" if found[1] is None else os.path.join(str(found[1]), subfolder))
+        return found
+
+    return maybe_load_adapters
 
 
 def side_config(folder: str) -> dict[str, Any] | None:
@@ -125,12 +148,14 @@ def _with_side_files(original: Any) -> Any:
         if stored is None and getattr(config, "compression_config", None):  # compressed-tensors before 0.4
             config.quantization_config = {"quant_method": "compressed-tensors", **config.compression_config}
         elif stored is None and not kwargs.get("gguf_file"):
-            found = side_config(str(getattr(config, "_name_or_path", "") or getattr(config, "name_or_path", "")))
+            found = side_config(_source.get())
             if found is not None:
                 config.quantization_config = found
         elif isinstance(stored, dict) and "quant_method" not in stored:
             _name_method(stored)
-        return original(config, quantization_config, *args, **kwargs)
+        made = original(config, quantization_config, *args, **kwargs)
+        _plain.set(made[0] is None)
+        return made
 
     get_hf_quantizer._jq = True  # type: ignore[attr-defined]
     return get_hf_quantizer
@@ -148,18 +173,33 @@ def _name_method(stored: dict[str, Any]) -> None:
 def _with_other_names(original: Any) -> Any:
     @functools.wraps(original)
     def resolve(pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        folder = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
+        folder = None if pretrained_model_name_or_path is None else _source.get()
         try:
-            return original(pretrained_model_name_or_path, *args, **kwargs)
+            files, metadata = original(pretrained_model_name_or_path, *args, **kwargs)
         except OSError:
             if folder is None or not os.path.isdir(folder) or kwargs.get("gguf_file"):
                 raise
-            files = _other_weights(Path(folder))
+            files, metadata = _other_weights(Path(folder)), None
             if files is None:
                 raise
-            return files, None
+        if _plain.get() and not kwargs.get("gguf_file"):
+            _refuse_packed(files or [])
+        return files, metadata
 
     return resolve
+
+
+def _refuse_packed(files: list[str]) -> None:
+    """Raises CheckpointError where a model without a quantizer is to take packed tensors: it would stay random."""
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        packed = [name for name in read_header(Path(file))[0] if name.endswith(PACKED)]
+        if packed:
+            raise CheckpointError(
+                f"{file}: {packed[0]} is packed, but config.json has no quantization_config and no file beside the weights "
+                f"({', '.join(SIDE_FILES[:3])}, ...) says how; load from a directory that has them all"
+            )
 
 
 def _other_weights(folder: Path) -> list[str] | None:

@@ -11,6 +11,7 @@ from tiny import GPTQ, SMALL, ids, llama, save_pair, tensors_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from jq.errors import CheckpointError, FormatError, JqError, UnsupportedError
+from jq_torch.linear import JqLinear
 
 SIZES = SMALL | {"num_hidden_layers": 1}
 Q = "model.layers.0.self_attn.q_proj"
@@ -218,3 +219,41 @@ def test_a_value_that_the_method_does_not_have_is_named(folder, enabled, key, va
     configure(folder, **{key: value})
     with pytest.raises(JqError, match=rf"{key}.*{value}|{value}.*{key}"):
         load(folder)
+
+
+@pytest.fixture
+def beside(folder):
+    """The checkpoint as old AutoGPTQ wrote it: quantize_config.json, and nothing of it in config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(said))
+    return folder
+
+
+WAYS = {
+    "auto": lambda folder: AutoModelForCausalLM.from_pretrained(folder),
+    "class": lambda folder: LlamaForCausalLM.from_pretrained(folder),
+    "config": lambda folder: AutoModelForCausalLM.from_pretrained(folder, config=LlamaConfig.from_pretrained(folder)),
+    "subfolder": lambda folder: AutoModelForCausalLM.from_pretrained(folder.parent, subfolder=folder.name),
+    "class and subfolder": lambda folder: LlamaForCausalLM.from_pretrained(folder.parent, subfolder=folder.name),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_beside_the_weights_is_found_whatever_the_call(beside, enabled, way):
+    dense = LlamaForCausalLM.from_pretrained(beside.parent / "dense")
+    model = WAYS[way](beside)
+    assert sum(isinstance(m, JqLinear) for m in model.modules()) == 7
+    torch.testing.assert_close(model(ids()).logits, dense(ids()).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("end", ["qweight", "weight_packed"])
+def test_packed_tensors_that_nothing_explains_are_refused(beside, enabled, way, end):
+    (beside / "quantize_config.json").unlink()
+    rewrite(beside, lambda t: [t.update({n.replace("qweight", end): t.pop(n)}) for n in list(t) if "qweight" in n])
+    if end != "qweight":
+        rewrite(beside, lambda t: [t.pop(n) for n in list(t) if n.endswith(("qzeros", "scales", "g_idx"))])
+    with pytest.raises(JqError, match=end):
+        WAYS[way](beside)

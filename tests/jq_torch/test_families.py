@@ -104,6 +104,38 @@ def test_quantized_while_loading(family, enabled):
     assert torch.equal(outputs(auto.from_pretrained(folder / "made")), want)
 
 
+def test_layers_on_disk(family, enabled, tmp_path):
+    """Also where a family's `_init_weights` looks at the weights of layers inside of others."""
+    name, folder, auto = family
+    blocks = {"opt": "model.decoder.layers.1", "bloom": "transformer.h.1", "gpt2": "transformer.h.1"}
+    blocks |= {"t5": "encoder.block.1", "bert": "encoder.layer.1", "qwen2": "model.layers.1"}
+    whole = auto.from_pretrained(folder / "packed")
+    places = {path: "cpu" for path, m in whole.named_modules() if path and not list(m.children())}
+    places = {path: at for path, at in places.items() if not path.startswith(blocks[name] + ".")}
+    model = auto.from_pretrained(
+        folder / "packed", device_map={**places, blocks[name]: "disk"}, offload_folder=tmp_path / "off"
+    )
+    there = [m for m in model.get_submodule(blocks[name]).modules() if isinstance(m, JqLinear)]
+    assert there and not any(m.is_packed for m in there)
+    torch.testing.assert_close(outputs(model), outputs(whole), rtol=1e-5, atol=1e-6)
+
+
+def test_merged_adapters_leave_the_layers_of_the_family(family, enabled, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    _, folder, auto = family
+    model = auto.from_pretrained(folder / "packed")
+    targets = [path for path, m in model.named_modules() if isinstance(m, JqLinear)]
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=4, init_lora_weights=False))
+    merged = adapted.merge_and_unload()
+    dense = auto.from_pretrained(folder / "dense")
+    for path in targets:
+        assert type(merged.get_submodule(path)) is type(dense.get_submodule(path)), path
+        assert merged.get_submodule(path).weight.shape == dense.get_submodule(path).weight.shape, path
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(outputs(auto.from_pretrained(tmp_path / "merged")), outputs(merged))
+
+
 def test_t5_keeps_wo_in_float32(tmp_path, enabled):
     torch.manual_seed(0)
     t5()[0].save_pretrained(tmp_path)
