@@ -157,7 +157,8 @@ def _beside_dense(read: Reader) -> list[str]:
         name
         for name in read.state
         for module, _, suffix in [name.rpartition(".")]
-        if suffix in suffixes and f"{module}.weight" in read.used
+        if suffix in suffixes
+        and (f"{module}.weight" in read.used or (module == "lm_head" and read.spec.tied))  # transformers saves them
     ]
 
 

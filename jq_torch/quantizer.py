@@ -152,8 +152,8 @@ class JqQuantizer(HfQuantizer):
             old = model.get_submodule(path)
             if not isinstance(old, (nn.Linear, Conv1D)):
                 raise UnsupportedError(
-                    f"{plan.label}: {origin.prefix}: quantized, but the model's module is a {type(old).__name__}; "
-                    "linear layers and experts can be packed"
+                    f"{plan.label}: {origin.prefix}: quantized, but the model's module is of class {type(old).__name__}; "
+                    "here linear layers and experts can be packed. jq.load runs quantized embeddings too"
                 )
             layer = JqLinear.in_place_of(old)
             layer.origin = origin

@@ -52,7 +52,7 @@ _HARMLESS = (
     "pack_dtype meta true_sequential dynamic act_group_aware batch_size block_name_to_quantize cache_block_outputs dataset "
     "max_input_length model_seqlen module_name_preceding_first_block modules_in_block_to_quantize pad_token_id tokenizer "
     "damp_auto_increment mse static_groups data_type autoround_version iters packing_format "
-    "nsamples seqlen lr minmax_lr scale_dtype provider to_quant_block_names"  # AutoRound in AWQ's format
+    "nsamples seqlen lr minmax_lr scale_dtype provider to_quant_block_names enable_quanted_input"  # AutoRound in AWQ's format
 )
 
 

@@ -81,6 +81,8 @@ def group(names: list[str], options: Options, context: Context) -> dict[str, dic
             dtype = np.dtype(context.dtypes[parts["weight"]])
             if dtype.itemsize == 1:  # a float weight with scales is a frozen (fake-quantized) one
                 modules[prefix] = parts
+        elif _inputs_alone(options.group_of(prefix)) and _is_dense(parts, options.transforms, context):
+            modules[prefix] = parts
     if options.transforms is not None and options.transforms.schemes:
         _add_transforms(modules, found, options.transforms, context)
     return modules
@@ -109,16 +111,27 @@ def _add_transforms(
             )
 
 
-def _is_dense(parts: dict[str, str], transforms: Transforms, context: Context) -> bool:
+def _is_dense(parts: dict[str, str], transforms: Transforms | None, context: Context) -> bool:
     name = parts.get("weight")
-    return name is not None and name not in transforms.tensors and len(context.shapes[name]) == 2
+    if name is None or (transforms is not None and name in transforms.tensors):
+        return False
+    return len(context.shapes[name]) == 2 and np.dtype(context.dtypes[name]) in FLOATS
+
+
+def _inputs_alone(scheme: Group | None) -> bool:
+    """Whether a layer's inputs or outputs are quantized and its weight is not."""
+    return scheme is not None and scheme.weights is None and (scheme.inputs or scheme.outputs) is not None
 
 
 def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTensor:
     """One module's tensors as a QTensor; see the module docstring for what they are."""
+    carried = {k: parts[k] for k in ACTIVATION_SUFFIXES if k in parts}
     if _is_plain(parts):
-        dense = parts["weight"]
-        tensor: QTensor = Plain(dense, dtype=str(dense.dtype), source=Source(NAME, (("kind", "plain"),)))
+        dense, found = parts["weight"], options.group_of(prefix)
+        tensor: QTensor = Plain(dense, carried, dtype=str(dense.dtype), source=Source(NAME, (("kind", "plain"),)))
+        if _inputs_alone(found):
+            tensor = tensor.replace(activation=activation_of(prefix, found, carried))
+            check_inputs(tensor, prefix)
         return _with_transforms(prefix, tensor, parts, options)
     scheme = scheme_of(prefix, parts, options, context)
     if sparse.is_marlin(parts):
@@ -128,7 +141,6 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> QTens
     else:
         args = need_weights(scheme, prefix)
         tensor = LOADERS[kind_of(prefix, parts, args)](prefix, parts, args, options)
-    carried = {k: parts[k] for k in ACTIVATION_SUFFIXES if k in parts}
     tensor = tensor.replace(extras={**tensor.extras, **carried}, activation=activation_of(prefix, scheme, carried))
     check_inputs(tensor, prefix)
     return _with_transforms(prefix, tensor, parts, options)
@@ -227,7 +239,7 @@ DUMPERS: dict[str, Callable[[Any], Parts]] = {
     "small-float": floats.dump_small_float,
     "bitmask": sparse.dump_bitmask,
     "marlin": sparse.dump_marlin,
-    "plain": lambda q: {"weight": np.asarray(q.values)},
+    "plain": lambda q: {"weight": np.asarray(q.values)} | {k: np.asarray(a) for k, a in q.extras.items()},
 }
 
 

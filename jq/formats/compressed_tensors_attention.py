@@ -14,6 +14,7 @@ Source: compressed-tensors 0.20.0 (modeling/, quantization/lifecycle/{apply,init
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 
 from jq import rotation
-from jq.errors import FormatError, UnsupportedError
+from jq.errors import FormatError, JqWarning, UnsupportedError
 from jq.formats import stored_config
 from jq.formats.base import Context
 from jq.formats.compressed_tensors_config import Args, Options, matches_name, parse
@@ -151,6 +152,13 @@ class Attentions:
         if cache is not None and (
             not self._cache or (own is None and keeps_codes(cache) and not self._fixed(path, cache))
         ):
+            if self._cache and cache.dynamic is True and self._quantize:
+                warnings.warn(
+                    f"{self._label}: kv_cache_scheme is dynamic: the library forms one scale of a head from all tokens of a "
+                    "call, those to come included; here each token has its own",
+                    JqWarning,
+                    stacklevel=2,
+                )
             cache = None
         return own, cache
 

@@ -31,7 +31,7 @@ _HARMLESS = (
     "max_input_length model_name_or_path model_file_base_name is_marlin_format use_exllama exllama_config "
     "disable_exllama use_cuda_fp16 modules_in_block_to_quantize meta backend hyb_act quantizer pack_impl hessian "
     "fallback gptaq foem mock_quantization offload_to_disk offload_to_disk_path hyperparameters autoround_version data_type "
-    "iters nsamples seqlen lr minmax_lr scale_dtype provider to_quant_block_names"  # AutoRound in GPTQ's format
+    "iters nsamples seqlen lr minmax_lr scale_dtype provider to_quant_block_names enable_quanted_input"  # AutoRound in GPTQ's format
 )
 _FLAGS = ("desc_act", "static_groups", "true_sequential", "act_group_aware", "lm_head", "is_marlin_format")
 _REFUSED = {

@@ -335,3 +335,32 @@ def test_quantize_refuses():
     with pytest.raises(FormatError, match="integer weights only"):
         jq.CompressedTensors("FP8_DYNAMIC", group_size=32).quantize(w, NAME)
     assert jq.W4A16().preset == "W4A16" and jq.CompressedTensors("w4a16", group_size=-1).quantize(w).shape == (4, 100)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "stored"),
+    [
+        ({"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}, {}),
+        ({"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}, {"input_scale": np.full(1, 0.02, np.float32)}),
+    ],
+    ids=["dynamic", "static"],
+)  # fmt: skip
+def test_inputs_alone_are_quantized(tmp_path, inputs, stored):
+    """A scheme without weights: the dense layer is a module for its inputs' sake, and saves as it was."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((8, 64)).astype(np.float32), rng.standard_normal((5, 64)).astype(np.float32)
+    tensors = {f"{NAME}.weight": w, "model.norm.weight": np.ones(64, np.float32)}
+    tensors |= {f"{NAME}.{key}": value for key, value in stored.items()}
+    group = {"targets": ["Linear"], "weights": None, "input_activations": inputs}
+    said = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {"group_0": group}}
+    state = jq.State(tensors, {"model_type": "llama", "quantization_config": said})
+    jq.save(state, tmp_path)
+    state = jq.load_state(tmp_path)
+    q = state[f"{NAME}.weight"]
+    # the library's symmetric int8: the range is 255 steps wide, codes from -128 to 127
+    scale = stored.get("input_scale", np.abs(x).max(1, keepdims=True) / np.float32(127.5))
+    codes = np.clip(np.rint(x / scale), -128, 127)
+    np.testing.assert_allclose(jq.matmul(x, q), (codes * scale) @ w.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jq.matmul(x, q, quantize_activations=False), x @ w.T, rtol=1e-5, atol=1e-5)
+    saved = dict(state.stored())
+    assert saved.keys() == tensors.keys() and all(np.array_equal(saved[n], tensors[n]) for n in tensors)

@@ -16,7 +16,7 @@ import pytest
 from reference_dirs import array, bits, raw
 
 from jq.activation_schemes.compressed_tensors import parameters_of
-from jq.errors import FormatError, UnsupportedError
+from jq.errors import FormatError, JqWarning, UnsupportedError
 from jq.formats.compressed_tensors_attention import Attentions
 from jq.models import kv_cache
 
@@ -68,6 +68,8 @@ def test_keeps_floats_where_they_are_asked_for():
     assert layer_of(stored, scheme(), cache=False) is None
     assert layer_of(stored, scheme(symmetric=True)) is not None
     assert layer_of({}, scheme(symmetric=True)) is None  # each token takes a scale of its own
+    with pytest.warns(JqWarning, match="each token has its own"):
+        assert layer_of({}, scheme(symmetric=True, dynamic=True, strategy="token")) is None
 
 
 @pytest.mark.parametrize(

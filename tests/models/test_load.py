@@ -124,6 +124,20 @@ def test_tied_head_and_stored_head(tmp_path: Path) -> None:
     np.testing.assert_allclose(tied(ids), same(ids), atol=1e-5)
 
 
+def test_scales_of_a_tied_head_are_kept_and_not_used(tmp_path: Path) -> None:
+    """transformers saves `lm_head.weight_scale_inv` of tied FP8 models, and the output layer is the embedding's."""
+    tensors, config = tiny(tie_word_embeddings=True)
+    del tensors["lm_head.weight"]
+    want = jq.load(write(tmp_path / "plain", tensors, config))(np.arange(9)[None])
+    tensors["lm_head.weight_scale_inv"] = np.ones((1, 1), np.float32)
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    source = write(tmp_path / "fp8", tensors, config | {"quantization_config": said})
+    model = jq.load(source)
+    np.testing.assert_array_equal(model(np.arange(9)[None]), want)
+    jq.save(model, tmp_path / "out")
+    assert stored(tmp_path / "out")[0] == stored(source)[0]
+
+
 def test_quantized_head_of_a_tied_model(tmp_path: Path) -> None:
     folder = REFERENCE.get("gptq-dynamic-lmhead")
     if folder is None:
