@@ -38,7 +38,7 @@ from jq.formats import compressed_tensors_sparse as sparse
 from jq.formats.base import Context, Format, Parts, expect_one, take
 from jq.formats.compressed_tensors_config import Args, Group, Options, is_embedding, parse
 from jq.formats.compressed_tensors_methods import METHODS
-from jq.formats.compressed_tensors_parts import FLOATS, NAME
+from jq.formats.compressed_tensors_parts import FLOATS, NAME, carried_of
 from jq.formats.compressed_tensors_transforms import Apply, Transform, Transforms
 from jq.qtensor import Plain, QTensor, Source
 from jq.qtensor.affine import check_inputs
@@ -239,7 +239,7 @@ DUMPERS: dict[str, Callable[[Any], Parts]] = {
     "small-float": floats.dump_small_float,
     "bitmask": sparse.dump_bitmask,
     "marlin": sparse.dump_marlin,
-    "plain": lambda q: {"weight": np.asarray(q.values)} | {k: np.asarray(a) for k, a in q.extras.items()},
+    "plain": lambda q: {"weight": np.asarray(q.values)} | carried_of(q),
 }
 
 

@@ -106,3 +106,19 @@ def test_rotations_count_once(tmp_path):
     summary = jq.inspect(rotated_layer(tmp_path)).to_dict()
     stored, _ = raw(tmp_path / "model.safetensors")
     assert summary["tensor_bytes"] == sum(len(data) for _, _, data in stored.values())
+
+
+@pytest.mark.parametrize("inputs", [None, {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}])
+def test_a_dense_layer_with_a_rotation_is_saved_as_it_was(tmp_path, inputs):
+    rng = np.random.default_rng(0)
+    tensors = {"layers.0.up_proj.weight": rng.standard_normal((8, 64)).astype(np.float32)}
+    tensors["layers.0.up_proj.R1_input.weight"] = np.linalg.qr(rng.standard_normal((64, 64)))[0]
+    save_file(tensors, tmp_path / "model.safetensors")
+    scheme = {"type": "random-matrix", "apply": [{"targets": ["Linear"], "location": "input"}]}
+    group = {"targets": ["Linear"], "weights": None, "input_activations": inputs}
+    found = {"quant_method": "compressed-tensors", "config_groups": {"g": group} if inputs else {}}
+    found["transform_config"] = {"config_groups": {"R1": scheme}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": found}))
+    saved = dict(jq.load_state(tmp_path).stored())
+    assert saved.keys() == tensors.keys()
+    assert all(np.array_equal(saved[name], tensors[name]) for name in tensors)
