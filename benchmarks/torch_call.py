@@ -144,7 +144,7 @@ def measure(n: int, k: int, tokens: int, method: Any, device: str) -> tuple[dict
         row["device"] = graph_microseconds(lambda: layer(x))
         row["device_dense_torch"] = graph_microseconds(lambda: dense(x))
     else:
-        program, leaves = ops._dense_program(spec, "float32"), ops._leaves(packed, spec)
+        program, leaves = ops._dense_program(spec, "float32"), ops.leaves_of(packed, spec)
         row["dequantize"] = microseconds(lambda: program(leaves), wait)
         row["bridge"] = round(row["operator"] - row["dequantize"] - row["dense_torch"], 1)
     row["jax"] = microseconds(lambda: jitted(xj, qj), wait)

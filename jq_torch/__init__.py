@@ -19,6 +19,7 @@ if importlib.util.find_spec("torch") is None:
 
 from jq_torch import configs as _configs
 from jq_torch.configs import JqConfig as JqConfig
+from jq_torch.embedding import JqEmbedding as JqEmbedding
 from jq_torch.linear import JqLinear as JqLinear
 from jq_torch.quantizer import JqQuantizer as JqQuantizer
 from jq_torch.takeover import disable as disable

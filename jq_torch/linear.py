@@ -1,23 +1,18 @@
-"""`JqLinear`: a linear layer over a QTensor, in place of `nn.Linear` or GPT-2's `Conv1D`.
-
-Two states. *Stored*: while loading, and for as long as a layer is offloaded to disk, its parameters are the tensors of
-the file (named `stored_0`, `stored_1`, ...; the file's names are mapped by the quantizer). *Packed*: the parameters
-are the arrays of the QTensor (`q_codes`, `q_scales`, ...). `pack` goes from the first to the second.
-"""
+"""`JqLinear`: a linear layer over a QTensor, in place of `nn.Linear` or GPT-2's `Conv1D`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
 from transformers.pytorch_utils import Conv1D
 
-from jq_torch import bridge, ops
-from jq_torch.packed import Packed, arithmetic_part
+from jq_torch import ops
+from jq_torch.packed import Packed
+from jq_torch.weight import PackedWeight
 
 _Tensor, _compiles, _autocasts = torch.Tensor, torch.compiler.is_dynamo_compiling, torch.is_autocast_enabled
 _traces, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack  # names: each look-up of one costs
@@ -38,7 +33,7 @@ def _plain(x: torch.Tensor) -> bool:
     )
 
 
-class JqLinear(Packed, nn.Linear):
+class JqLinear(PackedWeight, nn.Linear):
     """A linear layer whose weight is a QTensor.
 
     It is an `nn.Linear` to `isinstance` (peft's target modules, users' code); `weight` is the dequantized weight, made
@@ -47,20 +42,16 @@ class JqLinear(Packed, nn.Linear):
     Attributes:
       in_features, out_features, bias: as in nn.Linear.
       transposed: it replaces a Conv1D, whose weight is [K, N]; `weight` here is [N, K] all the same.
-      float_dtype: what a float layer in its place would have, which follows `to`; None where there was none.
     """
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: nn.Parameter | None = None, transposed: bool = False
     ) -> None:
         Packed.__init__(self)
+        self.begin(None)
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
         self.register_parameter("bias", bias)
-        self.origin: Any = None
-        self._keep_dense = False
-        self._dense_cache: torch.Tensor | None = None
         self._held: _Held | None = None
-        self.float_dtype: torch.dtype | None = None
 
     @classmethod
     def in_place_of(cls, old: nn.Module) -> JqLinear:
@@ -72,18 +63,9 @@ class JqLinear(Packed, nn.Linear):
         new.float_dtype = old.weight.dtype  # type: ignore[union-attr,assignment]
         return new
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        if self.float_dtype is not None:
-            self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
-        return self
-
-    def num_weights(self) -> int:
-        return self.in_features * self.out_features
-
     @property
-    def is_packed(self) -> bool:
-        return "q" in self._packed
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     @property
     def _first(self) -> str:
@@ -94,60 +76,6 @@ class JqLinear(Packed, nn.Linear):
     def _name_operands(self, role: str) -> None:
         super()._name_operands(role)
         self._held = None
-
-    def _stored_device(self) -> torch.device:
-        """Where the loader, or an offload hook, has put the stored tensors."""
-        return next(getattr(self, name).device for name in self.origin.stored.values())
-
-    def _stored_parts(self) -> dict[str, np.ndarray]:
-        return {suffix: bridge.array_of(getattr(self, name)) for suffix, name in self.origin.stored.items()}
-
-    def pack(self) -> dict[str, np.ndarray] | None:
-        """Stored tensors -> QTensor.
-
-        Returns:
-          None, or the stored tensors where the format says that the layer is not quantized.
-
-        Raises:
-          FormatError: stored tensors that contradict each other.
-        """
-        parts, device = self._stored_parts(), self._stored_device()
-        tensor = self.origin.load(parts)
-        if tensor is None:
-            return parts
-        for name in self.origin.stored.values():
-            delattr(self, name)
-        self.put("q", tensor, device)
-        return None
-
-    def dump(self, path: str) -> list[tuple[str, np.ndarray]]:
-        """[(name, array)] as the file had them, under the layer's path in the model."""
-        origin = self.origin
-        if not self.is_packed:
-            own = [(origin.moved(suffix, path), array) for suffix, array in self._stored_parts().items()]
-            return own + origin.beside(path)
-        parts = origin.format.dump(self.qtensor())
-        own = [(origin.format.join(path, suffix), np.asarray(array)) for suffix, array in parts.items()]
-        return own + origin.beside(path)
-
-    def keep_dense(self) -> None:
-        """Keeps the dequantized weight from the first use on (`enable(packed=False)`)."""
-        self._keep_dense = True
-        for role in list(self._packed):
-            self.arrange(role)
-
-    def takes_kernels(self, role: str) -> bool:
-        return not self._keep_dense and super().takes_kernels(role)
-
-    def operands(self, role: str = "q") -> tuple[list[torch.Tensor], str]:
-        if self.is_packed:
-            return super().operands(role)
-        # on disk: hooks bring the stored tensors for the length of one call
-        slim = arithmetic_part(self.origin.load(self._stored_parts()), self.quantize_activations)
-        skeleton, tensors = ops.skeleton_of(slim)
-        tensors = [t.to(self._stored_device()) for t in tensors]
-        active = getattr(skeleton, "activation", None) is not None
-        return tensors, ops.spec_of(skeleton, activation=active)  # no kernel: its order would be made at each call
 
     def to_float(self, weight: torch.Tensor) -> nn.Module:
         """An `nn.Linear` (or Conv1D) with the given dense weight [N, K] and this layer's bias."""
@@ -162,20 +90,9 @@ class JqLinear(Packed, nn.Linear):
         new._is_hf_initialized = True
         return new.train(self.training)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense weight [out_features, in_features]; dtype None for the format's own."""
-        packed, spec = self.operands()
-        if dtype is None:
-            dtype = bridge.torch_dtype(ops.own_dtype(spec))
-        return ops.dense(packed, spec, dtype)
-
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        if not self.is_packed and self._stored_device().type == "meta":  # on disk, where a family's _init_weights looks
-            nothing = torch.empty(self.out_features, self.in_features, dtype=self.float_dtype, device="meta")
-            nothing._is_hf_initialized = True  # type: ignore[attr-defined]
-            return nothing
-        return self.dequantize()
+        return self.seen_weight(None)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -245,16 +162,6 @@ class JqLinear(Packed, nn.Linear):
             return y.add_(bias if bias.dtype is dtype else bias.to(dtype))
 
         return run
-
-    def _dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        held = self._dense_cache
-        if held is None or held.dtype != dtype or held.device != self._parameters[self._packed["q"][0]].device:
-            self._dense_cache = held = self.dequantize(dtype)
-        return held
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._dense_cache = None  # it belongs to the numbers that are replaced
-        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         what = self._described.get("q", "not packed")

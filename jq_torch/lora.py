@@ -19,10 +19,13 @@ from torch import nn
 
 from jq.errors import UnsupportedError
 from jq_torch.linear import JqLinear
+from jq_torch.weight import PackedWeight
 
 
-def dense_layer(packed: JqLinear, dtype: torch.dtype) -> nn.Linear:
+def dense_layer(packed: PackedWeight, dtype: torch.dtype) -> nn.Module:
     """A float layer with the numbers of a packed one, in peft's orientation [out_features, in_features]."""
+    if not isinstance(packed, JqLinear):
+        return packed.to_float(packed.dequantize(dtype).clone()).requires_grad_(False)
     with torch.device("meta"):
         new = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
     new.weight = nn.Parameter(packed.dequantize(dtype).clone(), requires_grad=False)
@@ -78,7 +81,7 @@ def _merges_densely(kind: type) -> None:
     @functools.wraps(merge)
     def merged(self: Any, *args: Any, **kwargs: Any) -> Any:
         base = getattr(self, "base_layer", None)
-        if not isinstance(base, JqLinear):
+        if not isinstance(base, PackedWeight):
             return merge(self, *args, **kwargs)
         dtype = base.float_dtype  # not the adapter's, which peft keeps in float32 beside a bfloat16 model
         if dtype is None:
@@ -131,7 +134,7 @@ def _backend() -> Any:
         layer_type = "linear"
 
         def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
-            if isinstance(base_layer, JqLinear):
+            if isinstance(base_layer, PackedWeight):
                 return base_layer.dequantize(torch.float32).clone()
             return base_layer.weight.data  # type: ignore[union-attr, return-value]
 
@@ -194,7 +197,7 @@ def _merge_allowed(original: Any) -> Any:
     @functools.wraps(original)
     def check(self: Any) -> Any:
         method = getattr(self.model, "quantization_method", None)
-        if method != "gptq" or not any(isinstance(m, JqLinear) for m in self.model.modules()):
+        if method != "gptq" or not any(isinstance(m, PackedWeight) for m in self.model.modules()):
             return original(self)
         self.model.quantization_method = None
         try:

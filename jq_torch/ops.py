@@ -66,6 +66,11 @@ def spec_of(skeleton: Any, *, activation: bool) -> str:
     return spec
 
 
+def static_of(spec: str) -> Static:
+    """What a spec names."""
+    return _statics[spec]
+
+
 def own_dtype(spec: str) -> str:
     """dtype of the dequantized weight of a spec."""
     static = _statics[spec]
@@ -99,7 +104,8 @@ def _matmul_program(spec: str) -> Any:
     return jax.jit(run)
 
 
-def _leaves(packed: list[torch.Tensor], spec: str) -> list[Any]:
+def leaves_of(packed: list[torch.Tensor], spec: str) -> list[Any]:
+    """The packed tensors as the arrays that they stand for."""
     return [bridge.jax_leaf(t, d) for t, d in zip(packed, _statics[spec].kinds, strict=True)]
 
 
@@ -113,7 +119,7 @@ def dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> torch.Te
 def _dense(packed: list[torch.Tensor], spec: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """`dense` for the length of a `with` block (`bridge.borrowed`); JAX has no float64, which is made of float32."""
     name = bridge.dtype_name(torch.float32 if dtype is torch.float64 else dtype)
-    with bridge.device_kept(packed[0]), bridge.borrowed(_dense_program(spec, name)(_leaves(packed, spec))) as weight:
+    with bridge.device_kept(packed[0]), bridge.borrowed(_dense_program(spec, name)(leaves_of(packed, spec))) as weight:
         yield weight.to(dtype)
 
 
@@ -207,7 +213,7 @@ def _linear(
     padded = torch.nn.functional.pad(rows, (0, 0, 0, bucket(tokens) - tokens))
     with bridge.device_kept(x):
         added = None if bias is None else bridge.to_jax(bias)
-        y = bridge.from_jax(_matmul_program(spec)(bridge.to_jax(padded), _leaves(packed, spec), added))
+        y = bridge.from_jax(_matmul_program(spec)(bridge.to_jax(padded), leaves_of(packed, spec), added))
     return y[:tokens].reshape(*x.shape[:-1], out_features)
 
 
@@ -241,7 +247,7 @@ def _experts(
 
         return torch_stack.matmul(kernel, x, expert)
     y = x.new_zeros((x.shape[0], out_features))
-    leaves = _leaves(packed, spec)
+    leaves = leaves_of(packed, spec)
     active, name = _statics[spec].activation, bridge.dtype_name(x.dtype)
     for e in torch.unique(expert).tolist():
         if not 0 <= e < packed[0].shape[0]:
@@ -263,7 +269,7 @@ def _experts_dx(
     if dy.dtype is torch.float64:
         return _experts_dx(dy.float(), expert, packed, spec, in_features).double()
     dx = dy.new_zeros((dy.shape[0], in_features))
-    leaves, name = _leaves(packed, spec), bridge.dtype_name(dy.dtype)
+    leaves, name = leaves_of(packed, spec), bridge.dtype_name(dy.dtype)
     for e in torch.unique(expert).tolist():
         if 0 <= e < packed[0].shape[0]:
             rows = torch.nonzero(expert == e).flatten()
@@ -272,36 +278,36 @@ def _experts_dx(
     return dx
 
 
-_library = torch.library.Library("jq", "DEF")  # define + impl costs 2 us a call, torch.library.custom_op 10
-_library.define("linear(Tensor x, Tensor[] packed, str spec, int out_features, Tensor? bias) -> Tensor")
-_library.define("linear_dx(Tensor dy, Tensor[] packed, str spec, int in_features) -> Tensor")
-_library.define("experts(Tensor x, Tensor expert, Tensor[] packed, str spec, int out_features) -> Tensor")
-_library.define("experts_dx(Tensor dy, Tensor expert, Tensor[] packed, str spec, int in_features) -> Tensor")
+library = torch.library.Library("jq", "DEF")  # define + impl costs 2 us a call, torch.library.custom_op 10
+library.define("linear(Tensor x, Tensor[] packed, str spec, int out_features, Tensor? bias) -> Tensor")
+library.define("linear_dx(Tensor dy, Tensor[] packed, str spec, int in_features) -> Tensor")
+library.define("experts(Tensor x, Tensor expert, Tensor[] packed, str spec, int out_features) -> Tensor")
+library.define("experts_dx(Tensor dy, Tensor expert, Tensor[] packed, str spec, int in_features) -> Tensor")
 for _key in ("CPU", "CUDA"):
-    _library.impl("experts", _experts, _key)
-    _library.impl("experts_dx", _experts_dx, _key)
-    _library.impl("linear", _linear, _key)
-    _library.impl("linear_dx", _linear_dx, _key)
+    library.impl("experts", _experts, _key)
+    library.impl("experts_dx", _experts_dx, _key)
+    library.impl("linear", _linear, _key)
+    library.impl("linear_dx", _linear_dx, _key)
 
 
-@torch.library.register_fake("jq::linear", lib=_library)
+@torch.library.register_fake("jq::linear", lib=library)
 def _(
     x: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.register_fake("jq::linear_dx", lib=_library)
+@torch.library.register_fake("jq::linear_dx", lib=library)
 def _(dy: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int) -> torch.Tensor:
     return dy.new_empty((*dy.shape[:-1], in_features))
 
 
-@torch.library.register_fake("jq::experts", lib=_library)
+@torch.library.register_fake("jq::experts", lib=library)
 def _(x: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, out_features: int) -> torch.Tensor:
     return x.new_empty((x.shape[0], out_features))
 
 
-@torch.library.register_fake("jq::experts_dx", lib=_library)
+@torch.library.register_fake("jq::experts_dx", lib=library)
 def _(dy: torch.Tensor, expert: torch.Tensor, packed: list[torch.Tensor], spec: str, in_features: int) -> torch.Tensor:
     return dy.new_empty((dy.shape[0], in_features))
 
@@ -320,7 +326,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     return dx, [None] * len(packed), None, None, db
 
 
-torch.library.register_autograd("jq::linear", _backward, setup_context=_setup, lib=_library)
+torch.library.register_autograd("jq::linear", _backward, setup_context=_setup, lib=library)
 
 
 def _setup_experts(ctx: Any, inputs: Any, output: Any) -> None:
@@ -335,7 +341,7 @@ def _backward_experts(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     return dx, None, [None] * len(packed), None, None
 
 
-torch.library.register_autograd("jq::experts", _backward_experts, setup_context=_setup_experts, lib=_library)
+torch.library.register_autograd("jq::experts", _backward_experts, setup_context=_setup_experts, lib=library)
 
 linear = torch.ops.jq.linear.default
 experts = torch.ops.jq.experts.default

@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from jq import checkpoint as jq_checkpoint
 from jq import state, torch_file
 from jq.checkpoint import Checkpoint
-from jq.errors import CheckpointError, FormatError, JqError, UnsupportedError
+from jq.errors import CheckpointError, JqError, UnsupportedError
 from jq.formats import by_method, table
 from jq.formats.base import Context, Format, group_by_prefix
 
@@ -352,6 +352,11 @@ class Plan:
         return found
 
     @functools.cached_property
+    def loose_targets(self) -> set[str]:
+        """Parameters of the model that ordinary tensors of the file go to."""
+        return {self.resolve(name)[0] for name in self.loose}
+
+    @functools.cached_property
     def kept_dtypes(self) -> set[str]:
         """Parameters that keep the stored dtype."""
         return set(self.table.values())
@@ -388,11 +393,3 @@ class Plan:
                     f"{self.label}: {key}: not in the file; the module would be left with random numbers. "
                     "The download is incomplete, or config.json belongs to another model"
                 )
-
-
-def explain_shape(origin: Origin, found: tuple[int, ...], expected: tuple[int, ...]) -> FormatError:
-    label = origin.context.label if origin.context is not None else ""
-    return FormatError(
-        f"{label}: {origin.prefix}: the stored tensors describe a weight of shape {found}, the model's layer has "
-        f"{expected} (out_features, in_features); config.json and the weights disagree"
-    )

@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from jq.errors import UnsupportedError
+from jq.errors import FormatError, UnsupportedError
 from jq.formats import torchao
-from jq_torch import attention, bridge, config_methods, configs, onthefly
+from jq_torch import attention, bridge, config_methods, configs, onthefly, ties
 from jq_torch.activation import ScaledActivation
-from jq_torch.linear import JqLinear
+from jq_torch.embedding import JqEmbedding
 from jq_torch.packed import Packed
-from jq_torch.plan import JqRenaming, Plan, explain_shape, open_files
+from jq_torch.plan import JqRenaming, Plan, open_files
 from jq_torch.settings import Settings, current
 from jq_torch.sources import Sides
+from jq_torch.ties import packed_in_place_of
+from jq_torch.weight import PackedWeight, materialised
 
 logger = logging.get_logger(__name__)
 
@@ -127,7 +128,7 @@ class JqQuantizer(HfQuantizer):
         self.metadata, self.sides = plan.metadata, Sides(ckpt.side_files, ckpt.config)
         if torchao.head_is_embedding(ckpt.config, plan.metadata, ckpt.entries):
             model.all_tied_weights_keys["lm_head.weight"] = "model.embed_tokens.weight"
-        self._replace_linears(model, plan)
+        self._replace_layers(model, plan)
         if plan.shared:  # which layers have taken already
             known = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = known | {f"^{re.escape(name)}$" for name in plan.shared}
@@ -146,16 +147,15 @@ class JqQuantizer(HfQuantizer):
         plan.check_complete(model)
         return model
 
-    def _replace_linears(self, model: Any, plan: Plan) -> None:
-        tied = getattr(model, "all_tied_weights_keys", {})
+    def _replace_layers(self, model: Any, plan: Plan) -> None:
         for path, origin in plan.modules.items():
             old = model.get_submodule(path)
-            if not isinstance(old, (nn.Linear, Conv1D)):
+            layer = packed_in_place_of(old)
+            if layer is None:
                 raise UnsupportedError(
                     f"{plan.label}: {origin.prefix}: quantized, but the model's module is of class {type(old).__name__}; "
-                    "here linear layers and experts can be packed. jq.load runs quantized embeddings too"
+                    "linear layers, embeddings and experts can be packed"
                 )
-            layer = JqLinear.in_place_of(old)
             layer.origin = origin
             if path in plan.biases:
                 shape, dtype = plan.entry(plan.biases[path])
@@ -164,9 +164,8 @@ class JqQuantizer(HfQuantizer):
             for suffix, name in origin.stored.items():
                 layer.reserve(name, *plan.entry(origin.names[suffix]))
             model.set_submodule(path, layer)
-            if tied.pop(f"{path}.weight", None) is not None:  # packed although the config calls it tied
-                model.config.get_text_config().tie_word_embeddings = False
-                model.config.tie_word_embeddings = False
+
+        ties.follow(model, plan)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """The model's own renamings, then ours by table. 5.17 calls it without `model`."""
@@ -190,11 +189,17 @@ class JqQuantizer(HfQuantizer):
         return onthefly.Quantize(self)
 
     @bridge.device_kept()
-    def pack(self, model: Any) -> None:
-        """Makes QTensors of the stored tensors that are in memory."""
+    def pack(self, model: Any, places: Mapping[str, Any] | None = None) -> None:
+        """Makes QTensors of the stored tensors that are in memory.
+
+        Args:
+          places: the device map that the model is about to be spread by.
+        """
         for path, module in list(model.named_modules()):
             if isinstance(module, Packed):
                 self._pack_one(model, path, module)
+        for layer in ties.link(model, places):
+            self.settings.apply(layer)
 
     def _cast_renamed(self, model: Any) -> None:
         """5.17 leaves float tensors of a quantized file as they are stored where the model calls them otherwise."""
@@ -210,19 +215,30 @@ class JqQuantizer(HfQuantizer):
     def _pack_one(self, model: Any, path: str, module: Packed) -> None:
         if module.is_packed or any(p.device.type == "meta" for p in module.parameters(recurse=False)):
             return  # already done, or on disk: then every call packs what the hooks bring
-        if not isinstance(module, JqLinear):
-            module.pack()
+        if not isinstance(module, PackedWeight):
+            module.pack()  # type: ignore[operator]
+        elif module.tied is not None:
+            return
         else:
             dense = module.pack()
             if dense is not None:
                 model.set_submodule(path, self._float_layer(module, dense))
                 return
-            found = module.qtensor().shape
-            if tuple(found) != (module.out_features, module.in_features):
-                raise explain_shape(module.origin, found, (module.out_features, module.in_features))
+            found, is_table = module.qtensor().shape, isinstance(module, JqEmbedding)
+            if tuple(found) != module.weight_shape:
+                label = module.origin.context.label if module.origin.context is not None else ""
+                raise FormatError(
+                    f"{label}: {module.origin.prefix}: the stored tensors describe a weight of shape {found}, the model's "
+                    f"layer has {module.weight_shape} ({'rows, columns' if is_table else 'out_features, in_features'}); "
+                    "config.json and the weights disagree"
+                )
+            if isinstance(module, JqEmbedding) and not module.looks_up_rows():
+                logger.warning(
+                    f"{path}: groups of this table run across its rows: each look-up dequantizes all {found[0]} of them"
+                )
         self.settings.apply(module)
 
-    def _float_layer(self, module: JqLinear, parts: Mapping[str, Any]) -> nn.Module:
+    def _float_layer(self, module: PackedWeight, parts: Mapping[str, Any]) -> nn.Module:
         """A layer that its format calls not quantized after all; whatever lies beside the weight is carried."""
         device = module._stored_device()
         tensors = {s: bridge.tensor_of(a).to(device) for s, a in parts.items()}
@@ -257,20 +273,23 @@ class JqQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         if isinstance(dtype, str):  # what save_pretrained leaves in config.dtype
             dtype = getattr(torch, dtype)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, JqLinear):
-                wanted = dtype or (module.bias.dtype if module.bias is not None else model.dtype)
-                new: nn.Module = module.to_float(module.dequantize(wanted))
-            elif isinstance(module, Packed):
+        tables: dict[PackedWeight, nn.Parameter] = {}
+        layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Packed)]
+        for path, module in sorted(layers, key=lambda found: getattr(found[1], "tied", None) is not None):
+            new: Any
+            if not isinstance(module, PackedWeight):
                 new = module.to_float(dtype)  # type: ignore[operator]
+            elif module.tied is not None:
+                new = module.to_float(tables[module.tied].data)
+                new.weight = tables[module.tied]
             else:
-                continue
-            hook = getattr(module, "_hf_hook", None)
+                wanted = dtype or (module.bias.dtype if getattr(module, "bias", None) is not None else model.dtype)
+                with materialised(module):
+                    new = module.to_float(module.dequantize(wanted))
+                tables[module] = new.weight
             model.set_submodule(path, new)
-            if hook is not None:
-                from accelerate.hooks import add_hook_to_module
-
-                add_hook_to_module(new, hook)
+            _hook_again(module, new)
+        ties.restore(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
@@ -280,12 +299,16 @@ class JqQuantizer(HfQuantizer):
         self.sides.write(model.config)
         state = dict(model.state_dict())
         seen: set[int] = set()
+        present = set(model.modules())
         for path, module in model.named_modules():
             if not isinstance(module, Packed):
                 continue
             for name in module.packed_names():
                 state.pop(f"{path}.{name}", None)
-            with _materialised(module):
+            if isinstance(module, PackedWeight) and module.tied is not None and module.tied not in present:
+                module = module.tied  # an adapter merged into the embedding has left the old table to this layer
+                ties.untie(model)
+            with materialised(module):
                 for name, array in module.dump(path):
                     tensor = bridge.tensor_of(array)
                     # transformers refuses tensors that share memory, as one array dumped under two names does
@@ -336,19 +359,21 @@ def _check_devices(device_map: Any) -> None:
             raise RuntimeError(f"device_map: {name} is asked for, torch sees {there}")
 
 
+def _hook_again(old: nn.Module, new: nn.Module) -> None:
+    """Gives a layer the offload hook of the one in whose place it is; its own tensors are then what is offloaded."""
+    hook = getattr(old, "_hf_hook", None)
+    if hook is None:
+        return
+    from accelerate.hooks import add_hook_to_module
+
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False):
+            one.weights_map = None
+    add_hook_to_module(new, hook)
+
+
 def _file_dict(config: Any) -> dict[str, Any]:
     """quantization_config as the file has it."""
     if isinstance(config, Mapping):
         return dict(config)
     return config.to_dict()
-
-
-def _materialised(module: nn.Module) -> Any:
-    """Brings the tensors of an offloaded module into memory for the length of a `with` block."""
-    from contextlib import nullcontext
-
-    if getattr(module, "_hf_hook", None) is None:
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module, "cpu")

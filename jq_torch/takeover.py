@@ -17,6 +17,7 @@ from transformers.utils import quantization_config as hf
 from jq.errors import UnsupportedError
 from jq.formats import by_method, table
 from jq_torch import configs, lora, settings, sources
+from jq_torch.embedding import JqEmbedding
 from jq_torch.packed import Packed
 from jq_torch.quantizer import JqQuantizer, refuse_sharding
 
@@ -187,19 +188,50 @@ def _count_weights() -> None:
         total = original(self, only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
         if only_trainable:
             return total
+        seen: set[int] = set()
         for module in self.modules():
             if isinstance(module, Packed):
-                packed = sum(getattr(module, name).numel() for name in module.packed_names())
-                total += module.num_weights() - packed
+                held = {id(p): p.numel() for p in (getattr(module, name) for name in module.packed_names())}
+                total -= sum(count for p, count in held.items() if p not in seen)
+                seen |= held.keys()
+                if not (exclude_embeddings and isinstance(module, JqEmbedding)):
+                    total += module.num_weights()
         return total
 
     num_parameters._jq = True  # type: ignore[attr-defined]
     owner.num_parameters = num_parameters
 
 
+def _keep_sizes() -> None:
+    """A packed table has no rows to add: transformers would take the new ones for it and compute with the old; stays."""
+    owner = next(c for c in modeling_utils.PreTrainedModel.__mro__ if "resize_token_embeddings" in vars(c))
+    original = owner.resize_token_embeddings
+    if getattr(original, "_jq", False):
+        return
+
+    @functools.wraps(original)
+    def resize_token_embeddings(
+        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        table = self.get_input_embeddings()
+        if isinstance(table, JqEmbedding):
+            size = table.num_embeddings if new_num_tokens is None else new_num_tokens
+            size += -size % (pad_to_multiple_of or 1)
+            if size != table.num_embeddings:
+                raise UnsupportedError(
+                    f"resize_token_embeddings to {size}: the embedding is packed with {table.num_embeddings} rows; call "
+                    "model.dequantize() first"
+                )
+        return original(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    resize_token_embeddings._jq = True  # type: ignore[attr-defined]
+    owner.resize_token_embeddings = resize_token_embeddings
+
+
 def _patch_models(state: Enabled) -> None:
     """Layers are packed before transformers attaches offload hooks, which take note of each parameter; not sharded."""
     _count_weights()
+    _keep_sizes()
     sources.patch_saving(JqQuantizer)
     distribute = modeling_utils.PreTrainedModel.maybe_distribute_model
 
@@ -214,9 +246,9 @@ def _patch_models(state: Enabled) -> None:
     if dispatch is not None:
 
         @functools.wraps(dispatch)
-        def packed_dispatch(model: Any, hf_quantizer: Any, *args: Any, **kwargs: Any) -> Any:
+        def packed_dispatch(model: Any, hf_quantizer: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(hf_quantizer, JqQuantizer):
-                hf_quantizer.pack(model)  # before the hooks take note of each parameter
-            return dispatch(model, hf_quantizer, *args, **kwargs)
+                hf_quantizer.pack(model, device_map)  # before the hooks take note of each parameter
+            return dispatch(model, hf_quantizer, device_map, *args, **kwargs)
 
         state.patch(modeling_utils, "accelerate_dispatch", packed_dispatch)

@@ -20,6 +20,7 @@ from jq.qtensor.base import (
     Array,
     Grouping,
     QTensor,
+    Rows,
     Source,
     codes_shape,
     dense_value,
@@ -185,7 +186,7 @@ class Affine(QTensor):
         dense = FORMULAS[self.formula](self.unpack(), spread(self._per_group(self.scales)), zero, np.dtype(self.dtype))
         return namespace(dense).broadcast_to(dense, shape)
 
-    def _rows(self, index: slice) -> Self:
+    def _rows(self, index: Rows) -> Self:
         nested = isinstance(self.scales, QTensor) or isinstance(self.codes, QTensor)
         if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or nested:
             return super()._rows(index)

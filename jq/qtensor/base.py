@@ -16,6 +16,7 @@ from jq import exact
 from jq.bits import namespace
 
 Array = Any  # numpy.ndarray | jax.Array
+Rows = Any  # slice | integer array [M]: which rows of [N, K]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +155,33 @@ class QTensor(_Common):
         return self.replace(extras=kept)
 
     def __getitem__(self, index: Any) -> Self:
-        """Slices leading stack axes; on an unstacked [N, K] tensor a slice of rows where blocks end with rows."""
+        """Slices leading stack axes; on an unstacked [N, K] tensor rows where blocks end with rows.
+
+        Rows are taken by a slice or by an integer array of their numbers [M], which gives a tensor [M, K].
+
+        Raises:
+          IndexError: numbers outside the stack or the rows (not for traced arrays, which JAX clamps).
+          ValueError: rows of a tensor whose blocks do not end with rows.
+        """
         stack = self.ndim - 2
         if stack > 0:
             self._check_index(index if isinstance(index, tuple) else (index,))
             return jax.tree.map(lambda a: a[index], self)
         if not isinstance(index, slice):
-            raise TypeError(f"{type(self).__name__}: only a slice of rows can be taken of [N, K], got {index!r}")
+            self._check_rows(index)
         return self.without_extras()._rows(index)
+
+    def _check_rows(self, index: Any) -> None:
+        """Raises `TypeError` and `IndexError` for what are no numbers of rows."""
+        numbers = isinstance(index, np.ndarray | jax.Array) and index.ndim == 1 and np.dtype(index.dtype).kind in "iu"
+        if not numbers:
+            raise TypeError(
+                f"{type(self).__name__}: of [N, K] rows can be taken by a slice or an integer array [M], got {index!r}"
+            )
+        if not isinstance(index, jax.core.Tracer) and index.size:
+            low, high, n = int(index.min()), int(index.max()), self.shape[-2]
+            if low < -n or high >= n:
+                raise IndexError(f"{type(self).__name__}: rows {low} to {high} of a tensor of {n}")
 
     def _check_index(self, index: tuple[Any, ...]) -> None:
         """Raises `IndexError` for integers outside the stack, which JAX would clamp, and for more axes than it has."""
@@ -176,7 +196,7 @@ class QTensor(_Common):
             if isinstance(i, int | np.integer) and not -size <= i < size:
                 raise IndexError(f"{type(self).__name__}: index {i} of a stack of {size}")
 
-    def _rows(self, index: slice) -> Self:
+    def _rows(self, index: Rows) -> Self:
         raise ValueError(
             f"{type(self).__name__} of {self.shape}: blocks do not end with rows, so rows cannot be sliced"
         )

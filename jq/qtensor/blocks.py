@@ -20,7 +20,7 @@ import numpy as np
 from jq.bits import namespace
 from jq.errors import FormatError, UnsupportedError
 from jq.qtensor import trellis
-from jq.qtensor.base import Array, QTensor, Source, look_up, register
+from jq.qtensor.base import Array, QTensor, Rows, Source, look_up, register
 
 
 @register
@@ -93,13 +93,16 @@ class Blocks(QTensor):
         tiles = blocks.reshape(self.codes.shape[0], -1, kind.rows, kind.elements).swapaxes(1, 2)
         return tiles.reshape(self.shape).astype(np.dtype(self.dtype))
 
-    def _rows(self, index: slice) -> Self:
+    def _rows(self, index: Rows) -> Self:
         rows = KINDS[self.kind].rows
-        start, stop, step = index.indices(self.shape[-2])
-        if rows > 1 and (step != 1 or start % rows or stop % rows):
+        if rows == 1:
+            return self.replace(codes=self.codes[index])
+        if not isinstance(index, slice):
             return super()._rows(index)
-        cut = index if rows == 1 else slice(start // rows, stop // rows)
-        return self.replace(codes=self.codes[cut])
+        start, stop, step = index.indices(self.shape[-2])
+        if step != 1 or start % rows or stop % rows:
+            return super()._rows(index)
+        return self.replace(codes=self.codes[start // rows : stop // rows])
 
 
 @dataclasses.dataclass(frozen=True)

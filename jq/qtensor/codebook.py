@@ -15,6 +15,7 @@ from jq.qtensor.base import (
     Array,
     Grouping,
     QTensor,
+    Rows,
     Source,
     codes_shape,
     dense_value,
@@ -128,7 +129,7 @@ class Codebook(QTensor):
             return (values * absmax).astype(np.dtype(self.dtype))
         return exact.mul_add(values, absmax, self.offset).astype(np.dtype(self.dtype))
 
-    def _rows(self, index: slice) -> Self:
+    def _rows(self, index: Rows) -> Self:
         if self.grouping.kind != "block" or isinstance(self.absmax, QTensor):
             return super()._rows(index)
         return self.replace(codes=self.codes[index], absmax=self.absmax[index])

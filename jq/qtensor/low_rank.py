@@ -11,7 +11,7 @@ from jq import exact
 from jq.bits import namespace
 from jq.errors import FormatError
 from jq.qtensor.affine import check_finite
-from jq.qtensor.base import Array, OnBase, Source, register
+from jq.qtensor.base import Array, OnBase, Rows, Source, register
 
 
 @register
@@ -59,5 +59,5 @@ class LowRank(OnBase):
         low = exact.cast(product.astype(dtype), np.float32)
         return exact.cast(exact.cast(dense, np.float32) + low, dtype)
 
-    def _rows(self, index: slice) -> Self:
+    def _rows(self, index: Rows) -> Self:
         return self.replace(base=self.base[index], up=self.up[index])

@@ -21,6 +21,7 @@ from jq.qtensor.base import (
     Array,
     Grouping,
     QTensor,
+    Rows,
     Source,
     codes_shape,
     dense_value,
@@ -192,7 +193,7 @@ class NarrowFloat(QTensor):
         dense = FORMULAS[self.formula](self, *arguments, lambda s: expand(s, self.grouping, shape))
         return namespace(dense).broadcast_to(dense, shape)
 
-    def _rows(self, index: slice) -> Self:
+    def _rows(self, index: Rows) -> Self:
         nested = isinstance(self.scales, QTensor) or isinstance(self.codes, QTensor)
         if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or nested:
             return super()._rows(index)

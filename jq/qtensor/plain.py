@@ -9,7 +9,7 @@ import numpy as np
 
 from jq import exact
 from jq.qtensor.affine import check_finite
-from jq.qtensor.base import Array, QTensor, Source, register
+from jq.qtensor.base import Array, QTensor, Rows, Source, register
 
 
 @register
@@ -54,5 +54,5 @@ class Plain(QTensor):
     def _dense(self) -> Array:
         return exact.cast(self.values, np.dtype(self.dtype))
 
-    def _rows(self, index: slice) -> Self:
+    def _rows(self, index: Rows) -> Self:
         return self.replace(values=self.values[index])

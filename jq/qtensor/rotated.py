@@ -11,7 +11,7 @@ import numpy as np
 from jq import exact
 from jq.errors import FormatError
 from jq.qtensor.affine import check_finite
-from jq.qtensor.base import Array, OnBase, Source, register
+from jq.qtensor.base import Array, OnBase, Rows, Source, register
 
 
 @register
@@ -105,7 +105,7 @@ class Rotated(OnBase):
         rows, columns = self.shape
         return dense[:rows, :columns].astype(np.dtype(self.dtype))
 
-    def _rows(self, index: slice) -> Self:
+    def _rows(self, index: Rows) -> Self:
         if self.out_block or self.padding[0]:
             return super()._rows(index)
         rows = None if self.row_scale is None else self.row_scale[index]

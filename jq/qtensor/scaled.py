@@ -11,7 +11,7 @@ from jq import exact
 from jq.bits import namespace
 from jq.errors import FormatError
 from jq.qtensor.affine import check_finite
-from jq.qtensor.base import Array, OnBase, QTensor, Source, dense_value, register
+from jq.qtensor.base import Array, OnBase, QTensor, Rows, Source, dense_value, register
 
 
 @register
@@ -63,7 +63,7 @@ class Scaled(OnBase):
         tiled = dense.reshape(scale.shape[0], -1, dense.shape[1]) * scale[:, None, :]
         return exact.cast(tiled.reshape(dense.shape), np.dtype(self.dtype))
 
-    def _rows(self, index: slice) -> Self:
+    def _rows(self, index: Rows) -> Self:
         if self._tall:
             return super()._rows(index)
         return self.replace(base=self.base[index])

@@ -16,7 +16,7 @@ from jq import exact
 from jq.bits import namespace
 from jq.errors import FormatError
 from jq.qtensor.affine import check_finite, check_indices
-from jq.qtensor.base import Array, QTensor, Source, look_up, padding, register
+from jq.qtensor.base import Array, QTensor, Rows, Source, look_up, padding, register
 
 
 @register
@@ -211,20 +211,23 @@ class VectorCodebook(QTensor):
         vectors = FORMULAS[self.formula](vectors, scales)
         return vectors.reshape(rows, columns, og, ig).swapaxes(1, 2).reshape(rows * og, columns * ig)
 
-    def _rows(self, index: slice) -> Self:
-        start, stop, step = index.indices(self.shape[-2])
-        og = self.out_group
-        if step != 1 or start % og or (stop % og and stop != self.shape[-2]) or self.outliers is not None:
+    def _rows(self, index: Rows) -> Self:
+        og, cut, pad = self.out_group, index, 0
+        if self.outliers is not None or (og > 1 and not isinstance(index, slice)):
             return super()._rows(index)
-        cut = slice(start // og, -(-stop // og))
-        residual = None if self.residual is None else self.residual[index]
+        if og > 1:
+            start, stop, step = index.indices(self.shape[-2])
+            if step != 1 or start % og or (stop % og and stop != self.shape[-2]):
+                return super()._rows(index)
+            cut = slice(start // og, -(-stop // og))
+            pad = (cut.stop - cut.start) * og - (stop - start)
         return self.replace(
             codes=self.codes[cut],
             scales=None if self.scales is None else self.scales[cut],
-            residual=residual,
-            row_scale=None if self.row_scale is None else self.row_scale[start:stop],
-            row_bias=None if self.row_bias is None else self.row_bias[start:stop],
-            row_pad=(cut.stop - cut.start) * og - (stop - start),
+            residual=None if self.residual is None else self.residual[index],
+            row_scale=None if self.row_scale is None else self.row_scale[index],
+            row_bias=None if self.row_bias is None else self.row_bias[index],
+            row_pad=pad,
         )
 
 

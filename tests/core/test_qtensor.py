@@ -261,8 +261,31 @@ def test_rows_can_be_sliced_where_blocks_end_with_rows() -> None:
         np.testing.assert_array_equal(tensor[2:5].dequantize(), np.asarray(tensor.dequantize())[2:5])
     with pytest.raises(ValueError, match="blocks do not end with rows"):
         codebook(n=4, k=96, block=64)[1:2]
-    with pytest.raises(TypeError, match="only a slice of rows"):
+    with pytest.raises(TypeError, match="a slice or an integer array"):
         affine()[1]
+
+
+ROW_MAKERS = {"affine": affine, "codebook": codebook, "narrow": narrow, "packed float": packed_float}
+
+
+@pytest.mark.parametrize("make", ROW_MAKERS.values(), ids=ROW_MAKERS.keys())
+def test_rows_by_number(make) -> None:
+    tensor, rows = make(0), np.array([3, 0, 3, 7])
+    want = np.asarray(tensor.dequantize())[rows]
+    np.testing.assert_array_equal(tensor[rows].dequantize(), want)
+    np.testing.assert_array_equal(jax.jit(lambda t, i: t[i].dequantize())(tensor, jnp.asarray(rows)), want)
+    for wrong in (np.array([8]), np.array([-9, 0])):
+        with pytest.raises(IndexError, match="of a tensor of 8"):
+            tensor[wrong]
+    for wrong in (np.array([[1]]), np.array([1.0]), [1]):
+        with pytest.raises(TypeError, match="a slice or an integer array"):
+            tensor[wrong]
+
+
+def test_rows_by_number_need_blocks_that_end_with_rows() -> None:
+    for tensor in (codebook(n=4, k=96, block=64), nested()):
+        with pytest.raises(ValueError, match="blocks do not end with rows"):
+            tensor[np.array([1])]
 
 
 def test_parts_that_do_not_fit_are_named() -> None:

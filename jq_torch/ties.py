@@ -1,0 +1,102 @@
+"""Tied weights of which one is packed: an output layer, or another embedding, that computes with a packed table.
+
+transformers ties parameters, which packed layers do not have. Here the other layer becomes a packed one too, which holds
+the same parameters (`PackedWeight.tie`), and transformers' own tie is forgotten. A layer that the file holds by itself,
+although the config calls it tied, is not tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from jq.errors import UnsupportedError
+from jq_torch.embedding import JqEmbedding
+from jq_torch.linear import JqLinear
+from jq_torch.plan import Plan
+from jq_torch.weight import PackedWeight
+
+_TABLES = ("all_tied_weights_keys", "_tied_weights_keys")
+
+
+def packed_in_place_of(old: nn.Module) -> PackedWeight | None:
+    """An empty packed layer for a linear layer or an embedding; None for modules that cannot be packed."""
+    if isinstance(old, nn.Embedding):
+        return JqEmbedding.in_place_of(old)
+    return JqLinear.in_place_of(old) if isinstance(old, (nn.Linear, Conv1D)) else None
+
+
+def follow(model: Any, plan: Plan) -> None:
+    """Brings the ties of a model whose layers have been replaced in line with what the file holds."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in list(tied.items()):
+        path, source_path = target.rpartition(".")[0], source.rpartition(".")[0]
+        if path in plan.modules or (source_path in plan.modules and target in plan.loose_targets):
+            del tied[target]
+            untie(model)
+        elif source_path in plan.modules:
+            old, table = model.get_submodule(path), model.get_submodule(source_path)
+            layer = packed_in_place_of(old)
+            if layer is None or layer.weight_shape != table.weight_shape:
+                raise UnsupportedError(
+                    f"{plan.label}: {target} is tied to the packed {source_path}, and a {type(old).__name__} of its shape "
+                    "cannot compute with it"
+                )
+            layer.tie(table)
+            model.set_submodule(path, layer)
+            _forget(model, target)
+
+
+def untie(model: Any) -> None:
+    """Says in the model's config that its output layer is not its embedding."""
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+
+
+def _forget(model: Any, target: str) -> None:
+    """No tie of `target` for transformers, now and when `tie_weights` looks at the classes' tables again."""
+    for prefix, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        own = target.removeprefix(f"{prefix}.") if prefix else target
+        for name in _TABLES:
+            keys = getattr(module, name, None)
+            if keys and own in keys:
+                module.__dict__.setdefault("_jq_ties", {}).setdefault(name, keys)
+                setattr(module, name, {k: v for k, v in keys.items() if k != own})
+
+
+def restore(model: Any) -> None:
+    """The ties that `follow` has made transformers forget, once their layers are float again."""
+    for module in model.modules():
+        for name, keys in module.__dict__.pop("_jq_ties", {}).items():
+            setattr(module, name, keys)
+
+
+def link(model: nn.Module, places: Mapping[str, Any] | None = None) -> list[PackedWeight]:
+    """Gives tied layers the parameters of the layer that they are tied to; returns those that got them.
+
+    Args:
+      places: device map by which the model is spread; layers on disk borrow at each call what their table has then.
+    """
+    linked = []
+    for path, module in model.named_modules():
+        if not isinstance(module, PackedWeight) or module.tied is None or module.is_packed or module.borrows:
+            continue
+        module.borrows = _place(path, places or {}) == "disk"
+        if not module.borrows and module.link():
+            linked.append(module)
+    return linked
+
+
+def _place(path: str, places: Mapping[str, Any]) -> Any:
+    parts = path.split(".")
+    for count in range(len(parts), -1, -1):
+        name = ".".join(parts[:count])
+        if name in places:
+            return places[name]
+    return None
