@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import inspect
 import re
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from typing import Any
 
 import jq
 from jq.errors import CalibrationError, UnsupportedError
-from jq_torch import configs
+from jq_torch import configs, torchao_configs
+from jq_torch.by_module import ByModule
 
 
 def _dtype_name(dtype: Any, default: str) -> str:
@@ -37,7 +37,7 @@ def _hqq(config: Any) -> Any:
     options = config.quant_config
     if "weight_quant_params" in options:
         return _hqq_one(options)
-    return ByName({tag: _hqq_one(o) for tag, o in options.items()})
+    return ByEnding({tag: _hqq_one(o) for tag, o in options.items()})
 
 
 def _hqq_one(options: dict[str, Any]) -> Any:
@@ -82,6 +82,16 @@ def _jq(config: Any) -> Any:
     return config.method
 
 
+@dataclasses.dataclass(frozen=True)
+class ByEnding(ByModule):
+    """HQQ's `dynamic_config`: the longest name that a path ends with."""
+
+    def of(self, path: str) -> Any:
+        plain = re.sub(r"\.\d+", "", path)
+        found = [tag for tag in self.methods if plain == tag or plain.endswith("." + tag)]
+        return self.methods[max(found, key=len)] if found else None
+
+
 # quant_method -> the method of jq for a config.
 METHODS: dict[str, Callable[[Any], Any]] = {
     "jq": _jq,
@@ -96,7 +106,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "fp8": lambda config: _fp8(config),
     "mxfp4": lambda config: jq.MXFP4(),
     "bitnet": lambda config: jq.BitNet(config.linear_class),
-    "torchao": lambda config: _torchao(config),
+    "torchao": torchao_configs.method,
     "metal": lambda config: jq.Metal(bits=config.bits, group_size=config.group_size),
     "higgs": lambda config: jq.HIGGS(config.bits, config.p, config.group_size, config.hadamard_size),
     "sinq": lambda config: _sinq(config),
@@ -110,7 +120,6 @@ _ONLY_READ = {
     "bitnet": ("use_rms_norm", "quantization_mode"),
     "fouroversix": ("keep_master_weights", "module_config_overrides", "output_dtype"),
     "fp8": ("modules_to_convert", "expert_dtype"),
-    "torchao": ("include_input_output_embeddings", "untie_embedding_weights"),
 }
 
 
@@ -151,118 +160,6 @@ def _fp8(config: Any) -> Any:
         scale_fmt=getattr(config, "scale_fmt", None) or "float",
         activation_scheme=config.activation_scheme,
     )
-
-
-# torchao 0.18's own, where jq.TorchAO has others
-_TORCHAO_DEFAULTS: dict[str, dict[str, Any]] = {
-    "intx_weight_only": {"weight_dtype": "int8"},
-    "int8_dynamic_activation_intx_weight": {
-        "weight_dtype": "int8",
-        "weight_granularity": {"_type": "PerGroup", "_data": {"group_size": 32}},
-    },
-    "float8_dynamic_activation_float8_weight": {"granularity": "per_tensor"},
-}
-
-
-def _torchao(config: Any) -> Any:
-    """`TorchAoConfig(Int8WeightOnlyConfig())` of an installed torchao, or its name and arguments without one.
-
-    What is asked for must be what the made config says: an option that is not followed would go unnoticed.
-    """
-    kind, options = config.quant_type, dict(getattr(config, "quant_type_kwargs", None) or {})
-    given = options
-    if isinstance(kind, dict):
-        kind = kind.get("default", kind)
-        kind, given = kind["_type"], {**kind.get("_data", {}), **options}
-        options = given
-    elif not isinstance(kind, str):
-        default, values = _default_of(type(kind)), vars(kind)
-        given = {k: v for k, v in values.items() if k not in default or repr(default[k]) != repr(v)} | options
-        kind, options = type(kind).__name__, {**values, **options}
-    scheme = re.sub(r"(?<!^)(?=[A-Z])", "_", kind.removesuffix("Config")).lower()
-    method = jq.TorchAO(scheme, **_torchao_options({**_TORCHAO_DEFAULTS.get(scheme, {}), **options}))
-    try:
-        made = method.config()["quant_type"]["default"]["_data"]
-    except KeyError:  # an unknown scheme, which quantizing names
-        return method
-    for name, value in given.items():
-        said = _granularity if "granularity" in name else _said
-        if value is not None and (name not in made or said(value) != said(made[name])):
-            what = f"makes {said(made[name])!r}" if name in made else f"knows {', '.join(made)}"
-            raise UnsupportedError(f"TorchAoConfig: {kind}: {name}={value!r}: quantizing while loading {what}")
-    return method
-
-
-def _default_of(kind: type) -> dict[str, Any]:
-    try:
-        return vars(kind())
-    except TypeError:  # it has no defaults
-        return {}
-
-
-def _torchao_options(options: dict[str, Any]) -> dict[str, Any]:
-    """torchao's arguments in jq's words: a dtype's width, the kind of a granularity object."""
-    found: dict[str, Any] = {}
-    if options.get("group_size"):
-        found["group_size"] = options["group_size"]
-    width = re.search(r"int(\d)$", str(_said(options.get("weight_dtype"))))
-    if width:
-        found["bits"] = int(width[1])
-    kind, size = _granularity(options.get("weight_granularity") or options.get("granularity"))
-    if "tensor" in kind:
-        found["granularity"] = "tensor"
-    elif "group" in kind:
-        found["group_size"] = size
-    names = ("weight_mapping_type", "mapping_type") if "weight_dtype" in options else ("act_mapping_type",)
-    if any(_said(options.get(name)) == "asymmetric" for name in names):
-        found["asymmetric"] = True
-    if packing := options.get("int4_packing_format"):
-        found["packing"] = _said(packing)
-    return found
-
-
-def _granularity(value: Any) -> tuple[str, Any]:
-    """("pergroup", 32), ("perrow", None), ... of an object of torchao, of what saves it, or of a pair of these."""
-    said = _said(value)
-    return said if isinstance(said, tuple) else (str(said).replace("_", ""), None)
-
-
-def _said(value: Any) -> Any:
-    """An option's value as one can compare it: of torchao's enums and dtypes the name, of its objects kind and size."""
-    if isinstance(value, (list, tuple)):
-        both = [_said(v) for v in value]
-        return both[0] if both and all(v == both[0] for v in both) else both
-    if isinstance(value, dict) and "_type" in value:
-        kind, data = value["_type"], value.get("_data")
-    elif isinstance(value, enum.Enum):
-        kind, data = type(value).__name__, value.name
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        kind, data = "", value
-    else:
-        kind, data = type(value).__name__, vars(value) if hasattr(value, "__dict__") else str(value)
-    if isinstance(data, dict):
-        return kind.lower(), data.get("group_size")
-    return data.rpartition(".")[2].lower() if isinstance(data, str) else data
-
-
-@dataclasses.dataclass(frozen=True)
-class ByName:
-    """A method for each of several module names (HQQ's `dynamic_config`): the longest name that a path ends with."""
-
-    methods: dict[str, Any]
-
-    @property
-    def bits(self) -> float:
-        return max(m.bits for m in self.methods.values())
-
-    @property
-    def format(self) -> str:
-        return next(iter(self.methods.values())).format
-
-    def of(self, path: str) -> Any:
-        plain = re.sub(r"\.\d+", "", path)
-        found = [tag for tag in self.methods if plain == tag or plain.endswith("." + tag)]
-        return self.methods[max(found, key=len)] if found else None
 
 
 def method_of(config: Any) -> Any:

@@ -54,6 +54,7 @@ class JqQuantizer(HfQuantizer):
         self.sides = Sides()
         self.method = None if self.pre_quantized else config_methods.method_of(quantization_config)
         self._targets: dict[str, Any] = {}
+        self.made_ties: ties.MadeTies | None = None
         self.failures: list[Exception] = []
 
     @property
@@ -116,6 +117,7 @@ class JqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             self._targets = onthefly.targets(model, self.quantization_config, self.method)
+            self.made_ties = ties.MadeTies(model, self._targets, self.quantization_config)
             return model
         if not checkpoint_files:
             raise UnsupportedError(

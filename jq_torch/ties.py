@@ -7,9 +7,10 @@ although the config calls it tied, is not tied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -39,16 +40,55 @@ def follow(model: Any, plan: Plan) -> None:
             del tied[target]
             untie(model)
         elif source_path in plan.modules:
-            old, table = model.get_submodule(path), model.get_submodule(source_path)
-            layer = packed_in_place_of(old)
-            if layer is None or layer.weight_shape != table.weight_shape:
-                raise UnsupportedError(
-                    f"{plan.label}: {target} is tied to the packed {source_path}, and a {type(old).__name__} of its shape "
-                    "cannot compute with it"
-                )
-            layer.tie(table)
-            model.set_submodule(path, layer)
+            _tie(model, path, source_path, plan.label)
             _forget(model, target)
+
+
+def _tie(model: Any, path: str, source_path: str, label: str) -> None:
+    """Puts a packed layer in place of the one at `path`, tied to the packed one at `source_path`."""
+    old, table = model.get_submodule(path), model.get_submodule(source_path)
+    layer = packed_in_place_of(old)
+    if layer is None or layer.weight_shape != table.weight_shape:
+        raise UnsupportedError(
+            f"{label}: {path} is tied to the packed {source_path}, and a {type(old).__name__} of its shape cannot compute "
+            "with it"
+        )
+    layer.tie(table)
+    model.set_submodule(path, layer)
+
+
+class MadeTies:
+    """Ties to embeddings that are quantized while loading.
+
+    Args:
+      model: before its weights are loaded; transformers forgets its ties to the tables.
+      names: of the weights that will be quantized.
+      config: with torchao's `untie_embedding_weights`, layers that were tied get the float weights.
+    """
+
+    def __init__(self, model: Any, names: Container[str], config: Any) -> None:
+        self.unties = bool(getattr(config, "untie_embedding_weights", False))
+        self.targets: dict[str, list[str]] = {}
+        for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
+            if source in names:
+                self.targets.setdefault(source, []).append(target)
+                _forget(model, target)
+        if self.unties and self.targets:
+            untie(model)
+
+    def follow(self, model: Any, name: str, weight: torch.Tensor) -> list[str]:
+        """Ties what was tied to a weight that has just been quantized; returns the names of these weights."""
+        path, targets = name.removesuffix(".weight"), self.targets.get(name, [])
+        if not targets or not isinstance(model.get_submodule(path), PackedWeight):  # quantizing it has failed
+            return []
+        for target in targets:
+            if self.unties:
+                own = nn.Parameter(weight.clone())
+                own._is_hf_initialized = True  # type: ignore[attr-defined]
+                model.get_submodule(target.rpartition(".")[0]).weight = own
+            else:
+                _tie(model, target.rpartition(".")[0], path, type(model).__name__)
+        return targets
 
 
 def untie(model: Any) -> None:

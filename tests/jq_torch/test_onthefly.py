@@ -147,7 +147,10 @@ def test_methods_that_jq_only_reads(folder, enabled):
         (_config("BitsAndBytesConfig"), "neither load_in_4bit nor load_in_8bit"),
         (_config("TorchAoConfig", "Int4WeightOnlyConfig", groupsize=64), "groupsize=64: .*knows group_size"),
         (_config("TorchAoConfig", "Int4WeightOnlyConfig", int4_choose_qparams_algorithm="hqq"), "makes 'tinygemm'"),
-        (_config("TorchAoConfig", "Int8WeightOnlyConfig", include_input_output_embeddings=True), "include_input_out"),
+        (
+            _config("TorchAoConfig", {"_type": "FqnToConfig", "_data": {"fqn_to_config": {"lm_head": None}}}),
+            "names nothing",
+        ),
         (_config("BitNetQuantConfig", use_rms_norm=True), "use_rms_norm=True"),
         (_config("BitNetQuantConfig", quantization_mode="online"), "quantization_mode='online'"),
         (_config("FourOverSixConfig", activation_scale_rule="mae"), "'mse' beside activation_scale_rule 'mae'"),
