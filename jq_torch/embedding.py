@@ -80,7 +80,7 @@ class JqEmbedding(PackedWeight, nn.Embedding):
             return torch.empty((*input.shape, self.embedding_dim), dtype=dtype, device="meta")
         if self._keep_dense:
             return nn.functional.embedding(input, self._dense_weight(dtype))
-        packed, spec = self.operands()
+        packed, spec = self.operands_at(input.device)
         return rows.embedding(input, packed, spec, self.num_embeddings, self.embedding_dim, dtype)
 
     def looks_up_rows(self) -> bool:

@@ -127,7 +127,7 @@ class JqLinear(PackedWeight, nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self._keep_dense and not ops.quantizes_activations(self._spec["q"]):
             return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
-        packed, spec = self.operands()
+        packed, spec = self.operands_at(x.device)
         return ops.linear(x, packed, spec, self.out_features, bias)
 
     def _launched(self, x: torch.Tensor) -> torch.Tensor | None:

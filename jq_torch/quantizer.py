@@ -166,7 +166,6 @@ class JqQuantizer(HfQuantizer):
             for suffix, name in origin.stored.items():
                 layer.reserve(name, *plan.entry(origin.names[suffix]))
             model.set_submodule(path, layer)
-
         ties.follow(model, plan)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -224,6 +223,8 @@ class JqQuantizer(HfQuantizer):
         else:
             dense = module.pack()
             if dense is not None:
+                if any(getattr(other, "tied", None) is module for other in model.modules()):
+                    raise UnsupportedError(f"{path}: not quantized, though stored so, and other layers are tied to it")
                 model.set_submodule(path, self._float_layer(module, dense))
                 return
             found, is_table = module.qtensor().shape, isinstance(module, JqEmbedding)

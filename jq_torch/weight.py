@@ -160,6 +160,13 @@ class PackedWeight(Packed):
         active = getattr(skeleton, "activation", None) is not None
         return tensors, ops.spec_of(skeleton, activation=active)  # no kernel: its order would be made at each call
 
+    def operands_at(self, device: torch.device) -> tuple[list[torch.Tensor], str]:
+        """`operands` for an input on `device`, to which borrowed ones are brought."""
+        packed, spec = self.operands()
+        if not self.is_packed and self.tied is not None:
+            packed = [t.to(device) for t in packed]
+        return packed, spec
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight [N, K]; dtype None for the format's own."""
         packed, spec = self.operands()

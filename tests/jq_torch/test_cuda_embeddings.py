@@ -23,7 +23,7 @@ SIZES |= {"num_key_value_heads": 4, "vocab_size": 64}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    model = llama(SIZES, tie_word_embeddings=True)
+    model = llama(SIZES, tie_word_embeddings=True).to(torch.bfloat16)
     return save_twins(model, tmp_path_factory.mktemp("tied"), ["model.embed_tokens"])
 
 

@@ -36,7 +36,7 @@ def save_twins(model, folder, tables, *, config=INT8):
     packed = load_file(folder / "float" / "model.safetensors")
     dense = dict(packed)
     for name in tables:
-        parts, dense[f"{name}.weight"] = pack_int8(packed.pop(f"{name}.weight"))
+        parts, dense[f"{name}.weight"] = pack_int8(packed.pop(f"{name}.weight").float())
         packed |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     plain = json.loads((folder / "float" / "config.json").read_text())
     for kind, tensors, extra in (("packed", packed, {"quantization_config": config}), ("dense", dense, {})):
