@@ -169,11 +169,18 @@ def _equal(shells: list[QTensor]) -> bool:
 
 
 class Embedding(nnx.Module):
-    """Rows of a table [V, D]. A quantized table computes as a dense copy; `packed` keeps it for saving."""
+    """Rows of a table [V, D]. A quantized table computes as a dense copy; `packed` keeps it for saving.
+
+    Attributes:
+      scale_in_float32: a model that scales its embeddings multiplies in float32, as Gemma's own quantized tables do
+        (transformers' QuantizedEmbedding), not by a factor that is rounded to the dtype of the rows.
+    """
 
     def __init__(self, weight: Array, *, packed: QTensor | None = None) -> None:
         self.weight = nnx.Param(weight)
         self.packed = None if packed is None else Packed(packed)
+        source = None if packed is None else getattr(packed, "source", None)
+        self.scale_in_float32 = source is not None and source.format == "gemma"
 
     @property
     def quantized(self) -> QTensor | None:

@@ -28,18 +28,25 @@ class JqEmbedding(PackedWeight, nn.Embedding):
 
     Attributes:
       num_embeddings, embedding_dim, padding_idx: as in nn.Embedding.
+      stands_for: the class of the float table.
     """
 
+    stands_for: type[nn.Embedding] = nn.Embedding
+
     @classmethod
-    def in_place_of(cls, old: nn.Embedding) -> JqEmbedding:
+    def in_place_of(cls, old: nn.Embedding, *, scale_in_float32: bool = False) -> JqEmbedding:
         """An empty table with the size and all other state of an `nn.Embedding`.
+
+        Args:
+          scale_in_float32: where the model scales its rows, by the factor itself, as transformers' QuantizedEmbedding for
+            Gemma's files does, not by one that is rounded to the rows' dtype.
 
         Raises:
           UnsupportedError: a table whose rows change when they are looked up (`max_norm`).
         """
         if old.max_norm is not None:
             raise UnsupportedError(f"{type(old).__name__}(max_norm={old.max_norm}) writes into rows, which stay packed")
-        new = _empty(type(old))
+        new = _empty(type(old), scale_in_float32 and hasattr(old, "scalar_embed_scale"))
         Packed.__init__(new)
         _take_state(new, old, without=("weight",))
         new.begin(old.weight.dtype)
@@ -65,7 +72,7 @@ class JqEmbedding(PackedWeight, nn.Embedding):
 
     def to_float(self, weight: torch.Tensor) -> nn.Embedding:
         """The model's own embedding with the given dense table."""
-        kind: Any = _float_class(type(self))
+        kind: Any = type(self).stands_for
         new = kind.__new__(kind)
         nn.Module.__init__(new)
         _take_state(new, self, without=(*self.packed_names(), *_OWN))
@@ -88,27 +95,34 @@ class JqEmbedding(PackedWeight, nn.Embedding):
         return not self.is_packed or rows.apart(*self.operands())
 
     def __reduce__(self) -> Any:
-        return _empty, (_float_class(type(self)),), self.__getstate__()
+        kind = type(self)
+        return _empty, (kind.stands_for, issubclass(kind, _Scaled)), self.__getstate__()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._described.get('q', 'not packed')}"
 
 
+class _Scaled(JqEmbedding):
+    """A table whose rows are multiplied by the model's `scalar_embed_scale` in float32 and rounded once."""
+
+    scalar_embed_scale: float
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return JqEmbedding.forward(self, input) * self.scalar_embed_scale
+
+
 @functools.cache  # one class for each, by which pickled tables are found again
-def _packed_class(kind: type[nn.Embedding]) -> type[JqEmbedding]:
+def _packed_class(kind: type[nn.Embedding], scaled: bool) -> type[JqEmbedding]:
     """`JqEmbedding`, or a subclass that looks its rows up and does with them what `kind` does."""
     if kind is nn.Embedding:
         return JqEmbedding
-    return type(f"Jq{kind.__name__}", (kind, JqEmbedding), {"weight": JqEmbedding.weight, "__doc__": kind.__doc__})
+    bases = (_Scaled, kind) if scaled else (kind, JqEmbedding)
+    own = {"weight": JqEmbedding.weight, "stands_for": kind, "__doc__": kind.__doc__}
+    return type(f"Jq{kind.__name__}", bases, own)
 
 
-def _float_class(kind: type) -> type[nn.Embedding]:
-    """The class that a packed one stands for."""
-    return nn.Embedding if kind is JqEmbedding else kind.__bases__[0]
-
-
-def _empty(kind: Any) -> Any:
-    made: Any = _packed_class(kind)
+def _empty(kind: Any, scaled: bool) -> Any:
+    made: Any = _packed_class(kind, scaled)
     return made.__new__(made)
 
 

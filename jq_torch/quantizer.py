@@ -152,7 +152,7 @@ class JqQuantizer(HfQuantizer):
     def _replace_layers(self, model: Any, plan: Plan) -> None:
         for path, origin in plan.modules.items():
             old = model.get_submodule(path)
-            layer = packed_in_place_of(old)
+            layer = packed_in_place_of(old, plan.format.name)
             if layer is None:
                 raise UnsupportedError(
                     f"{plan.label}: {origin.prefix}: quantized, but the model's module is of class {type(old).__name__}; "

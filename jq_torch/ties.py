@@ -24,10 +24,10 @@ from jq_torch.weight import PackedWeight
 _TABLES = ("all_tied_weights_keys", "_tied_weights_keys")
 
 
-def packed_in_place_of(old: nn.Module) -> PackedWeight | None:
+def packed_in_place_of(old: nn.Module, fmt: str = "") -> PackedWeight | None:
     """An empty packed layer for a linear layer or an embedding; None for modules that cannot be packed."""
     if isinstance(old, nn.Embedding):
-        return JqEmbedding.in_place_of(old)
+        return JqEmbedding.in_place_of(old, scale_in_float32=fmt == "gemma")
     return JqLinear.in_place_of(old) if isinstance(old, (nn.Linear, Conv1D)) else None
 
 

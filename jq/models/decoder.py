@@ -345,7 +345,7 @@ class Decoder(nnx.Module):
         slot: Any = None,
     ) -> tuple[jax.Array, Cache | None]:
         """ids and positions int32[B, T] -> ([B, T, hidden], new cache); see `Attention` for the rest."""
-        x = _scaled(self.embed_tokens(ids), self.spec.embedding_scale)
+        x = _scaled(self.embed_tokens(ids), self.spec.embedding_scale, wide=self.embed_tokens.scale_in_float32)
         tables = tuple(rope.tables(r, positions) for r in self.spec.ropes)
         new, delta = [], None
         for i, layer in enumerate(self.layers):
@@ -389,6 +389,8 @@ def _is_packed(linear: Linear) -> bool:
     return isinstance(linear.weight.get_value(), QTensor)
 
 
-def _scaled(x: jax.Array, factor: float) -> jax.Array:
-    # Gemma and Granite round the factor to the compute dtype first.
+def _scaled(x: jax.Array, factor: float, *, wide: bool = False) -> jax.Array:
+    # Gemma and Granite round the factor to the compute dtype first, Gemma's quantized tables do not.
+    if wide:
+        return (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)
     return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny import GPTQ, GROUP, SMALL, ids, llama, pack_gptq, same, tensors_of
 from transformers import AutoModelForCausalLM
 
+import jq
+import jq_torch
 from jq.errors import FormatError, UnsupportedError
+from jq.models.decoder import _scaled
 from jq_torch import bridge
 from jq_torch.embedding import JqEmbedding
 from jq_torch.linear import JqLinear
@@ -341,3 +344,42 @@ def test_a_table_on_another_device_is_an_error(untied, enabled):
         from jq_torch import rows
 
         rows._embedding(ids().to("meta"), packed, spec, 64, 64, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gemmas_own_tables_as_transformers_computes_them(dtype, tmp_path):
+    """The factor is not rounded to the rows' dtype there: 96 ** 0.5 is no bfloat16. In JAX too."""
+    pytest.importorskip("transformers.integrations.gemma_quant", reason="transformers has no gemma_quant")
+    sizes = SMALL | {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}
+    torch.manual_seed(0)
+    model = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes, head_dim=32, tie_word_embeddings=False)).to(dtype)
+    model.save_pretrained(tmp_path)
+    tensors = {}
+    for name, weight in tensors_of(tmp_path).items():
+        module = name.removesuffix(".weight")
+        if "_proj" in name:
+            parts, _ = pack_int8(weight.float())
+            tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+            tensors |= {f"{module}.{side}_activation_scale": torch.zeros(()) for side in ("input", "output")}
+        elif "embed_tokens" in name:
+            parts, _ = pack_int8(weight.float())
+            tensors[f"{module}.embedding_quantized"] = parts["weight"]
+            tensors[f"{module}.embedding_scale"] = parts["weight_scale"]
+        else:
+            tensors[name] = weight
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gemma", "num_bits": 8, "quantize_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = load(tmp_path, dtype=dtype)
+    assert type(theirs.model.embed_tokens).__name__ == "QuantizedEmbedding"
+    with jq_torch.enable():
+        ours = load(tmp_path, dtype=dtype)
+    table = ours.model.embed_tokens
+    for one in (table, pickle.loads(pickle.dumps(table)), copy.deepcopy(table)):
+        assert torch.equal(one(ids()), theirs.model.embed_tokens(ids()))
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-6)
+    rows = jq.load(tmp_path, dtype=str(dtype).removeprefix("torch.")).model.embed_tokens
+    scaled = _scaled(rows(ids().numpy()), 96**0.5, wide=rows.scale_in_float32)
+    assert torch.equal(bridge.tensor_of(scaled), theirs.model.embed_tokens(ids()))
+    assert type(ours.dequantize().model.embed_tokens).__name__ == "Gemma3TextScaledWordEmbedding"
