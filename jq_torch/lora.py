@@ -145,6 +145,25 @@ def _backend() -> Any:
     return JqBackend()
 
 
+def _saves_float_copies(kind: Any) -> None:
+    """`modules_to_save` trains a copy of a layer as a whole, which of a packed one is the float layer."""
+    original = kind.update
+
+    @functools.wraps(original)
+    def update(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        packed = self.original_module
+        if not isinstance(packed, PackedWeight):
+            original(self, adapter_name, *args, **kwargs)
+            return
+        self.original_module = packed.to_float(packed.dequantize(packed.float_dtype or torch.float32).clone())
+        try:
+            original(self, adapter_name, *args, **kwargs)
+        finally:
+            self.original_module = packed
+
+    kind.update = update
+
+
 _installed = False
 
 
@@ -156,6 +175,7 @@ def install() -> None:
     import peft.tuners
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils.other import ModulesToSaveWrapper
 
     _installed = True
     create = LoraModel._create_new_module
@@ -173,6 +193,7 @@ def install() -> None:
         return create(lora_config, adapter_name, target, **kwargs)
 
     LoraModel._create_new_module = staticmethod(create_new_module)
+    _saves_float_copies(ModulesToSaveWrapper)
     if "_unload_and_optionally_merge" in vars(BaseTuner):
         _unloads_conv1d(BaseTuner)
     names = [f"peft.tuners.{m.name}" for m in pkgutil.iter_modules(peft.tuners.__path__) if m.ispkg]

@@ -331,6 +331,32 @@ def test_adapters_on_the_table(kind, request, adapted, enabled, tmp_path):
     torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(merged))
 
 
+@pytest.mark.parametrize("names", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_table_that_is_trained_as_a_whole(kind, names, request, enabled, tmp_path):
+    """peft's modules_to_save: a float copy trains, the packed table stays; merged, the copy is the table."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    folder = request.getfixturevalue(kind)
+    base, want = load(folder / "packed"), logits(load(folder / "dense"))
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=names, r=4))
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(ids(), labels=ids()).loss.backward()
+    optimizer.step()
+    trained = logits(model)
+    assert not torch.allclose(trained, want, atol=1e-3)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(folder / "packed"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), trained, rtol=1e-4, atol=1e-5)
+    merged = model.merge_and_unload()
+    assert type(merged.model.embed_tokens) is torch.nn.Embedding
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), trained, rtol=1e-4, atol=1e-5)
+
+
 def test_tables_that_write_into_their_rows_are_refused():
     with pytest.raises(UnsupportedError, match="max_norm"):
         JqEmbedding.in_place_of(torch.nn.Embedding(4, 4, max_norm=1.0))
