@@ -33,15 +33,17 @@ def packed_in_place_of(old: nn.Module, fmt: str = "") -> PackedWeight | None:
 
 def follow(model: Any, plan: Plan) -> None:
     """Brings the ties of a model whose layers have been replaced in line with what the file holds."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for target, source in list(tied.items()):
-        path, source_path = target.rpartition(".")[0], source.rpartition(".")[0]
+    followed = []
+    for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
+        path, source_path = target.removesuffix(".weight"), source.removesuffix(".weight")  # biases are tied too
         if path in plan.modules or (source_path in plan.modules and target in plan.loose_targets):
-            del tied[target]
+            del model.all_tied_weights_keys[target]
             untie(model)
         elif source_path in plan.modules:
             _tie(model, path, source_path, plan.label)
-            _forget(model, target)
+            followed.append(target)
+    for target in followed:
+        _forget(model, target)
 
 
 def _tie(model: Any, path: str, source_path: str, label: str) -> None:

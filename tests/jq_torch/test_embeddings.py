@@ -207,6 +207,41 @@ def test_a_table_that_three_modules_share(enabled, tmp_path):
     saved_as_it_was(model, folder / "packed", tmp_path / "saved")
 
 
+@pytest.mark.parametrize("own", ["lm_head", "encoder.embed_tokens", "decoder.embed_tokens"])
+def test_one_of_the_layers_that_share_a_table_has_its_own(own, enabled, tmp_path):
+    torch.manual_seed(0)
+    config = hf.T5Config(d_model=64, d_ff=128, d_kv=32, num_layers=1, num_heads=2, vocab_size=64)
+    groups = {"g": {**GROUPS["embedding"], "targets": ["re:.*shared$"]}}
+    folder = save_twins(
+        hf.T5ForConditionalGeneration(config), tmp_path, ["shared"], config=INT8 | {"config_groups": groups}
+    )
+    tensors = tensors_of(folder / "packed")
+    tensors[f"{own}.weight"] = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    save_file(tensors, folder / "packed" / "model.safetensors", metadata={"format": "pt"})
+    model = hf.AutoModelForSeq2SeqLM.from_pretrained(folder / "packed")
+    for path in ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens"):
+        layer = model.get_submodule(path)
+        assert (getattr(layer, "tied", None) is model.shared) == (path != own), path
+    assert torch.equal(model.get_submodule(own).weight, tensors[f"{own}.weight"])
+    plain = model.dequantize()
+    assert torch.equal(plain.get_submodule(own).weight, tensors[f"{own}.weight"])
+
+
+def test_a_packed_output_layer_keeps_a_bias_that_is_tied(enabled, tmp_path):
+    """BERT's decoder has the bias of the module around it, which is not a weight to be untied."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = hf.BertForMaskedLM(hf.BertConfig(**sizes, vocab_size=64, max_position_embeddings=64))
+    torch.nn.init.normal_(model.cls.predictions.bias)
+    groups = {"g": {**GROUPS["embedding"], "targets": ["re:.*decoder$"]}}
+    folder = save_twins(model, tmp_path, [], config=INT8 | {"config_groups": groups})
+    parts, _ = pack_int8(torch.randn(64, 64, generator=torch.Generator().manual_seed(3)))
+    tensors = tensors_of(folder / "packed") | {f"cls.predictions.decoder.{p}": t for p, t in parts.items()}
+    save_file(tensors, folder / "packed" / "model.safetensors", metadata={"format": "pt"})
+    packed = hf.AutoModelForMaskedLM.from_pretrained(folder / "packed").cls.predictions
+    assert isinstance(packed.decoder, JqLinear)
+    assert packed.decoder.bias is packed.bias and torch.equal(packed.bias, model.cls.predictions.bias)
+
+
 PLACES = {
     "table on disk": {"model.embed_tokens": "disk", "": "cpu"},
     "head on disk": {"lm_head": "disk", "": "cpu"},
