@@ -2,7 +2,7 @@
 
     weight                    uint8 [N, ceil(K/2)] (4 bits: low nibble first, value + 8) or [N, ceil(K/4)] (2 bits, lowest
                               first, value + 2), int8 [N, K] (8 bits)
-    weight_scale              float32 [N, 1]
+    weight_scale              float32 [N, 1] (read in 16 bits too)
     input_activation_scale, output_activation_scale    float32 scalars, 0 where the layer is not calibrated
     embedding_quantized, embedding_scale               an embedding table [V, K] and float32 [V, 1] or [V, blocks]
 
@@ -20,6 +20,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jq import bits as _bits
@@ -95,7 +96,7 @@ def load(prefix: str, parts: Parts, options: Options, context: Context) -> Affin
     bits = options.of(prefix)
     scale = take(parts, scale_name, prefix)
     expect_dtype(stored, (np.int8 if bits == 8 else np.uint8,), name)
-    expect_dtype(scale, (np.float32,), f"{prefix}.{scale_name}")
+    expect_dtype(scale, (np.float32, np.float16, ml_dtypes.bfloat16), f"{prefix}.{scale_name}")
     if stored.ndim != 2 or 0 in stored.shape:
         raise FormatError(f"{name}: found shape {tuple(stored.shape)}, expected two axes that are not empty")
     rows, bytes_ = stored.shape

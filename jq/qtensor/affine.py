@@ -188,13 +188,16 @@ class Affine(QTensor):
 
     def _rows(self, index: Rows) -> Self:
         nested = isinstance(self.scales, QTensor) or isinstance(self.codes, QTensor)
-        if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or nested:
+        blocks = self.grouping.rows > 1
+        if self.grouping.kind != "block" or nested or (blocks and isinstance(index, slice)):
             return super()._rows(index)
+        tall = index // self.grouping.rows if blocks else index
 
         def cut(a: Any) -> Any:
-            return a if a is None or isinstance(a, QTensor) or a.shape[0] == 1 else a[index]
+            return a if a is None or isinstance(a, QTensor) or a.shape[0] == 1 else a[tall]
 
-        return self.replace(codes=self.codes[index], scales=cut(self.scales), zeros=cut(self.zeros))
+        grouping = dataclasses.replace(self.grouping, rows=1) if blocks else self.grouping
+        return self.replace(codes=self.codes[index], scales=cut(self.scales), zeros=cut(self.zeros), grouping=grouping)
 
 
 def pack_zeros(zeros: Array, bits: int) -> Array:

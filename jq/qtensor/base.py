@@ -169,6 +169,7 @@ class QTensor(_Common):
             return jax.tree.map(lambda a: a[index], self)
         if not isinstance(index, slice):
             self._check_rows(index)
+            index = namespace(index).where(index < 0, index + self.shape[-2], index)
         return self.without_extras()._rows(index)
 
     def _check_rows(self, index: Any) -> None:

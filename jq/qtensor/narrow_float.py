@@ -195,10 +195,14 @@ class NarrowFloat(QTensor):
 
     def _rows(self, index: Rows) -> Self:
         nested = isinstance(self.scales, QTensor) or isinstance(self.codes, QTensor)
-        if self.grouping.kind != "block" or self.grouping.rows not in (0, 1) or nested:
+        blocks = self.grouping.rows > 1
+        if self.grouping.kind != "block" or nested or (blocks and isinstance(index, slice)):
             return super()._rows(index)
-        scales = self.scales if self.scales.shape[0] == 1 else self.scales[index]
-        return self.replace(codes=self.codes[index], scales=scales)
+        scales = self.scales
+        if scales.shape[0] > 1:
+            scales = scales[index // self.grouping.rows if blocks else index]
+        grouping = dataclasses.replace(self.grouping, rows=1) if blocks else self.grouping
+        return self.replace(codes=self.codes[index], scales=scales, grouping=grouping)
 
 
 def check_bits(values: Array, nan: tuple[int, ...], name: str) -> None:

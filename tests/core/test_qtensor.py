@@ -282,6 +282,26 @@ def test_rows_by_number(make) -> None:
             tensor[wrong]
 
 
+@pytest.mark.parametrize("rows", [3, 8, 5])
+def test_rows_by_number_of_blocks(rows: int) -> None:
+    rng, grouping = np.random.default_rng(0), Grouping("block", rows, 32)
+    scales = rng.random((-(-11 // rows), 2)).astype(np.float32)
+    float8 = NarrowFloat.make(rng.integers(0, 126, (11, 64)), scales, kind="e4m3fn", grouping=grouping)
+    integers = Affine.make(
+        rng.integers(0, 16, (11, 64)),
+        scales,
+        zeros=rng.integers(0, 16, scales.shape),
+        zeros_bits=4,
+        code_bits=4,
+        grouping=grouping,
+    )
+    for tensor in (float8, integers):
+        wanted = np.array([10, 0, 4, -3, -11])
+        np.testing.assert_array_equal(tensor[wanted].dequantize(), np.asarray(tensor.dequantize())[wanted])
+        with pytest.raises(ValueError, match="blocks do not end with rows"):
+            tensor[0:1]
+
+
 def test_rows_by_number_need_blocks_that_end_with_rows() -> None:
     for tensor in (codebook(n=4, k=96, block=64), nested()):
         with pytest.raises(ValueError, match="blocks do not end with rows"):

@@ -89,7 +89,7 @@ def test_dequantized_weights_are_the_librarys(folder: Path) -> None:
     tensors, _ = oracle(folder)
     with jq_torch.enable():
         model, _ = load(folder)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, jq_torch.JqLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (jq_torch.JqLinear, jq_torch.JqEmbedding))}
     for key, want in tensors.items():
         name = key.removeprefix("dequantized.").removesuffix(".weight")
         if key.startswith("dequantized.") and name in layers:
