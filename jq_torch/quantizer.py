@@ -310,7 +310,6 @@ class JqQuantizer(HfQuantizer):
                 state.pop(f"{path}.{name}", None)
             if isinstance(module, PackedWeight) and module.tied is not None and module.tied not in present:
                 module = module.tied  # an adapter merged into the embedding has left the old table to this layer
-                ties.untie(model)
             with materialised(module):
                 for name, array in module.dump(path):
                     tensor = bridge.tensor_of(array)

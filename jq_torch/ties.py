@@ -1,8 +1,8 @@
 """Tied weights of which one is packed: an output layer, or another embedding, that computes with a packed table.
 
 transformers ties parameters, which packed layers do not have. Here the other layer becomes a packed one too, which holds
-the same parameters (`PackedWeight.tie`), and transformers' own tie is forgotten. A layer that the file holds by itself,
-although the config calls it tied, is not tied.
+the same parameters (`PackedWeight.tie`), and transformers' own tie is forgotten. A layer that the file holds by itself
+is not tied, whatever the config says.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ def packed_in_place_of(old: nn.Module, fmt: str = "") -> PackedWeight | None:
 
 
 def follow(model: Any, plan: Plan) -> None:
-    """Brings the ties of a model whose layers have been replaced in line with what the file holds."""
+    """Brings the ties of a model whose layers have been replaced in line with what the file holds.
+
+    The config stays as it is: it may tie other layers, and T5 takes from it whether the decoder's output is scaled.
+    """
     followed = []
     for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
         path, source_path = target.removesuffix(".weight"), source.removesuffix(".weight")  # biases are tied too
         if path in plan.modules or (source_path in plan.modules and target in plan.loose_targets):
-            del model.all_tied_weights_keys[target]
-            untie(model)
+            _forget(model, target, for_good=True)
         elif source_path in plan.modules:
             _tie(model, path, source_path, plan.label)
             followed.append(target)
@@ -99,8 +101,12 @@ def untie(model: Any) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _forget(model: Any, target: str) -> None:
-    """No tie of `target` for transformers, now and when `tie_weights` looks at the classes' tables again."""
+def _forget(model: Any, target: str, *, for_good: bool = False) -> None:
+    """No tie of `target` for transformers, now and when `tie_weights` looks at the classes' tables again.
+
+    Args:
+      for_good: not even after `restore`; such ties are forgotten before all others.
+    """
     for prefix, module in model.named_modules():
         if not isinstance(module, PreTrainedModel):
             continue
@@ -108,7 +114,8 @@ def _forget(model: Any, target: str) -> None:
         for name in _TABLES:
             keys = getattr(module, name, None)
             if keys and own in keys:
-                module.__dict__.setdefault("_jq_ties", {}).setdefault(name, keys)
+                if not for_good:
+                    module.__dict__.setdefault("_jq_ties", {}).setdefault(name, keys)
                 setattr(module, name, {k: v for k, v in keys.items() if k != own})
 
 

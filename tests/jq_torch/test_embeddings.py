@@ -69,9 +69,9 @@ def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def logits(model):
+def logits(model, **inputs):
     with torch.no_grad():
-        return model(ids()).logits
+        return model(input_ids=ids(), **inputs).logits
 
 
 def agree(packed, dense):
@@ -158,7 +158,7 @@ def test_copies_stay_tied(tied, enabled):
 
 
 def test_an_output_layer_of_its_own_is_not_tied(tied, enabled, tmp_path):
-    """The config calls it tied, the file has it: the file is right, and the saved config says so."""
+    """The config calls it tied, the file has it: the file is right, before and after saving."""
     tensors = tensors_of(tied / "packed")
     tensors["lm_head.weight"] = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -223,6 +223,9 @@ def test_one_of_the_layers_that_share_a_table_has_its_own(own, enabled, tmp_path
         layer = model.get_submodule(path)
         assert (getattr(layer, "tied", None) is model.shared) == (path != own), path
     assert torch.equal(model.get_submodule(own).weight, tensors[f"{own}.weight"])
+    want = logits(model, decoder_input_ids=ids()[:, :5])
+    again = hf.AutoModelForSeq2SeqLM.from_pretrained(saved_as_it_was(model, folder / "packed", tmp_path / "saved"))
+    assert torch.equal(logits(again, decoder_input_ids=ids()[:, :5]), want)
     plain = model.dequantize()
     assert torch.equal(plain.get_submodule(own).weight, tensors[f"{own}.weight"])
 
