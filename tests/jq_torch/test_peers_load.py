@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import jq
 import jq_torch
 from jq_torch.experts import JqExperts
+from jq_torch.weight import PackedWeight
 
 Dense = dict[str, torch.Tensor]
 
@@ -208,7 +209,7 @@ IMPOSSIBLE = {
 
 def weights_of(model: Any) -> Dense:
     """Our dequantized weights, which test_reference.py holds against the library's own for the same file."""
-    layers = {n: m.dequantize() for n, m in model.named_modules() if isinstance(m, jq_torch.JqLinear)}
+    layers = {n: m.dequantize() for n, m in model.named_modules() if isinstance(m, PackedWeight) and m.tied is None}
     for name, module in model.named_modules():
         if isinstance(module, JqExperts):
             layers |= {f"{name}.{p}": module.to_float().get_parameter(p) for p in module.packed_parameters}
