@@ -30,6 +30,7 @@ from pallas_kernels.timing import Jobs, copies, median_us, supervise
 
 MAIN = (1, 8, 16, 64, 256, 4096)
 SWEEP = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192)
+LOOKED_UP = ("nf4_b64", "nf4_b64_dq", "fp4_b64")
 SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (57344, 8192))
 GRIDS = ((132, 1024), (264, 1024), (264, 512), (528, 512), (132, 512), (396, 512), (528, 256), (1056, 256), (1056, 512),
          (2112, 256))  # fmt: skip
@@ -126,7 +127,7 @@ def worker(jobs: Jobs) -> None:
     with ThreadPoolExecutor(14) as pool:
         for n, k in SHAPES:
             for name, form in forms().items():
-                rows = SWEEP if name == "w4a16_g128" else (1, 8, 16, 64) if name in ("nf4_b64", "nf4_b64_dq") else (1,)
+                rows = SWEEP if name == "w4a16_g128" else (1, 8, 16, 64) if name in LOOKED_UP else (1,)
                 todo = [(f"{name} {n}x{k} m={m}", m) for m in rows]
                 todo = [t for t in todo if jobs.open(t[0])]
                 shapes = jax.eval_shape(functools.partial(tune.random_weight, form, n, k))

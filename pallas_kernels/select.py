@@ -115,18 +115,20 @@ def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, g
     """Configurations that can run; those for few rows first, in the order of preference."""
     out = []
     if m <= stream.MAX_ROWS:
-        out = [Choice("direct", c) for c in directs(m, n, k, multiprocessors, form.scale == "u8")]
+        out = [Choice("direct", c) for c in directs(m, n, k, multiprocessors, form)]
         out += [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered, form.bits)]
     if not out or m > 8:
         out += [Choice("gemm", config) for config in tilings(m, form, multiprocessors)]
     return [c for c in out if fits(c, m, n, k, form, gathered)]
 
 
-def directs(m: int, n: int, k: int, multiprocessors: int, nested: bool = False) -> Iterator[direct.Config]:
+def directs(m: int, n: int, k: int, multiprocessors: int, form: Form) -> Iterator[direct.Config]:
     """Configurations of the direct kernel, the best first, where each block has a tile: two blocks share K where one
     would load more of x than of the weight. Nested scales (measured) want less at once, and for one row of x or a wide
-    weight the streaming kernel.
+    weight the streaming kernel. Where codes are looked up, x is in registers if it is little: shared memory has enough to
+    do.
     """
+    nested = form.scale == "u8"
     narrow = -(-n // ROWS) <= 4 * multiprocessors
     if nested and (m == 1 or not narrow):
         return
@@ -134,7 +136,9 @@ def directs(m: int, n: int, k: int, multiprocessors: int, nested: bool = False) 
         clusters = (2, 1) if (m > 8 or nested) and narrow else (1, 2)
         for cluster in clusters:
             if -(-n // ROWS) * cluster >= multiprocessors:
-                yield direct.Config(warps, cluster, multiprocessors // cluster * cluster)
+                chunks = -(-k // CHUNK) // (warps * cluster)
+                held = min(chunks, 4 if m <= 8 else 2) if form.kind == "codebook" and chunks <= 4 else 0
+                yield direct.Config(warps, cluster, multiprocessors // cluster * cluster, held=held)
 
 
 def streams(

@@ -3,6 +3,10 @@
 Arithmetic with byte permutes is limited by the integer units (+37 % at M = 1 on an H100), the load unit is free. The
 table holds all 256 pairs of values; each entry is repeated for the 32 lanes of a warp, so that every lane has a bank
 of its own and no look-up conflicts.
+
+The bytes of an address are those of the codes and of the lane, so that a byte permute makes it: entries lie 256 bytes
+apart. A wide table leaves every other 128 bytes free; in a narrow one the upper half of the entries lies there, and the
+upper bit of the codes must be moved to the lane's byte first.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from pallas_kernels.ptx import Int
 order = "natural"
 
 ENTRY = 128  # bytes: one pair for each of 32 lanes
+PITCH = 256  # bytes from one entry to the next one
 
 # Codebooks that kernels hold, by `Form.table`: bitsandbytes' two and the 4-bit float of MXFP4.
 KNOWN = {**codebook4.TABLES, "e2m1": TABLES["e2m1"]}
@@ -40,19 +45,46 @@ def unit(form: Form, dtype: str) -> int:
     return 1
 
 
-def shared_bytes(form: Form) -> int:
-    return 256 * ENTRY
+def shared_bytes(form: Form, wide: bool = False) -> int:
+    return 256 * (PITCH if wide else ENTRY)
 
 
-def fill(form: Form, dtype: str, base: Int, table: ir.Value | None, thread: Int, threads: int) -> None:
+def offset(entry: Int, wide: bool) -> Int:
+    """Where an entry begins."""
+    return entry * PITCH if wide else (entry & 127) * PITCH + (entry >> 7) * ENTRY
+
+
+class Pairs:
+    """The pair table as a lane sees it."""
+
+    def __init__(self, base: Int, lane: Int, wide: bool):
+        """`base`: shared-memory address."""
+        self.base, self.wide = base, wide
+        self.lane = lane * (4 if wide else 0x04040404)  # the lane's place in an entry, in one byte or in all
+
+    def addresses(self, word: ir.Value) -> list[Int]:
+        """Where the four pairs of a word lie."""
+        low, high = self.lane, Int(word)
+        if not self.wide:
+            low = Int(ptx.asm([ptx.i32()], "lop3.b32 $0, $1, 0x80808080, $2, 0xEA;", word, low, pure=True)[0])
+            high = high & 0x7F7F7F7F
+        # bytes of an address: the lane's, the pair's, and two zeros: a byte of the lane, or the sign of the pair's
+        picks = [0x1140 + 0x10 * p if self.wide else 0xCC40 + 0x1111 * p for p in range(4)]
+        return [Int(ptx.permute(low, high, pick)) + self.base for pick in picks]
+
+
+def fill(
+    form: Form, dtype: str, base: Int, table: ir.Value | None, thread: Int, threads: int, wide: bool = False
+) -> None:
     """Writes the pair table; entry b holds (table[b % 16], table[b // 16]).
 
     Args:
       base: shared-memory address.
       table: global address of float32[16], or None where `form` names the values.
       thread, threads: index and number of the threads that share the work.
+      wide: see above.
     """
-    write(form, dtype, base, read(form, table, thread, threads))
+    write(form, dtype, base, read(form, table, thread, threads), wide)
 
 
 def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[tuple[Int, list[ir.Value]]]:
@@ -67,13 +99,13 @@ def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[
     return out
 
 
-def write(form: Form, dtype: str, base: Int, entries: Sequence[tuple[Int, list[ir.Value]]]) -> None:
+def write(form: Form, dtype: str, base: Int, entries: Sequence[tuple[Int, list[ir.Value]]], wide: bool = False) -> None:
     for b, values in entries:
+        place = base + offset(b, wide)
         pair = ptx.pack_pair(values[0], values[1], dtype) if values else known_pair(KNOWN[form.table], b, dtype)
         for i in range(0, ENTRY, 16):
             # neighbouring threads start at different banks
-            at = base + b * ENTRY + ((b * 16 + i) & (ENTRY - 1))
-            ptx.store_shared(at, [pair] * 4)
+            ptx.store_shared(place + ((b * 16 + i) & (ENTRY - 1)), [pair] * 4)
 
 
 def known_pair(table: np.ndarray, entry: Int, dtype: str) -> ir.Value:
@@ -90,17 +122,13 @@ def known_pair(table: np.ndarray, entry: Int, dtype: str) -> ir.Value:
     return ptx.permute(found[0], found[1], 0x5140)
 
 
-def fragment(form: Form, dtype: str, words: Sequence[ir.Value], zero: Any, table: Int) -> list[ir.Value]:
+def fragment(
+    form: Form, dtype: str, words: Sequence[ir.Value], zero: Any, table: Pairs, here: bool = False
+) -> list[ir.Value]:
     """Args:
     words: four words, one per k16 step.
-    table: shared-memory address of the pair table plus four times the lane.
+    here: the look-ups leave here, in their order. As plain loads they are moved to where their values are used, a few at
+      once, and each of them is waited for.
     """
-    out = []
-    for word in words:
-        for p in range(4):
-            # a byte permute and a multiplication: shift, mask and addition would be one more, and all for one unit
-            text = (
-                f"{{ .reg .b32 t; prmt.b32 t, $1, 0, 0x444{p}; mad.lo.u32 t, t, {ENTRY}, $2; ld.shared.b32 $0, [t]; }}"
-            )
-            out.append(ptx.asm([ptx.i32()], text, word, table, pure=True)[0])
-    return out
+    load = "ld.volatile.shared.b32 $0, [$1];" if here else "ld.shared.b32 $0, [$1];"
+    return [ptx.asm([ptx.i32()], load, at, pure=not here)[0] for word in words for at in table.addresses(word)]

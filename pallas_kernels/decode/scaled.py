@@ -96,22 +96,22 @@ def scaled_fragment(
     dtype: str,
     words: Sequence[ir.Value],
     params: Sequence[Sequence[ir.Value]],
-    table: Int,
+    table: Any,
     magic: Any = None,
 ) -> list[ir.Value]:
     """Words of one or more k16 steps -> weights / `unit`, four registers a step.
 
     Args:
       params: stored scales (and zeros) of rows g and g + 8.
-      table: shared-memory address of the codebook's pairs plus four times the lane.
+      table: `codebook.Pairs` of a codebook.
       magic: see `affine.fragment`.
     """
     kind = f"{dtype}x2"
-    scale = twice(form.scale, dtype, params[0])
     decode = DECODES[form.decode]
     if form.kind != "affine":
-        values = decode.fragment(form, dtype, words, None, table)
-    elif form.zero == "u8" and form.zero_form == "code":
+        return scaled(form, dtype, decode.fragment(form, dtype, words, None, table), params)
+    scale = twice(form.scale, dtype, params[0])
+    if form.zero == "u8" and form.zero_form == "code":
         values = decode.fragment(form, dtype, words, decode.integer_zeros(dtype, params[1][0]), magic=magic)
     else:
         values = decode.fragment(form, dtype, words, None, magic=magic)
@@ -121,4 +121,10 @@ def scaled_fragment(
             add = [ptx.pack_pair(s, s, dtype) for s in (ptx.mul(s, small) for s in shift)]
             text = f"fma.rn.{kind} $0, $1, $2, $3;"
             return [ptx.asm([ptx.i32()], text, v, scale[i % 2], add[i % 2], pure=True)[0] for i, v in enumerate(values)]
+    return scaled(form, dtype, values, params)
+
+
+def scaled(form: Form, dtype: str, values: Sequence[ir.Value], params: Sequence[Sequence[ir.Value]]) -> list[ir.Value]:
+    """Decoded values times their stored scales."""
+    scale = twice(form.scale, dtype, params[0])
     return [ptx.mul_pair(v, scale[i % 2], dtype) for i, v in enumerate(values)]

@@ -26,7 +26,7 @@ from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
 from pallas_kernels.launch import arguments, launch, pointers
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.direct_plan import MAX_ROWS, Config, Plan
-from pallas_kernels.skeletons.nested import Nested
+from pallas_kernels.skeletons.nested import Nested, one_of
 from pallas_kernels.skeletons.output import Writer
 
 __all__ = ["MAX_ROWS", "Config", "Plan", "matmul"]
@@ -69,8 +69,8 @@ class _Kernel(Writer):
         self.tables = shared + at["tables"]
         self.bars = shared + at["barriers"]
         self.mail_bars = self.bars + 8 * c.warps
-        table2, threads = shared + at["table2"], c.warps * 32
-        self.nested = Nested(plan, pointers, table2, self.thread, threads) if plan.form.scale == "u8" else None
+        self.pairs = plan.pairs(self.tables, self.lane)
+        self.nested = Nested(plan, pointers, None, self.thread, c.warps * 32) if plan.form.scale == "u8" else None
         self.policy = ptx.evict_first()
         self.local = self.warp * plan.chunks  # first chunk of the warp, in the block and along the whole K
         self.first = self.local + self.rank * plan.block_chunks
@@ -81,22 +81,24 @@ class _Kernel(Writer):
         entries = []
         if plan.table_bytes:
             entries = self.decode.read(plan.form, self.pointers.get("table"), self.thread, c.warps * 32)
-        second = self.nested.read() if self.nested else []
+        if self.nested:
+            self.nested.read()  # into the first cache, from where it is looked up
         if plan.m > 1:  # much of it: ahead of the weight
             self.fetch_x()
         sets = [self.fetch(Int(d), ptx.select(Int(d) < self.passes, 1, 0)) for d in range(c.depth)]
         if plan.m == 1:
             self.fetch_x()
-        if self.nested:
-            self.nested.write(second)
         if entries:
-            self.decode.write(plan.form, plan.dtype, self.tables, entries)
-        if entries or self.nested:
+            self.decode.write(plan.form, plan.dtype, self.tables, entries, plan.wide_table)
             ptx.sync_block()
         ptx.barrier_wait(self.bars + self.warp * 8, 0)
         ptx.sync_warp()
+        self.held: list[Any] = []
+        self.held = [self.x_of(chunk) for chunk in range(c.held)]
         if c.cluster > 1:
-            ptx.cluster_wait()  # the other block's barriers are there
+            if plan.mail_over_x:
+                ptx.cluster_arrive()
+            ptx.cluster_wait()  # the other block's barriers are there, and the place for what is sent to it is free
         leaves, tree = jax.tree.flatten(sets)
 
         def several(t: Int, carry: list[Any]) -> list[Any]:
@@ -118,7 +120,8 @@ class _Kernel(Writer):
                     ptx.barrier_expect(self.mail_bars + i * 8, plan.part_bytes // 2)
                 ptx.fence_barrier_init()
             ptx.sync_warp()
-            ptx.cluster_arrive(relaxed=True)
+            if not plan.mail_over_x:
+                ptx.cluster_arrive(relaxed=True)
         bar = self.bars + self.warp * 8
         with ptx.when(self.lane == 0):
             ptx.barrier_init(bar, 1)
@@ -149,7 +152,7 @@ class _Kernel(Writer):
 
     def fetch_params(self, t: Int) -> tuple[list[list[list[ir.Value]]], list[list[ir.Value]]]:
         """Stored parameters of rows g and g + 8: for each group, for each array; and where scales are nested those of the
-        second level, for each group, or the one for all groups of a row.
+        second level over these groups, of each row.
         """
         plan, form = self.plan, self.plan.form
         span, part = plan.chunks * CHUNK, self.rank * plan.config.warps + self.warp
@@ -165,11 +168,11 @@ class _Kernel(Writer):
                 at = ptx.address(self.pointers[name], group + g, ROWS * size)
                 one.append(ptx.load_kept(ptx.address(at, self.lane >> 2, 2 * size), kind))
             out.append(one)
-            if self.nested and not (g and plan.nested_by_row):
-                rows = (row * ROWS + (self.lane >> 2) + half for half in (0, 8))
-                places = [self.nested.second(self.nested.block(r * form.groups(plan.k) + first + g)) for r in rows]
-                # plain loads: cached read-only ones would be moved to where they are used
-                seconds.append([ptx.as_float(Int(ptx.load_words(place, 1)[0])) for place in places])
+        if self.nested:
+            blocks = 1 if plan.nested_by_row else 2
+            for half in (0, 8):
+                code = (row * ROWS + (self.lane >> 2) + half) * form.groups(plan.k) + first
+                seconds.append(self.nested.over(code, len(plan.segments), blocks))
         return out, seconds
 
     # ---- arithmetic
@@ -184,11 +187,23 @@ class _Kernel(Writer):
             out += [words[:2], words[2:]]
         return out
 
-    def convert(self, stored: list[list[ir.Value]], seconds: list[ir.Value] | None) -> dict[str, Any]:
-        """Scales of rows g and g + 8, and what the zeros need."""
+    def look_up(self, word: ir.Value) -> list[ir.Value]:
+        return self.decode.fragment(self.plan.form, self.plan.dtype, [word], None, self.pairs, here=True)
+
+    def plain(self, word: ir.Value, zero: Any) -> list[ir.Value]:
+        return self.decode.fragment(self.plan.form, self.plan.dtype, [word], zero)
+
+    def x_of(self, chunk: int) -> list[list[list[ir.Value]]]:
+        """`fragments` of all columns of a chunk."""
+        if chunk < len(self.held):
+            return self.held[chunk]
+        return [self.fragments(chunk, column) for column in range(self.plan.columns)]
+
+    def convert(self, g: int, stored: list[list[ir.Value]], seconds: list[Any]) -> dict[str, Any]:
+        """Scales of group g of rows g and g + 8, and what the zeros need."""
         form = self.plan.form
-        if self.nested and seconds:
-            scales = self.nested.floats(Int(stored[0][0]), seconds)
+        if self.nested:
+            scales = self.nested.floats(Int(stored[0][0]), [one_of(found, g) for found in seconds])
         else:
             scales = as_floats(form.scale, stored[0])
         out: dict[str, Any] = {"scale": scales}
@@ -204,17 +219,17 @@ class _Kernel(Writer):
         exists, at = ptx.select(t + c.depth < self.passes, 1, 0), self.codes_of(t + c.depth)
         sums = [ptx.zero()] * (4 * plan.columns)
         following = []
-        each = seconds * len(stored) if plan.nested_by_row else seconds or [None] * len(stored)
-        for (begin, end), params, second in zip(plan.segments, stored, each, strict=True):
-            p = self.convert(params, second)
+        for g, ((begin, end), params) in enumerate(zip(plan.segments, stored, strict=True)):
+            p = self.convert(g, params, seconds)
             parts = [[ptx.zero()] * 4 for _ in range(plan.columns)]
             totals = [[ptx.zero()] * 4 for _ in range(plan.columns)]  # sums of x
             for s in range(begin, end):
                 chunk, step = divmod(s, 4)
                 if step == 0 or s == begin:
-                    x = [self.fragments(chunk, column) for column in range(plan.columns)]
-                table = self.tables + self.lane * 4
-                a = self.decode.fragment(plan.form, plan.dtype, codes[chunk][step : step + 1], p.get("zero"), table)
+                    x = self.x_of(chunk)
+                if self.pairs and (step == 0 or s == begin):
+                    values = {i: self.look_up(codes[chunk][i]) for i in range(step, min(4, step + end - s))}
+                a = values[step] if self.pairs else self.plain(codes[chunk][step], p.get("zero"))
                 for column in range(plan.columns):
                     parts[column] = ptx.mma(a, x[column][step], parts[column], plan.dtype)
                     if "shift" in p:

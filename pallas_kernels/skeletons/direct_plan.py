@@ -6,10 +6,15 @@ import dataclasses
 import functools
 
 from pallas_kernels.form import CHUNK
-from pallas_kernels.skeletons.plan import SMEM_BYTES, FewRows, offsets
+from pallas_kernels.skeletons.plan import MULTIPROCESSORS, SMEM_BYTES, FewRows, offsets
 
 MAX_ROWS = 16
 MOST_CHUNKS = 16  # on their way to a warp: four registers each
+ROOMY_BYTES = 194 * 1024  # with more shared memory the first cache is too small for the codes on their way (measured)
+# Registers of a thread, with 16 warps and up to four chunks on their way, for x and the parameters; and how many less for
+# each chunk more. Beyond them the assembler spills, and where the codes on their way fill the first cache, what was
+# spilled comes back from memory (measured: 4 us of 13).
+MOST_HELD, LESS_HELD = 68, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +26,14 @@ class Config:
       cluster: blocks that share the K of a tile, 1 or 2.
       blocks: blocks to launch.
       depth: passes whose codes are on their way.
+      held: chunks of x that a warp keeps in registers; it reads the others from shared memory in every pass.
     """
 
     warps: int = 16
     cluster: int = 1
     blocks: int = 132
     depth: int = 1
+    held: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +74,18 @@ class Plan(FewRows):
         return (1 if self.m == 1 else self.columns * 8) * CHUNK * 2
 
     @property
+    def held_registers(self) -> int:
+        """For x and the parameters of a pass."""
+        stored = sum(2 if kind == "f32" else 1 for kind in self.form.params) * len(self.segments)
+        seconds = 0 if self.form.scale != "u8" else 2 if self.nested_by_row else 6
+        return self.config.held * self.columns * 8 + stored + seconds
+
+    @property
+    def most_held(self) -> int:
+        more = 127 if self.config.warps <= 8 else 0
+        return MOST_HELD + more - LESS_HELD * max(0, self.chunks * self.config.depth - 4)
+
+    @property
     def squares(self) -> int:
         """Squares of 8 x 8 outputs of a pass."""
         return 2 * self.columns
@@ -79,15 +98,38 @@ class Plan(FewRows):
     @functools.cached_property
     def layout(self) -> dict[str, int]:
         """Offsets in shared memory; "bytes" is the whole."""
+        return self.layout_with(*self.choice)
+
+    @functools.cached_property
+    def choice(self) -> tuple[bool, bool]:
+        """Whether the table is wide, and whether `mail` lies where x was: what fits, the second only where it must be."""
+        roomy = ROOMY_BYTES // -(-self.config.blocks // MULTIPROCESSORS)
+        limits = {(True, False): roomy, (False, False): SMEM_BYTES, (False, True): SMEM_BYTES}
+        fitting = (way for way, most in limits.items() if self.layout_with(*way)["bytes"] <= most)
+        return next(fitting, (False, False))
+
+    @property
+    def wide_table(self) -> bool:
+        return self.choice[0]
+
+    @property
+    def mail_over_x(self) -> bool:
+        """Where all of x is in registers before the first pass. A block then waits for the x of the other one."""
+        return self.choice[1]
+
+    def layout_with(self, wide: bool, over: bool) -> dict[str, int]:
+        x = self.block_chunks * self.chunk_bytes
+        mail = self.passes * self.part_bytes if self.config.cluster > 1 else 0
+        over = over and mail <= x and self.config.held == self.chunks
         sizes = {
-            "x": self.block_chunks * self.chunk_bytes,
+            "x": x,
             "sums": 2 * self.config.warps * self.part_bytes,
-            "mail": self.passes * self.part_bytes if self.config.cluster > 1 else 0,
-            "tables": self.table_bytes,
-            "table2": self.table2_bytes,
+            "mail": 0 if over else mail,
+            "tables": self.tables_of(wide),
             "barriers": 8 * (self.config.warps + self.passes),
         }
-        return offsets(sizes, 1024)
+        out = offsets(sizes, 1024)
+        return out | {"mail": out["x"]} if over else out
 
     def reason(self) -> str | None:
         """Why this launch is not possible, or None."""
@@ -102,6 +144,8 @@ class Plan(FewRows):
             return f"{self.k_chunks} chunks of {CHUNK} inputs for {c.cluster} blocks of {c.warps} warps"
         if self.chunks * c.depth > MOST_CHUNKS:
             return f"{self.chunks * c.depth} chunks on their way to a warp"
+        if c.held and (c.held > self.chunks or self.held_registers > self.most_held):
+            return f"{c.held} of {self.chunks} chunks of {self.m} rows of x in registers"
         if group and span % group and group % span:
             return f"groups of {group} with {span} inputs of a warp"
         if self.layout["bytes"] > SMEM_BYTES:

@@ -43,6 +43,8 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     if w.perm is not None:
         raise ValueError("gemm.matmul: x must be in the order of the codes already")
     arrays = arguments(x, w, bias, layer)
+    for name in ("scales", "zeros")[: len(w.form.params)]:  # all groups of a step in one piece for the copy engine
+        arrays[name] = arrays[name].reshape(*arrays[name].shape[:-2], -1)
 
     def emit(ctx: Any, refs: dict[str, ir.Value], shared: Int) -> None:
         ptx.skip_preamble()
@@ -90,9 +92,9 @@ class _Kernel(Output):
             if self.searched:
                 self.prefetch_scales()
             entries = self.nested.read() if self.nested else []
-            if plan.table_bytes:
-                table = self.tables.get("table")
-                self.decode.fill(plan.form, plan.dtype, self.at["tables"], table, self.thread, consumers)
+            if self.pairs:
+                table, wide = self.tables.get("table"), plan.wide_table
+                self.decode.fill(plan.form, plan.dtype, self.at["tables"], table, self.thread, consumers, wide)
                 ptx.sync_warp()
             if self.nested:
                 self.nested.write(entries)
@@ -122,10 +124,10 @@ class _Kernel(Output):
                 row = shares[i].unit * (UNIT // ROWS)
                 codes = self.at["codes"] + slot * plan.code_bytes + i * plan.unit_bytes
                 hopper.tensor_copy(codes, self.maps["codes"], [0, kk * c.chunks, row, *self.layer], bar, policy=policy)
-                group = self.group_of(kk)
+                group = self.group_of(kk) * ROWS
                 for name, nbytes, pitch in zip(("scales", "zeros"), plan.param_bytes, plan.param_pitch):
                     target = self.at[name] + slot * nbytes + i * pitch
-                    hopper.tensor_copy(target, self.maps[name], [0, group, row, *self.layer], bar)
+                    hopper.tensor_copy(target, self.maps[name], [group, row, *self.layer], bar)
 
             def note(slot: Int, kk: Int) -> None:
                 if plan.place_bytes:

@@ -45,6 +45,7 @@ class Block:
         names += ["layer"] if names and "layer" in refs else []
         self.tables = pointers({n: refs[n] for n in names}, {n: arrays[n] for n in names})
         nested, table2 = plan.form.scale == "u8", self.at["table2"]
+        self.pairs = plan.pairs(self.at["tables"], self.lane)
         self.nested = Nested(plan, self.tables, table2, self.thread, 128 * c.wn) if nested else None
         self.layer = [Int(ptx.load_global(ptx.global_pointer(refs["layer"]), "u32"))] if stacked else []
         lead = (1,) if stacked else ()
@@ -56,7 +57,7 @@ class Block:
         rows = plan.block_units * UNIT // ROWS // plan.boxes
         self.maps["codes"] = hopper.tensor_map(ctx, refs["codes"], (*lead, rows, c.chunks, plan.form.bits * 32))
         for name in ("scales", "zeros")[: len(plan.form.params)]:
-            self.maps[name] = hopper.tensor_map(ctx, refs[name], (*lead, rows, plan.step_groups, ROWS))
+            self.maps[name] = hopper.tensor_map(ctx, refs[name], (*lead, rows, plan.step_groups * ROWS))
 
     def after(self, slot: Int, parity: Int, count: int = 1) -> tuple[Int, Int]:
         """The slot of the ring `count` behind a slot."""

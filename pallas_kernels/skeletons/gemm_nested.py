@@ -17,12 +17,12 @@ from pallas_kernels.skeletons.nested import Nested, one_of
 class NestedScales:
     """Those of a lane's rows g and g + 8 of one unit; what `Powers` is for scales inside of the decode's arithmetic."""
 
-    def __init__(self, nested: Nested, row: Int, table: Int):
+    def __init__(self, nested: Nested, row: Int, pairs: Any):
         """Args:
         row: row g of the weight.
-        table: see `scaled_fragment`.
+        pairs: the codebook's table.
         """
-        self.nested, self.plan, self.table = nested, nested.plan, table
+        self.nested, self.plan, self.pairs = nested, nested.plan, pairs
         groups = self.plan.form.groups(self.plan.k)
         self.firsts = [(row + half) * groups for half in (0, ROWS // 2)]  # codes of the rows
         blocks = 1 if self.plan.nested_by_row else 2
@@ -51,7 +51,9 @@ class NestedScales:
         return out
 
     def fragment(self, form: Form, words: Sequence[ir.Value], params: Sequence) -> list[ir.Value]:
-        values = DECODES[form.decode].fragment(form, self.plan.dtype, words, None, self.table)
+        return self.scaled(DECODES[form.decode].fragment(form, self.plan.dtype, words, None, self.pairs), params)
+
+    def scaled(self, values: Sequence[ir.Value], params: Sequence) -> list[ir.Value]:
         return [ptx.mul_pair(v, params[0][i % 2], self.plan.dtype) for i, v in enumerate(values)]
 
     def whole(self, sums: list[Any]) -> list[Any]:

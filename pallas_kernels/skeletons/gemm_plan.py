@@ -11,8 +11,9 @@ from pallas_kernels.skeletons.plan import SMEM_BYTES, Launch, groups_of, offsets
 
 PRODUCER_REGISTERS = 40
 MOST_STAGES = 12
+ENOUGH_STAGES = 6  # with so many left, a wide table of a codebook is worth its memory
 # registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
-CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104}
+CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104, 5: 80, 6: 72, 7: 64}
 UNIT = 64  # rows of the weight that a warpgroup multiplies: the M of wgmma
 
 
@@ -174,7 +175,16 @@ class Plan(Launch):
     @property
     def in_turn(self) -> bool:
         """Whether chunks are read and decoded one after the other, to hold fewer registers."""
-        return not self.config.ahead and (self.config.chunks > 2 or self.heights != [1])
+        return not self.config.ahead and (self.config.chunks > 2 or self.heights != [1] or self.config.wn > 4)
+
+    @property
+    def looked_up(self) -> int:
+        """k16 steps whose values are looked up at once; 0: as the assembler likes. A step of the ring where there are
+        registers for it, else a chunk.
+        """
+        if self.form.kind != "codebook" or self.config.ahead or self.in_turn:
+            return 0
+        return 4 * (1 if self.config.wn > 3 else self.config.chunks)
 
     @property
     def burst(self) -> int:
@@ -217,12 +227,17 @@ class Plan(Launch):
         return max(buffers, self.config.even * self.config.tile_m // 2 * UNIT * 4)
 
     @property
-    def fixed_bytes(self) -> int:
-        return self.y_bytes + self.inbox_bytes + self.local_bytes + self.table_bytes + self.table2_bytes + 1024
+    def wide_table(self) -> bool:
+        return self.stages_with(self.tables_of(True)) >= ENOUGH_STAGES
 
     @property
     def stages(self) -> int:
-        fit = (SMEM_BYTES - self.fixed_bytes - 1024) // (-(-self.stage_bytes // 1024) * 1024)
+        return self.stages_with(self.table_bytes)
+
+    def stages_with(self, table_bytes: int) -> int:
+        """Slots of the ring beside a table of this size."""
+        fixed = self.y_bytes + self.inbox_bytes + self.local_bytes + table_bytes + self.table2_bytes + 1024
+        fit = (SMEM_BYTES - fixed - 1024) // (-(-self.stage_bytes // 1024) * 1024)
         fit = min(self.config.stages or MOST_STAGES, fit, MOST_STAGES)
         return fit // self.depth * self.depth  # each slot belongs to one of the warpgroups that share a unit
 

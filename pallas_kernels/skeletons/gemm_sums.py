@@ -7,7 +7,7 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from pallas_kernels import hopper, ptx
-from pallas_kernels.decode.scaled import Powers, folds, scaled_fragment
+from pallas_kernels.decode.scaled import Powers, folds, scaled, scaled_fragment
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS
 from pallas_kernels.ptx import Int
 from pallas_kernels.skeletons.gemm_block import Block
@@ -74,12 +74,25 @@ class Sums(Block):
         self, i: int, words: list[Any], params: list[Any], magic: Any = None, scaling: Scaling = None
     ) -> list[ir.Value]:
         """Weights of k16 step i of a step of the ring, whose codes are `words`."""
-        plan, form = self.plan, self.plan.form
-        group = i * 16 // form.group if form.group and form.group < plan.span else 0
+        plan, params = self.plan, params[self.group_in_step(i)]
         if scaling:
-            return scaling.fragment(form, words, params[group])
-        table = self.at["tables"] + self.lane * 4
-        return scaled_fragment(form, plan.dtype, words, params[group], table, magic)
+            return scaling.fragment(plan.form, words, params)
+        return scaled_fragment(plan.form, plan.dtype, words, params, self.pairs, magic)
+
+    def group_in_step(self, i: int) -> int:
+        """The group of k16 step i among those of a step of the ring."""
+        group = self.plan.form.group
+        return i * 16 // group if group and group < self.plan.span else 0
+
+    def look_up(self, words: list[Any]) -> list[list[ir.Value]]:
+        """Values of k16 steps, without their scales, all asked for at once."""
+        plan = self.plan
+        return [self.decode.fragment(plan.form, plan.dtype, [word], None, self.pairs, here=True) for word in words]
+
+    def scale(self, values: list[ir.Value], params: list[Any], scaling: Scaling) -> list[ir.Value]:
+        if isinstance(scaling, NestedScales):
+            return scaling.scaled(values, params)
+        return scaled(self.plan.form, self.plan.dtype, values, params)
 
     def fetch(self, slot: Int, parity: Int, scaling: Scaling = None) -> dict[str, list[Any]]:
         """This thread's codes and parameters of a step, once they are there."""
@@ -117,12 +130,17 @@ class Sums(Block):
         x = self.at["x"] + slot * plan.x_bytes
         words, params = ready["words"], ready["params"]
         per = plan.form.bits // 4  # words of a k16 step
-        a = ready.get("a") or self.first_fragment(ready, scaling)
+        at_once = plan.looked_up
+        a = [] if at_once else ready.get("a") or self.first_fragment(ready, scaling)
         magic, following = [None, self.magic()], None
         for i in range(count):
             if after is not None and i == count - 1 and plan.fetch_early:
                 following = self.fetch(after[0], after[1], scaling)
-            if i:
+            if at_once:
+                if i % at_once == 0:
+                    values = self.look_up(words[i : i + at_once])
+                a = self.scale(values[i % at_once], params[self.group_in_step(i)], scaling)
+            elif i:
                 a = self.fragment(i, words[i * per : (i + 1) * per], params, magic[i], scaling)
             if i % 4 == 0:
                 b = hopper.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
@@ -183,8 +201,8 @@ class Sums(Block):
         """Of `height` units from row n0 on."""
         rows = [n0 + u * (self.plan.config.wn * UNIT) for u in range(height)]
         if self.nested:
-            table, g = self.at["tables"] + self.lane * 4, (self.warp & 3) * ROWS + (self.lane >> 2)
-            return [NestedScales(self.nested, row + g, table) for row in rows]
+            g = (self.warp & 3) * ROWS + (self.lane >> 2)
+            return [NestedScales(self.nested, row + g, self.pairs) for row in rows]
         if not self.searched:
             return [Powers() if self.folded else None] * height
         return [Powers(self.largest_scales(row)) for row in rows]

@@ -16,9 +16,9 @@ from pallas_kernels.skeletons.plan import Launch
 class Nested:
     """Emits what a block needs of them; `entries` of the table are read ahead of `write`, for other work in between."""
 
-    def __init__(self, plan: Launch, pointers: dict[str, Any], table: Int, thread: Int, threads: int):
+    def __init__(self, plan: Launch, pointers: dict[str, Any], table: Int | None, thread: Int, threads: int):
         """Args:
-        table: address in shared memory of the table of scales.
+        table: address in shared memory of the table of scales; None: it is looked up where it lies, through the cache.
         thread, threads: index and number of the threads that fill it.
         """
         self.plan, self.pointers, self.table = plan, pointers, table
@@ -47,7 +47,8 @@ class Nested:
         return ptx.address(self.pointers["absmax2"], block, 4)
 
     def load(self, block: Int) -> ir.Value:
-        return ptx.load_global(self.second(block), "f32")
+        # plain: as a cached read-only load it would be moved to where its value is used
+        return ptx.as_float(Int(ptx.load_words(self.second(block), 1)[0]))
 
     def over(self, first: Int, count: int, blocks: int) -> list[Any]:
         """Second-level scales of `count` codes from `first` on, which touch at most so many blocks, 1 or 2: the scale of
@@ -65,8 +66,13 @@ class Nested:
           pair: their codes.
           seconds: their second-level scales.
         """
-        values = [ptx.load_shared(self.table + code * 4, "f32")[0] for code in (pair & 255, pair >> 8)]
+        values = [self.value(code) for code in (pair & 255, pair >> 8)]
         return [ptx.fma(value, second, self.offset) for value, second in zip(values, seconds)]
+
+    def value(self, code: Int) -> ir.Value:
+        if self.table is None:
+            return ptx.load_global(ptx.address(self.pointers["table2"], code, 4), "f32")
+        return ptx.load_shared(self.table + code * 4, "f32")[0]
 
 
 def one_of(found: Sequence[Any], i: Any) -> ir.Value:

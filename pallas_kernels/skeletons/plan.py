@@ -9,11 +9,12 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
-from pallas_kernels.decode import DECODES
+from pallas_kernels.decode import DECODES, codebook
 from pallas_kernels.form import CHUNK, NESTED_BLOCK, ROWS, Form
 from pallas_kernels.ptx import Int
 
 SMEM_BYTES = 226 * 1024  # of 227 KiB: the launch adds a static byte
+MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,23 @@ class Launch:
         return DECODES[self.form.decode].unit(self.form, self.dtype)
 
     @property
+    def wide_table(self) -> bool:
+        """Whether the decode function's table is the one that takes more memory and fewer instructions."""
+        return False
+
+    @property
     def table_bytes(self) -> int:
         """Tables of the decode function in shared memory."""
+        return self.tables_of(self.wide_table)
+
+    def tables_of(self, wide: bool) -> int:
+        if self.form.kind == "codebook":
+            return codebook.shared_bytes(self.form, wide)
         return DECODES[self.form.decode].shared_bytes(self.form)
+
+    def pairs(self, base: Int, lane: Int) -> codebook.Pairs | None:
+        """A codebook's table at a shared-memory address."""
+        return codebook.Pairs(base, lane, self.wide_table) if self.form.kind == "codebook" else None
 
     @property
     def table2_bytes(self) -> int:

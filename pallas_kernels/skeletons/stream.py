@@ -99,7 +99,7 @@ class _Kernel:
         state = self.start_ring()
         self.sums.initialise()
         if entries:
-            self.decode.write(plan.form, plan.dtype, self.tables, entries)
+            self.decode.write(plan.form, plan.dtype, self.tables, entries, plan.wide_table)
         self.params.write(second)
         self.inputs.pad()
         ptx.sync_warp()
@@ -291,7 +291,7 @@ class _Kernel:
         """Adds the product of `height` tiles of 16 x 64 with the rows of x; k_chunk counts from the block's first one."""
         plan, form = self.plan, self.plan.form
         x = [self.inputs.fragments(k_chunk, column) for column in range(plan.columns)]
-        table = self.tables + self.lane * 4
+        table = plan.pairs(self.tables, self.lane)
         steps = 4 if not form.group or form.group >= CHUNK else form.group // 16
         none = [ptx.zero()] * 4
         for first in range(0, 4, steps):

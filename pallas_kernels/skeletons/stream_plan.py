@@ -6,10 +6,9 @@ import dataclasses
 import functools
 
 from pallas_kernels.form import CHUNK, ITEM_BYTES, NESTED_BLOCK, ROWS
-from pallas_kernels.skeletons.plan import SMEM_BYTES, FewRows, groups_of, offsets
+from pallas_kernels.skeletons.plan import MULTIPROCESSORS, SMEM_BYTES, FewRows, groups_of, offsets
 
 MAX_ROWS = 16
-MULTIPROCESSORS = 132
 # Exchange buffers of a warp. It sends turn i when it has turn i - 1 of every block of the cluster, and each of them sent
 # that behind reading turn i - 2: two buffers are enough.
 BUFFERS = 2
@@ -139,8 +138,17 @@ class Plan(FewRows):
     @property
     def fixed_bytes(self) -> int:
         """Shared memory that does not depend on the length of the rings."""
+        return self.table_bytes + self.other_bytes
+
+    @property
+    def other_bytes(self) -> int:
+        """Without the decode function's table."""
         x = self.m * self.x_pitch + self.unordered_bytes
-        return x + self.table_bytes + self.table2_bytes + self.sums_bytes + self.loose_bytes
+        return x + self.table2_bytes + self.sums_bytes + self.loose_bytes
+
+    @functools.cached_property
+    def wide_table(self) -> bool:
+        return self.tables_of(True) + self.other_bytes + self.config.ring_bytes <= self.limit - 2048
 
     @property
     def columns(self) -> int:

@@ -155,10 +155,24 @@ def test_ways_to_share_a_stream(m, config):
         (13, direct.Config(8, 2, 132)),
         (16, direct.Config(8, 2, 24, 2)),  # passes that do not exist
         (16, direct.Config(4, 1, 264)),
+        (1, direct.Config(16, 1, 132, held=1)),
+        (8, direct.Config(4, 2, 132, held=2)),
+        (13, direct.Config(8, 1, 20, 2, held=1)),  # a part of x in registers
+        (16, direct.Config(4, 1, 132, held=3)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("form", [Form(), Form(group=32), Form(zero="u8"), Form("codebook", 4, 64, "bf16")], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(),
+        Form(group=32),
+        Form(zero="u8"),
+        Form("codebook", 4, 64, "bf16"),
+        Form("codebook", 4, 64, "u8", table="nf4"),
+    ],
+    ids=str,
+)
 def test_ways_to_go_direct(m, config, form):
     for n, k in ((2048, 1024), (2056, 1000), (16, 1024)):
         w = tune.random_weight(form, n, k)
@@ -166,6 +180,31 @@ def test_ways_to_go_direct(m, config, form):
         y = run(rows(m, k), w, config)
         assert error(y, reference.product(rows(m, k), w)) < 4e-3
         assert not any(bool((run(rows(m, k), w, config) != y).any()) for _ in range(50))
+
+
+@pytest.mark.parametrize("groups", [64, 128, 224])  # of a row: a second-level scale is for four, two, or parts of rows
+def test_nested_scales_go_direct(groups):
+    k, form = groups * 64, Form("codebook", 4, 64, "u8", table="nf4")
+    w = tune.random_weight(form, 4104, k)
+    for m, config in ((1, direct.Config(16, 2)), (8, direct.Config(16, 2, held=2)), (12, direct.Config(8, 2))):
+        run = jax.jit(direct.matmul, static_argnums=2)
+        y = run(rows(m, k), w, config)
+        assert error(y, reference.product(rows(m, k), w)) < 4e-3
+        assert not any(bool((run(rows(m, k), w, config) != y).any()) for _ in range(20))
+
+
+def test_sums_are_sent_to_where_x_was():
+    """More passes than there is room for beside x, all of which is in registers."""
+    w, config = (
+        tune.random_weight(Form("codebook", 4, 64, "bf16", table="nf4"), 57344, 8192),
+        direct.Config(16, 2, held=4),
+    )
+    plan = direct.Plan(16, *w.shape, w.form, config, "bf16")
+    assert plan.layout["mail"] == plan.layout["x"]
+    run = jax.jit(direct.matmul, static_argnums=2)
+    y = run(rows(16, 8192), w, config)
+    assert error(y, reference.product(rows(16, 8192), w)) < 4e-3
+    assert not any(bool((run(rows(16, 8192), w, config) != y).any()) for _ in range(50))
 
 
 def scales_of_all_sizes(scales, kind):

@@ -58,6 +58,36 @@ def test_shared_work(m, n, k, config):
 @pytest.mark.parametrize(
     ("m", "n", "k", "config"),
     [
+        (64, 28672, 2048, dataclasses.replace(NARROW, even=True)),
+        (64, 4096, 4096, Config(64, 2, 2, split=2, units=1, ahead=False)),  # a wide table, steps looked up whole
+        (48, 1000, 1992, Config(48, 3, 2, ahead=False)),
+        (16, 9000, 1984, Config(16, 7, 2, ahead=False)),
+        (64, 9000, 2048, Config(64, 7, 1, ahead=False)),
+        (16, 9000, 2048, Config(16, 4, 4, ahead=False)),
+        (200, 4096, 2048, dataclasses.replace(WIDE, split=2, tail=2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+def test_looked_up(m, n, k, config, dtype):
+    for form in (
+        Form("codebook", 4, 64, "bf16", table="nf4"),
+        Form("codebook", 4, 64, "f32"),
+        Form("codebook", 4, 128, "bf16", table="fp4"),
+        Form("codebook", 4, 32, "e8m0", table="e2m1"),
+    ):
+        w = tune.random_weight(form, n, k)
+        x = jax.random.normal(jax.random.key(1), (m, k), dtype)
+        run = jax.jit(lambda x, w: api.launch(x, w, Choice("gemm", config)))
+        y, expected = run(x, w), np.asarray(jax.jit(reference.product)(x, w))
+        assert np.linalg.norm(np.asarray(y, np.float32) - expected) < 4e-3 * np.linalg.norm(expected)
+        for _ in range(20):
+            assert bool(jnp.array_equal(run(x, w), y))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
         (64, 2048, 4096, NARROW),  # four rows share a second-level scale
         (100, 2000, 14336, WIDE),  # a row has several
         (100, 2000, 4160, WIDE),  # one ends within a step along K

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode import affine, affine_bytes, codebook
+from pallas_kernels.form import Form
 
 CODES = np.arange(256)
 
@@ -48,6 +49,34 @@ def test_a_folded_scale_rounds_as_a_product(point):
             term = rounded(factor * (-point * 2.0 ** (shift - 133)))
             folded = rounded((codes << shift) * 2.0**-133 * factor + term)
             np.testing.assert_array_equal(folded * 2.0**q, rounded(scale * (codes - point)))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_addresses_of_pairs(wide, monkeypatch):
+    """A lane finds the pair of a byte of its codes where the table has it, in its own bank."""
+
+    def permute(a, b, pick):
+        found = 0
+        for i in range(4):
+            one = pick >> 4 * i & 15
+            byte = (a | b << 32) >> 8 * (one & 7) & 255
+            found |= (255 * (byte >> 7) if one & 8 else byte) << 8 * i
+        return found
+
+    monkeypatch.setattr(codebook.ptx, "permute", permute)
+    monkeypatch.setattr(codebook.ptx, "asm", lambda types, text, a, b, pure: [a & 0x80808080 | b])
+    monkeypatch.setattr(codebook.ptx, "i32", lambda: None)
+    monkeypatch.setattr(codebook, "Int", int)
+    rng, seen = np.random.default_rng(0), set()
+    for word in rng.integers(0, 1 << 32, 500).tolist():
+        lane = int(rng.integers(32))
+        for p, at in enumerate(codebook.Pairs(4096, lane, wide).addresses(word)):
+            pair = word >> 8 * p & 255
+            assert at == 4096 + codebook.offset(pair, wide) + 4 * lane
+            seen.add((codebook.offset(pair, wide), pair))
+    places = [at for at, _ in sorted(seen)]
+    assert len(places) == 256 and min(np.diff(places)) == codebook.PITCH >> (not wide)
+    assert places[-1] + codebook.ENTRY <= codebook.shared_bytes(Form(), wide)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "e2m1"])

@@ -76,6 +76,9 @@ def test_options():
     for m, config in ((1, direct.Config(4, 1, 5)), (3, direct.Config(4, 1, 264, 3)), (12, direct.Config(4, 2, 6, 2))):
         lower(FORMS["g32"], 200, 504, m, select.Choice("direct", config), jnp.float16, bias=True, stack=2)
         lower(FORMS["hqq"], 200, 512, m, select.Choice("direct", config))
+    for name in ("g128", "nf4", "nf4_dq"):  # x in registers, all of it or a part
+        for held in (1, 2):
+            lower(FORMS[name], 200, 1024, 12, select.Choice("direct", direct.Config(4, 2, 132, held=held)))
     for m, config in (
         (1, stream.Config(4, 1, 2, 16 << 10, 264)),
         (8, stream.Config(8, 4, 2, 32 << 10, 8)),  # loose strips and whole ones
@@ -92,6 +95,7 @@ def test_options():
         (100, gemm.Config(112, 2, 2, units=1)),
         (60, gemm.Config(64, 4, 2, units=2, ahead=False)),
         (60, gemm.Config(64, 4, 2, units=7, ahead=False)),
+        (16, gemm.Config(16, 7, 2, ahead=False)),
     ],
     ids=str,
 )
