@@ -113,13 +113,15 @@ def fits(choice: Choice, m: int, n: int, k: int, form: Form, gathered: bool = Fa
 
 def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, gathered: bool = False) -> list[Choice]:
     """Configurations that can run; those for few rows first, in the order of preference."""
-    out = []
+    few: list[Choice] = []
     if m <= stream.MAX_ROWS:
-        out = [Choice("direct", c) for c in directs(m, n, k, multiprocessors, form)]
-        out += [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered, form.bits)]
-    if not out or m > 8:
-        out += [Choice("gemm", config) for config in tilings(m, form, multiprocessors)]
-    return [c for c in out if fits(c, m, n, k, form, gathered)]
+        few = [Choice("direct", c) for c in directs(m, n, k, multiprocessors, form)]
+        few += [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered, form.bits)]
+    out = [c for c in few if fits(c, m, n, k, form, gathered)]
+    if not out or m > 8:  # also where a few rows of x are more than shared memory holds
+        many = (Choice("gemm", config) for config in tilings(m, form, multiprocessors))
+        out += [c for c in many if fits(c, m, n, k, form, gathered)]
+    return out
 
 
 def directs(m: int, n: int, k: int, multiprocessors: int, form: Form) -> Iterator[direct.Config]:

@@ -106,6 +106,16 @@ def test_units_that_warpgroups_share_or_collect(m, config):
         lower(FORMS["nf4_dq"], 2000, k, m, select.Choice("gemm", config), jnp.float16, bias=True, stack=2)
 
 
+@pytest.mark.parametrize("k", [29568, 53248])  # of the largest Qwen2 and Llama models: few blocks can share it
+def test_rows_of_x_that_shared_memory_cannot_hold(k):
+    for name in ("g128", "nf4_dq", "w8_asym"):
+        for m in range(1, 17):
+            assert select.choose(m, 8192, k, FORMS[name])
+        choice = select.choose(8, 8192, k, FORMS[name])
+        assert choice.kernel == "gemm"
+        lower(FORMS[name], 8192, k, 8, choice)
+
+
 def tuned():
     rows = {}
     for device in ("h100", "h200"):
