@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,25 @@ from jaxlib.mlir import ir
 from pallas_kernels.ptx import Int, asm, f32, i32, i64, llvm, raw
 
 
-def tensor_map(ctx: Any, ref: ir.Value, box: tuple[int, ...], swizzle: int | None = None) -> ir.Value:
-    """64-bit address of a TMA descriptor for boxes of `ref` (a whole kernel argument), made on the host at launch."""
-    pointer = ctx._get_tma_desc(ref, (), None, box, swizzle, None)
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """The last two axes of an array as one, for Mosaic, which asks transforms of arguments for `apply`."""
+
+    def apply(self, ref: ir.Value) -> ir.Value:
+        from jax.experimental.mosaic.gpu import utils
+
+        return utils.memref_fold(ref, ir.MemRefType(ref.type).rank - 2, 2)
+
+
+def tensor_map(
+    ctx: Any, ref: ir.Value, box: tuple[int, ...], swizzle: int | None = None, folded: bool = False
+) -> ir.Value:
+    """64-bit address of a TMA descriptor for boxes of `ref` (a whole kernel argument), made on the host at launch.
+
+    Args:
+      folded: the last two axes count as one. (A reshape would be an operation of its own beside the kernel.)
+    """
+    pointer = ctx._get_tma_desc(ref, (Folded(),) if folded else (), None, box, swizzle, None)
     return llvm.ptrtoint(i64(), pointer)
 
 

@@ -82,7 +82,7 @@ class _Kernel(Writer):
         if plan.table_bytes:
             entries = self.decode.read(plan.form, self.pointers.get("table"), self.thread, c.warps * 32)
         if self.nested:
-            self.nested.read()  # into the first cache, from where it is looked up
+            self.nested.prefetch()
         if plan.m > 1:  # much of it: ahead of the weight
             self.fetch_x()
         sets = [self.fetch(Int(d), ptx.select(Int(d) < self.passes, 1, 0)) for d in range(c.depth)]

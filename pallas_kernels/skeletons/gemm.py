@@ -43,8 +43,6 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     if w.perm is not None:
         raise ValueError("gemm.matmul: x must be in the order of the codes already")
     arrays = arguments(x, w, bias, layer)
-    for name in ("scales", "zeros")[: len(w.form.params)]:  # all groups of a step in one piece for the copy engine
-        arrays[name] = arrays[name].reshape(*arrays[name].shape[:-2], -1)
 
     def emit(ctx: Any, refs: dict[str, ir.Value], shared: Int) -> None:
         ptx.skip_preamble()

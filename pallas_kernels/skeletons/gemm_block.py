@@ -57,7 +57,9 @@ class Block:
         rows = plan.block_units * UNIT // ROWS // plan.boxes
         self.maps["codes"] = hopper.tensor_map(ctx, refs["codes"], (*lead, rows, c.chunks, plan.form.bits * 32))
         for name in ("scales", "zeros")[: len(plan.form.params)]:
-            self.maps[name] = hopper.tensor_map(ctx, refs[name], (*lead, rows, plan.step_groups * ROWS))
+            # all groups of a step in one piece for the copy engine
+            box = (*lead, rows, plan.step_groups * ROWS)
+            self.maps[name] = hopper.tensor_map(ctx, refs[name], box, folded=True)
 
     def after(self, slot: Int, parity: Int, count: int = 1) -> tuple[Int, Int]:
         """The slot of the ring `count` behind a slot."""

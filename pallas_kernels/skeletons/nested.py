@@ -34,6 +34,13 @@ class Nested:
             out.append((i, ptx.load_global(ptx.address(self.pointers["table2"], i, 4), "f32")))
         return out
 
+    def prefetch(self) -> None:
+        """In place of `read` and `write`, where the table is looked up where it lies: asks for it to be brought into L2."""
+        self.offset = ptx.load_global(self.pointers["offset"], "f32")
+        with ptx.when(self.thread < 32):
+            ptx.prefetch(ptx.address(self.pointers["table2"], self.thread, 32))
+        ptx.sync_warp()
+
     def write(self, entries: Sequence[tuple[Int, ir.Value]]) -> None:
         for i, value in entries:
             ptx.store_shared(self.table + i * 4, [value])

@@ -1,6 +1,7 @@
 """Every kernel lowers for CUDA without a GPU: layouts, shared memory, dtypes and the whole MLIR are checked by it."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,17 @@ def test_skeleton_times_decode(name, choice):
         return
     m = 70 if choice is GEMM else 5
     assert "mosaic_gpu_v2" in lower(FORMS[name], 256, 512, m, choice)
+
+
+@pytest.mark.parametrize("name", ["g128", "asym", "nf4", "mxfp4"])
+@pytest.mark.parametrize("choice", [DIRECT, STREAM, GEMM], ids=["direct", "stream", "gemm"])
+def test_a_kernel_is_one_call(name, choice):
+    """Nothing beside it, not even a reshape: torch launches what JAX lowers without XLA."""
+    w = jax.eval_shape(functools.partial(tune.random_weight, FORMS[name], 256, 512))
+    x = jax.ShapeDtypeStruct((5, 512), jnp.bfloat16)
+    matmul = functools.partial(select.KERNELS[choice.kernel].matmul, config=choice.config)
+    text = jax.jit(matmul).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r"stablehlo\.(\w+)", text) == ["custom_call"]
 
 
 def test_options():
