@@ -99,13 +99,6 @@ def uniform(value: Int) -> Int:
     return Int(asm([i32()], "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", value)[0])
 
 
-def load_shared_here(address: Int) -> ir.Value:
-    """A word of shared memory, read at this place among the wgmmas: the assembler moves plain loads, and all that
-    depends on them, to where it likes.
-    """
-    return asm([i32()], "ld.volatile.shared.u32 $0, [$1];", address)[0]
-
-
 def set_registers(count: int, action: str) -> None:
     asm([], f"setmaxnreg.{action}.sync.aligned.u32 {count};")
 

@@ -66,6 +66,9 @@ class Int:
     def __sub__(self, other: Any) -> Int:
         return Int(self.value - raw(other))
 
+    def __rsub__(self, other: Any) -> Int:
+        return Int(raw(other) - self.value)
+
     def __mul__(self, other: Any) -> Int:
         return Int(self.value * raw(other))
 
@@ -77,6 +80,12 @@ class Int:
 
     def __and__(self, other: Any) -> Int:
         return Int(self.value & raw(other))
+
+    def __or__(self, other: Any) -> Int:
+        return Int(self.value | raw(other))
+
+    def __xor__(self, other: Any) -> Int:
+        return Int(self.value ^ raw(other))
 
     def __lshift__(self, other: Any) -> Int:
         return Int(self.value << raw(other))
@@ -209,10 +218,24 @@ def i32() -> str:
 def asm(results: Sequence[Any], text: str, *operands: Any, pure: bool = False) -> list[np.ndarray]:
     """Byte permutes alone."""
     assert text.startswith("prmt.b32"), text
-    pick = int(text.rstrip(" ;").split(",")[-1])
-    word = _bits(operands[0]).astype(np.uint64) | _bits(operands[1]).astype(np.uint64) << np.uint64(32)
-    parts = [(word >> np.uint64(8 * (pick >> 4 * i & 7)) & np.uint64(255)) << np.uint64(8 * i) for i in range(4)]
-    return [np.bitwise_or.reduce(parts).astype(np.int64)]
+    return [permute(operands[0], operands[1], int(text.rstrip(" ;").split(",")[-1]))]
+
+
+def permute(a: Any, b: Any, pick: Any) -> np.ndarray:
+    """Bytes of two registers, or with the upper bit of a pick the sign of one."""
+    word = _bits(a).astype(np.uint64) | _bits(b).astype(np.uint64) << np.uint64(32)
+    picks, out = _unsigned(pick).astype(np.uint64), np.zeros_like(word)
+    for i in range(4):
+        one = picks >> np.uint64(4 * i) & np.uint64(15)
+        byte = word >> np.uint64(8) * (one & np.uint64(7)) & np.uint64(255)
+        byte = np.where(one > 7, byte // np.uint64(128) * np.uint64(255), byte)
+        out |= byte << np.uint64(8 * i)
+    return out.astype(np.int64)
+
+
+def transpose_pairs(pairs: np.ndarray) -> np.ndarray:
+    squares = _bits(pairs).view(np.uint16).reshape(-1, 8, 8).swapaxes(1, 2)
+    return np.ascontiguousarray(squares).view(np.uint32).reshape(-1).astype(np.int64)
 
 
 def mma(a: Sequence[Any], b: Sequence[Any], c: Sequence[Any], dtype: str) -> list[np.ndarray]:
@@ -256,6 +279,22 @@ def load_words(pointer: np.ndarray, count: int = 4) -> list[np.ndarray]:
 load_stream = load_words
 
 
+def load_once(pointer: np.ndarray, offset: int, policy: Any, exists: Int) -> list[np.ndarray]:
+    with when(raw(exists) == 1):
+        return load_words(pointer + offset, 4)
+
+
+def load_kept(pointer: np.ndarray, kind: str) -> list[np.ndarray]:
+    if kind == "f32":
+        return [as_float(word) for word in load_words(pointer, 2)]
+    if kind not in ("u8", "e8m0"):
+        return load_words(pointer, 1)
+    out = filled(0)
+    for i in np.flatnonzero(State.masks[-1]):
+        out[i] = State.memory[pointer[i] : pointer[i] + 2].view(np.uint16)[0]
+    return [out]
+
+
 def load_global(pointer: np.ndarray, kind: str) -> np.ndarray:
     word = load_words(pointer, 1)[0]
     return as_float(word) if kind == "f32" else word
@@ -274,6 +313,31 @@ def store_rounded(pointer: np.ndarray, value: np.ndarray, dtype: str) -> None:
 def load_shared(at: Int, kinds: str, count: int = 1) -> list[np.ndarray]:
     words = _read(lambda i: State.shared[State.rank[i]], raw(at), count)
     return [as_float(w) for w in words] if kinds == "f32" else words
+
+
+def look_up(at: Int, here: bool = False) -> np.ndarray:
+    return load_shared(at, "u32")[0]
+
+
+def load_matrices(at: Int) -> list[np.ndarray]:
+    rows = np.stack(_read(lambda i: State.shared[State.rank[i]], raw(at), 4), -1).astype(np.uint32)
+    return [rows.reshape(-1, 4, 32)[:, matrix].reshape(-1).astype(np.int64) for matrix in range(4)]
+
+
+def copy_box(target: Int, source: tuple[int, int, int], at: Sequence[Any], barrier: Int) -> None:
+    """The copy engine: [rows, 64] 16-bit values of an array [rows, width] at an offset of global memory. Several rows are
+    swizzled: 16 bytes of row r lie at their place xor r % 8. Zeros lie outside of the array.
+    """
+    offset, rows, width = source
+    array = State.memory[offset : offset + rows * width * 2].view(np.uint16).reshape(rows, width)
+    for i in np.flatnonzero(State.masks[-1]):
+        k, place = int(raw(at[0])[i]), int(raw(target)[i])
+        box = np.zeros((rows, 64), np.uint16)
+        box[:, : max(0, min(64, width - k))] = array[:, k : k + 64]
+        for row in range(rows):
+            for part in range(8):
+                to = place + row * 128 + 16 * (part ^ (row % 8 if rows > 1 else 0))
+                State.shared[State.rank[i]][to : to + 16].view(np.uint16)[:] = box[row, 8 * part : 8 * part + 8]
 
 
 def store_shared(at: Int, values: Sequence[Any]) -> None:
@@ -304,4 +368,5 @@ def nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-barrier_init = fence_barrier_init = sync_warp = sync_block = cluster_arrive = cluster_wait = nothing
+barrier_init = fence_barrier_init = sync_warp = sync_block = cluster_arrive = cluster_wait = prefetch = nothing
+evict_first = nothing

@@ -66,8 +66,7 @@ class Pairs:
         """Where the four pairs of a word lie."""
         low, high = self.lane, Int(word)
         if not self.wide:
-            low = Int(ptx.asm([ptx.i32()], "lop3.b32 $0, $1, 0x80808080, $2, 0xEA;", word, low, pure=True)[0])
-            high = high & 0x7F7F7F7F
+            low, high = (high & 0x80808080) | low, high & 0x7F7F7F7F
         # bytes of an address: the lane's, the pair's, and two zeros: a byte of the lane, or the sign of the pair's
         picks = [0x1140 + 0x10 * p if self.wide else 0xCC40 + 0x1111 * p for p in range(4)]
         return [Int(ptx.permute(low, high, pick)) + self.base for pick in picks]
@@ -130,5 +129,4 @@ def fragment(
     here: the look-ups leave here, in their order. As plain loads they are moved to where their values are used, a few at
       once, and each of them is waited for.
     """
-    load = "ld.volatile.shared.b32 $0, [$1];" if here else "ld.shared.b32 $0, [$1];"
-    return [ptx.asm([ptx.i32()], load, at, pure=not here)[0] for word in words for at in table.addresses(word)]
+    return [ptx.look_up(at, here) for word in words for at in table.addresses(word)]

@@ -48,6 +48,15 @@ def load_shared(address: Int, kinds: str, count: int = 1) -> list[ir.Value]:
     return asm([kind] * count, f"ld.shared{vector}.{kinds} {names}, [${count}];", address)
 
 
+def look_up(address: Int, here: bool = False) -> ir.Value:
+    """A word of shared memory that does not change while it is read.
+
+    Args:
+      here: it is read at this place; else the assembler moves the load to where it likes.
+    """
+    return asm([i32()], f"ld{'.volatile' * here}.shared.b32 $0, [$1];", address, pure=not here)[0]
+
+
 def store_shared(address: Int, values: Sequence[Any]) -> None:
     vector = {1: "", 2: ".v2", 4: ".v4"}[len(values)]
     names = ", ".join(f"${i + 1}" for i in range(len(values)))

@@ -68,7 +68,7 @@ class Sums(Block):
     def magic(self) -> Any:
         """The constant of the decode, read anew: see `multiply`."""
         pinned = self.plan.config.ahead and self.plan.form.kind == "affine" and self.plan.dtype == "f16"
-        return hopper.load_shared_here(self.at["magic"]) if pinned else None
+        return ptx.look_up(self.at["magic"], here=True) if pinned else None
 
     def fragment(
         self, i: int, words: list[Any], params: list[Any], magic: Any = None, scaling: Scaling = None

@@ -1,0 +1,105 @@
+"""The direct kernel with looked up codes, computed on the CPU thread by thread (`lockstep`), against plain JAX."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import lockstep
+import numpy as np
+import pytest
+
+if jax.__version_info__ < (0, 11):
+    pytest.skip("the kernels need jax 0.11", allow_module_level=True)
+
+from pallas_kernels import reference, tune
+from pallas_kernels.decode import codebook, scaled
+from pallas_kernels.form import Form
+from pallas_kernels.launch import arguments
+from pallas_kernels.skeletons import direct, direct_plan, nested, output
+
+
+@pytest.fixture(autouse=True)
+def in_lockstep(monkeypatch):
+    for module in (direct, nested, output, codebook, scaled):
+        monkeypatch.setattr(module, "ptx", lockstep)
+        monkeypatch.setattr(module, "Int", lockstep.Int)
+    engine = types.SimpleNamespace(uniform=lambda value: value, tensor_copy=lockstep.copy_box)
+    monkeypatch.setattr(direct, "hopper", engine)
+    monkeypatch.setattr(lockstep, "barrier_expect", lockstep.nothing)
+    monkeypatch.setattr(lockstep, "barrier_wait", lockstep.nothing)
+    with np.errstate(all="ignore"):
+        yield
+
+
+NF4 = Form("codebook", 4, 64, "bf16", table="nf4")
+NESTED = Form("codebook", 4, 64, "u8", table="nf4")
+
+
+def product(form, m, n, k, config, dtype, bias=False):
+    """What the kernel writes over a y of NaN, and what it should."""
+    w = tune.random_weight(form, n, k)
+    if form.scale == "u8":  # neighbours that no one takes for one another
+        second = 0.01 * 4.0 ** (jnp.arange(len(w.tables["absmax2"])) % 3)
+        w = w.replace(tables={**w.tables, "absmax2": second, "offset": jnp.float32(0.001)})
+    x = np.random.default_rng(0).standard_normal((m, k), np.float32).astype(dtype)
+    shift = np.arange(n, dtype=np.float32) if bias else None
+    plan = direct.Plan(m, n, k, form, config, {"bfloat16": "bf16", "float16": "f16"}[str(jnp.dtype(dtype))])
+    assert plan.reason() is None
+    arrays = {name: np.asarray(a) for name, a in arguments(x, w, shift, None).items()}
+    arrays["y"] = np.full((m, n), np.nan, dtype)
+    at, parts, size = {}, [], 0
+    for name, a in arrays.items():
+        at[name] = size
+        padded = np.zeros(-(-a.nbytes // 256) * 256, np.uint8)
+        padded[: a.nbytes] = np.frombuffer(a.tobytes(), np.uint8)
+        parts.append(padded)
+        size += padded.size
+    memory = np.concatenate(parts)
+    for unit in range(plan.clusters):
+        lockstep.start(memory, plan.layout["bytes"], config.warps * 32, config.cluster, unit)
+        pointers = {name: lockstep.filled(place) for name, place in at.items()}
+        direct._Kernel(plan, (at["x"], m, k), pointers, lockstep.Int(0)).run()
+    y = memory[at["y"] : at["y"] + m * n * 2].view(dtype).reshape(m, n)
+    want = np.asarray(reference.product(jnp.asarray(x), w), np.float32)
+    return plan, np.asarray(y, np.float32), want if shift is None else want + shift
+
+
+def near(y, want):
+    """In each row of the weight."""
+    return bool((np.linalg.norm(y - want, axis=0) < 1e-2 * np.linalg.norm(want, axis=0)).all())
+
+
+@pytest.mark.parametrize("held", [0, 1, 2, 3])
+@pytest.mark.parametrize("form", [NF4, NESTED, Form("codebook", 4, 32, "e8m0", table="e2m1")], ids=str)
+def test_x_in_registers(form, held):
+    """12 groups of 64 in a row: second-level scales end within rows."""
+    _, y, want = product(form, 5, 72, 768, direct.Config(4, 1, 3, held=held), jnp.bfloat16)
+    assert near(y, want)
+
+
+@pytest.mark.parametrize(
+    ("m", "config", "k"),
+    [
+        (1, direct.Config(4, 1, 2, held=2), 504),
+        (16, direct.Config(4, 2, 4, held=1), 1024),
+        (12, direct.Config(4, 1, 2, 2, held=1), 512),
+        (8, direct.Config(8, 2, 6, held=0), 1024),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [NF4, NESTED, Form("codebook", 4, 64, "f32")], ids=str)
+def test_shapes(m, config, k, form):
+    _, y, want = product(form, m, 56, k, config, jnp.float16, bias=True)
+    assert near(y, want)
+
+
+def test_sums_are_sent_to_where_x_was(monkeypatch):
+    config = direct.Config(4, 2, 2, held=2)
+    wide = direct.Plan(16, 144, 1024, NF4, config, "bf16")
+    assert wide.wide_table and not wide.mail_over_x
+    narrow = wide.layout_with(False, True)["bytes"]
+    monkeypatch.setattr(direct_plan, "SMEM_BYTES", narrow)
+    monkeypatch.setattr(direct_plan, "ROOMY_BYTES", narrow)
+    plan, y, want = product(NF4, 16, 144, 1024, config, jnp.bfloat16)
+    assert plan.mail_over_x and not plan.wide_table and plan.layout["mail"] == plan.layout["x"]
+    assert near(y, want)
