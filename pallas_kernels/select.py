@@ -134,13 +134,20 @@ def directs(m: int, n: int, k: int, multiprocessors: int, form: Form) -> Iterato
     narrow = -(-n // ROWS) <= 4 * multiprocessors
     if nested and (m == 1 or not narrow):
         return
+    looked_up = form.kind == "codebook"
+    out: list[direct.Config] = []
+    last: list[direct.Config] = []
     for warps in (8, 16) if nested else (16, 8):
         clusters = (2, 1) if (m > 8 or nested) and narrow else (1, 2)
         for cluster in clusters:
             if -(-n // ROWS) * cluster >= multiprocessors:
                 chunks = -(-k // CHUNK) // (warps * cluster)
-                held = min(chunks, 4 if m <= 8 else 2) if form.kind == "codebook" and chunks <= 4 else 0
-                yield direct.Config(warps, cluster, multiprocessors // cluster * cluster, held=held)
+                held = min(chunks, 4 if m <= 8 else 2) if looked_up and chunks <= 4 else 0
+                # 16 warps of many rows and chunks want more registers than there are, where codes are looked up
+                crowded = looked_up and warps > 8 and m > 8 and chunks > 4
+                config = direct.Config(warps, cluster, multiprocessors // cluster * cluster, held=held)
+                (last if crowded else out).append(config)
+    yield from (*out, *last)
 
 
 def streams(
