@@ -6,8 +6,8 @@ A decode function knows nothing of pipelines, and a skeleton nothing of formats.
   "natural": at bit 8p + 4e; "bytes": at bit 8 (p % 2) + 16e of word p // 2; "pairs": at bit 16 (p % 2) + 8e of it).
   Register p of an m16k16 step holds rows g + 8 (p % 2) and columns 2t + 8 (p // 2) + e.
 - `unit(form, dtype)`: a power of two by which fragments are too small.
-- `shared_bytes(form)`: bytes of tables it wants in shared memory, and `fill(...)`, which writes them; where there are
-  tables, also its halves `read` and `write`, so that other work fits between the loads and the stores.
+- `shared_bytes(form, wide)`: bytes of tables it wants in shared memory; where there are tables, `read` and `write`, so
+  that other work fits between the loads and the stores.
 - `fragment(form, dtype, words, zero, table)`: words of one or more k16 steps -> four registers for each.
 - where zeros are integers, `integer_zeros` and `constant_zeros`: what `fragment` takes off the codes.
 """

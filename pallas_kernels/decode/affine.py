@@ -16,7 +16,6 @@ from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
 from pallas_kernels.form import Form
-from pallas_kernels.ptx import Int
 
 order = "split"
 
@@ -28,12 +27,8 @@ def unit(form: Form, dtype: str) -> int:
     return 64 if dtype == "bf16" else 1
 
 
-def shared_bytes(form: Form) -> int:
+def shared_bytes(form: Form, wide: bool = False) -> int:
     return 0
-
-
-def fill(form: Form, dtype: str, base: Int, table: ir.Value, thread: Int, threads: int) -> None:
-    """No tables."""
 
 
 def ones(dtype: str) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
-from pallas_kernels.decode.affine import MAGIC, constant_zeros, fill, integer_zeros, pair_of, shared_bytes, unit
+from pallas_kernels.decode.affine import MAGIC, constant_zeros, integer_zeros, pair_of, shared_bytes, unit
 from pallas_kernels.form import Form
 
-__all__ = ["constant_zeros", "fill", "fragment", "integer_zeros", "order", "shared_bytes", "unit"]
+__all__ = ["constant_zeros", "fragment", "integer_zeros", "order", "shared_bytes", "unit"]
 
 order = "bytes"
 

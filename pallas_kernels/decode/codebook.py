@@ -72,23 +72,13 @@ class Pairs:
         return [Int(ptx.permute(low, high, pick)) + self.base for pick in picks]
 
 
-def fill(
-    form: Form, dtype: str, base: Int, table: ir.Value | None, thread: Int, threads: int, wide: bool = False
-) -> None:
-    """Writes the pair table; entry b holds (table[b % 16], table[b // 16]).
+def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[tuple[Int, list[ir.Value]]]:
+    """A thread's entries of the pair table, to be written when they have come: (number, its two values); no values where
+    `form` names them. Entry b holds (table[b % 16], table[b // 16]).
 
     Args:
-      base: shared-memory address.
       table: global address of float32[16], or None where `form` names the values.
       thread, threads: index and number of the threads that share the work.
-      wide: see above.
-    """
-    write(form, dtype, base, read(form, table, thread, threads), wide)
-
-
-def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[tuple[Int, list[ir.Value]]]:
-    """A thread's entries, to be written when they have come: (number, its two values); no values where `form` names
-    them.
     """
     out = []
     for first in range(0, 256, threads):

@@ -12,10 +12,10 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from pallas_kernels import ptx
-from pallas_kernels.decode.affine import fill, shared_bytes
+from pallas_kernels.decode.affine import shared_bytes
 from pallas_kernels.form import Form
 
-__all__ = ["fill", "fragment", "order", "shared_bytes", "unit"]
+__all__ = ["fragment", "order", "shared_bytes", "unit"]
 
 order = "pairs"
 

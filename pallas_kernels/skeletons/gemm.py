@@ -91,8 +91,8 @@ class _Kernel(Output):
                 self.prefetch_scales()
             entries = self.nested.read() if self.nested else []
             if self.pairs:
-                table, wide = self.tables.get("table"), plan.wide_table
-                self.decode.fill(plan.form, plan.dtype, self.at["tables"], table, self.thread, consumers, wide)
+                own = self.decode.read(plan.form, self.tables.get("table"), self.thread, consumers)
+                self.decode.write(plan.form, plan.dtype, self.at["tables"], own, plan.wide_table)
                 ptx.sync_warp()
             if self.nested:
                 self.nested.write(entries)

@@ -13,7 +13,7 @@ PRODUCER_REGISTERS = 40
 MOST_STAGES = 12
 ENOUGH_STAGES = 6  # with so many left, a wide table of a codebook is worth its memory
 # registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
-CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104, 5: 80, 6: 72, 7: 64}
+CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104, 7: 64}
 UNIT = 64  # rows of the weight that a warpgroup multiplies: the M of wgmma
 
 

@@ -50,9 +50,7 @@ class Launch:
         return self.tables_of(self.wide_table)
 
     def tables_of(self, wide: bool) -> int:
-        if self.form.kind == "codebook":
-            return codebook.shared_bytes(self.form, wide)
-        return DECODES[self.form.decode].shared_bytes(self.form)
+        return DECODES[self.form.decode].shared_bytes(self.form, wide)
 
     def pairs(self, base: Int, lane: Int) -> codebook.Pairs | None:
         """A codebook's table at a shared-memory address."""

@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import lockstep
 import numpy as np
 import pytest
+from lockstep_memory import Memory, stands_in
 
 from jq.models import attention as plain
 from jq.models import rope
@@ -20,36 +20,8 @@ from pallas_kernels import attention, attention_sums, dense, norm, prologue
 
 @pytest.fixture(autouse=True)
 def in_lockstep(monkeypatch):
-    for module in (attention, attention_sums, dense, norm, prologue):
-        monkeypatch.setattr(module, "ptx", lockstep)
-        monkeypatch.setattr(module, "Int", lockstep.Int)
-    with np.errstate(all="ignore"):
+    with stands_in(monkeypatch, attention, attention_sums, dense, norm, prologue):
         yield
-
-
-class Memory:
-    """Named arrays one after the other in a flat memory."""
-
-    def __init__(self, arrays):
-        self.shapes = {name: (a.shape, a.dtype) for name, a in arrays.items()}
-        self.at, parts, size = {}, [], 0
-        for name, a in arrays.items():
-            self.at[name] = size
-            padded = np.zeros(-(-a.nbytes // 256) * 256, np.uint8)
-            padded[: a.nbytes] = np.frombuffer(a.tobytes(), np.uint8)
-            parts.append(padded)
-            size += padded.size
-        self.bytes = np.concatenate(parts)
-
-    def start(self, shared_bytes, threads, blocks, unit):
-        """Pointers for the threads of a cluster that begins."""
-        lockstep.start(self.bytes, shared_bytes, threads, blocks, unit)
-        return {name: lockstep.filled(at) for name, at in self.at.items()}, lockstep.Int(0)
-
-    def __getitem__(self, name):
-        shape, dtype = self.shapes[name]
-        size = int(np.prod(shape)) * dtype.itemsize
-        return self.bytes[self.at[name] : self.at[name] + size].view(dtype).reshape(shape)
 
 
 def normal(shape, dtype=jnp.bfloat16, seed=0):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import lockstep
 import numpy as np
 import pytest
+from lockstep_memory import Memory, stands_in
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need jax 0.11", allow_module_level=True)
@@ -20,14 +21,11 @@ from pallas_kernels.skeletons import direct, direct_plan, nested, output
 
 @pytest.fixture(autouse=True)
 def in_lockstep(monkeypatch):
-    for module in (direct, nested, output, codebook, scaled):
-        monkeypatch.setattr(module, "ptx", lockstep)
-        monkeypatch.setattr(module, "Int", lockstep.Int)
     engine = types.SimpleNamespace(uniform=lambda value: value, tensor_copy=lockstep.copy_box)
     monkeypatch.setattr(direct, "hopper", engine)
     monkeypatch.setattr(lockstep, "barrier_expect", lockstep.nothing)
     monkeypatch.setattr(lockstep, "barrier_wait", lockstep.nothing)
-    with np.errstate(all="ignore"):
+    with stands_in(monkeypatch, direct, nested, output, codebook, scaled):
         yield
 
 
@@ -47,21 +45,12 @@ def product(form, m, n, k, config, dtype, bias=False):
     assert plan.reason() is None
     arrays = {name: np.asarray(a) for name, a in arguments(x, w, shift, None).items()}
     arrays["y"] = np.full((m, n), np.nan, dtype)
-    at, parts, size = {}, [], 0
-    for name, a in arrays.items():
-        at[name] = size
-        padded = np.zeros(-(-a.nbytes // 256) * 256, np.uint8)
-        padded[: a.nbytes] = np.frombuffer(a.tobytes(), np.uint8)
-        parts.append(padded)
-        size += padded.size
-    memory = np.concatenate(parts)
+    memory = Memory(arrays)
     for unit in range(plan.clusters):
-        lockstep.start(memory, plan.layout["bytes"], config.warps * 32, config.cluster, unit)
-        pointers = {name: lockstep.filled(place) for name, place in at.items()}
-        direct._Kernel(plan, (at["x"], m, k), pointers, lockstep.Int(0)).run()
-    y = memory[at["y"] : at["y"] + m * n * 2].view(dtype).reshape(m, n)
+        pointers, shared = memory.start(plan.layout["bytes"], config.warps * 32, config.cluster, unit)
+        direct._Kernel(plan, (memory.at["x"], m, k), pointers, shared).run()
     want = np.asarray(reference.product(jnp.asarray(x), w), np.float32)
-    return plan, np.asarray(y, np.float32), want if shift is None else want + shift
+    return plan, memory["y"].astype(np.float32), want if shift is None else want + shift
 
 
 def near(y, want):
