@@ -3,11 +3,12 @@
     python benchmarks/gpu_matmul.py --out benchmarks/results [--seconds 400]
     python benchmarks/gpu_matmul.py --plot benchmarks/results/gpu_matmul_h100.json
 
-Protocol: CUPTI kernel time, summed over all kernels of a call, median over calls; weights rotate over at least 300 MB, so
-that none is found in the L2 cache. "bare_read_us" is a plain CUDA kernel that reads as many bytes as the weight has for
-the kernel (codes, scales, zeros), the best of ten grids, in the same process; "cublas_us" the faster of XLA's and torch's
-bf16 matmul (at M outside the main table torch's alone). Every row's error is against float32 with the dequantized weight.
-Rows run through `pallas_kernels.api.launch` with the committed table, as a user's call does.
+Protocol: CUPTI kernel time, summed over all kernels of a call, median over calls; weights rotate over at least 1 GB, so
+that neither codes nor scales are found in the L2 cache, while x and y are in it, as in a model. "bare_read_us" is a plain
+CUDA kernel that reads as many bytes as the weight has for the kernel (codes, scales, zeros), the best of ten grids, in the
+same process; "cublas_us" the faster of XLA's and torch's bf16 matmul (at M outside the main table torch's alone). Every
+row's error is against float32 with the dequantized weight. Rows run through `pallas_kernels.api.launch` with the committed
+table, as a user's call does.
 """
 
 from __future__ import annotations

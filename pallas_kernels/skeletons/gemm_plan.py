@@ -9,11 +9,11 @@ import math
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS
 from pallas_kernels.skeletons.plan import SMEM_BYTES, Launch, groups_of, offsets
 
-PRODUCER_REGISTERS = 40
+PRODUCER_REGISTERS = 32
 MOST_STAGES = 12
 ENOUGH_STAGES = 6  # with so many left, a wide table of a codebook is worth its memory
 # registers that setmaxnreg can give to each of `wn` warpgroups: the sum may not exceed what the launch had
-CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 152, 4: 104, 7: 64}
+CONSUMER_REGISTERS = {1: 216, 2: 232, 3: 160, 4: 112, 7: 64}
 UNIT = 64  # rows of the weight that a warpgroup multiplies: the M of wgmma
 
 
@@ -182,9 +182,9 @@ class Plan(Launch):
         """k16 steps whose values are looked up at once; 0: as the assembler likes. A step of the ring where there are
         registers for it, else a chunk.
         """
-        if self.form.kind != "codebook" or self.config.ahead or self.in_turn:
+        if self.form.kind != "codebook" or self.config.ahead or self.config.wn > 4:
             return 0
-        return 4 * (1 if self.config.wn > 3 else self.config.chunks)
+        return 4 * (1 if self.in_turn or self.config.wn > 3 else self.config.chunks)
 
     @property
     def burst(self) -> int:

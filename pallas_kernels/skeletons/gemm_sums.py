@@ -176,8 +176,12 @@ class Sums(Block):
                 v, following = order[at + 1]
                 words = self.words(slot, following, self.unit + v * c.wn)
             b = hopper.matrix_descriptor(x + chunk * (c.tile_m * CHUNK * 2))
+            values = self.look_up(now) if plan.looked_up else []
             for i in range(4):
-                a = self.fragment(4 * chunk + i, now[i * per : (i + 1) * per], stored[u], scaling=scaling[u])
+                if values:
+                    a = self.scale(values[i], stored[u][self.group_in_step(4 * chunk + i)], scaling[u])
+                else:
+                    a = self.fragment(4 * chunk + i, now[i * per : (i + 1) * per], stored[u], scaling=scaling[u])
                 hopper.wgmma_fence()
                 parts[u] = hopper.wgmma(parts[u], a, hopper.advance(b, 32 * i) if i else b, plan.dtype)
                 if (i + 1) % plan.burst == 0:
