@@ -27,7 +27,7 @@ from pathlib import Path
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pallas_kernels.timing import Jobs, copies, median_us, supervise
+from pallas_kernels.timing import ROTATE_BYTES, Jobs, copies, median_us, supervise
 
 MAIN = (1, 8, 16, 64, 256, 4096)
 SWEEP = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192)
@@ -237,6 +237,7 @@ def collect(jobs: Jobs, out: Path) -> Path:
         "versions": {k: card.get(k) for k in ("jax", "torch")},
         "roofline_gbs": (jobs.done("roofline") or {}).get("roofline_gbs"),
         "command": "python benchmarks/gpu_matmul.py",
+        "rotated_bytes": ROTATE_BYTES,
     }
     path = out / f"gpu_matmul_{device_key(card.get('card') or 'unknown')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

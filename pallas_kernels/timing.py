@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 # Over 300 MB, six times the L2 cache of an H100, scales stay in the cache from launch to launch, because the codes ask to
-# be evicted first, and some codes do: 2 to 5 % faster than a model ever is (measured; no change beyond 1 GB).
+# be evicted first, and some codes do: up to 5 % faster than a model ever is (measured; no change beyond 1 GB).
 ROTATE_BYTES = 1 << 30
 
 

@@ -92,3 +92,10 @@ def test_sums_are_sent_to_where_x_was(monkeypatch):
     plan, y, want = product(NF4, 16, 144, 1024, config, jnp.bfloat16)
     assert plan.mail_over_x and not plan.wide_table and plan.layout["mail"] == plan.layout["x"]
     assert near(y, want)
+
+
+@pytest.mark.parametrize("config", [direct.Config(16, 2, 2, held=2), direct.Config(8, 2, 2)], ids=str)
+def test_long_rows(config):
+    """Warps of 7 and 14 chunks; parts of rows of 224 groups share a second-level scale."""
+    _, y, want = product(NESTED, 8, 24, 14336, config, jnp.bfloat16)
+    assert np.linalg.norm(y - want) < 4e-3 * np.linalg.norm(want)
