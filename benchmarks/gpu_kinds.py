@@ -9,9 +9,7 @@ bf16 matmul (cuBLAS).
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,25 +89,6 @@ def row(kernel, choice, x, sets, expected, nbytes, dense) -> dict:
     return out | {"cublas_us": common.torch_us(lambda a, b: a @ b.T, [(tx, b) for b in dense[few]])}
 
 
-def collect(jobs: Jobs, out: Path) -> Path:
-    """The rows of a run as gpu_kinds_<card>.json."""
-    from pallas_kernels.select import device_key
-
-    card = jobs.done("card") or {}
-    fields = ("kernel", "m", "n", "k", "us", "bare_read_us", "cublas_us", "rel_err", "repeatable", "bytes", "choice")
-    lines = ",\n  ".join(json.dumps({f: r[f] for f in fields if f in r}) for r in jobs.rows if "us" in r)
-    head = {
-        "card": card.get("card"),
-        "date": datetime.date.today().isoformat(),
-        "versions": {k: card.get(k) for k in ("jax", "torch")},
-        "command": "python benchmarks/gpu_kinds.py",
-    }
-    path = out / f"gpu_kinds_{device_key(card.get('card') or 'unknown')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n  {lines}\n]}}\n')
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -121,7 +100,7 @@ def main() -> None:
         worker(Jobs(args.jobs))
         return
     supervise([__file__, "--worker", "--jobs", str(args.jobs)], args.seconds)
-    print(collect(Jobs(args.jobs), args.out))
+    print(common.collect(Jobs(args.jobs), args.out, "gpu_kinds"))
 
 
 if __name__ == "__main__":

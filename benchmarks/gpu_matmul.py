@@ -223,8 +223,8 @@ def bitsandbytes_us(x, n: int, k: int) -> float:
     return torch_us(lambda w, state: bitsandbytes.matmul_4bit(x, w.t(), quant_state=state), sets)
 
 
-def collect(jobs: Jobs, out: Path) -> Path:
-    """The rows of a run as gpu_matmul_<card>.json."""
+def collect(jobs: Jobs, out: Path, name: str = "gpu_matmul") -> Path:
+    """The rows of a run of benchmarks/<name>.py as <name>_<card>.json."""
     from pallas_kernels.select import device_key
 
     card = jobs.done("card") or {}
@@ -235,11 +235,12 @@ def collect(jobs: Jobs, out: Path) -> Path:
         "card": card.get("card"),
         "date": datetime.date.today().isoformat(),
         "versions": {k: card.get(k) for k in ("jax", "torch")},
-        "roofline_gbs": (jobs.done("roofline") or {}).get("roofline_gbs"),
-        "command": "python benchmarks/gpu_matmul.py",
+        "command": f"python benchmarks/{name}.py",
         "rotated_bytes": ROTATE_BYTES,
     }
-    path = out / f"gpu_matmul_{device_key(card.get('card') or 'unknown')}.json"
+    if roofline := jobs.done("roofline"):
+        head["roofline_gbs"] = roofline["roofline_gbs"]
+    path = out / f"{name}_{device_key(card.get('card') or 'unknown')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head)[:-1] + f', "rows": [\n  {lines}\n]}}\n')
     return path

@@ -135,8 +135,7 @@ def directs(m: int, n: int, k: int, multiprocessors: int, form: Form) -> Iterato
     if nested and (m == 1 or not narrow):
         return
     looked_up = form.kind == "codebook"
-    out: list[direct.Config] = []
-    last: list[direct.Config] = []
+    out: list[tuple[bool, direct.Config]] = []
     for warps in (8, 16) if nested else (16, 8):
         clusters = (2, 1) if (m > 8 or nested) and narrow else (1, 2)
         for cluster in clusters:
@@ -146,8 +145,8 @@ def directs(m: int, n: int, k: int, multiprocessors: int, form: Form) -> Iterato
                 # 16 warps of many rows and chunks want more registers than there are, where codes are looked up
                 crowded = looked_up and warps > 8 and m > 8 and chunks > 4
                 config = direct.Config(warps, cluster, multiprocessors // cluster * cluster, held=held)
-                (last if crowded else out).append(config)
-    yield from (*out, *last)
+                out.append((crowded, config))
+    yield from (config for _, config in sorted(out, key=lambda c: c[0]))
 
 
 def streams(

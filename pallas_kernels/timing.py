@@ -26,7 +26,7 @@ def copies(nbytes: int, most: int = 128) -> int:
     return max(1, min(most, -(-ROTATE_BYTES // nbytes)))
 
 
-def median_us(function: Callable, arguments: Sequence[tuple], rounds: int = 2) -> float:
+def median_us(function: Callable, arguments: Sequence[tuple]) -> float:
     """Median over calls of the summed time of all kernels of a call, in microseconds.
 
     The collector sees every kernel of the process, also those of torch and CuPy; their functions must end with a
@@ -36,7 +36,7 @@ def median_us(function: Callable, arguments: Sequence[tuple], rounds: int = 2) -
     from jax._src.lib import mosaic_gpu
 
     cupti = mosaic_gpu._mosaic_gpu_ext
-    calls = max(rounds, 16 // len(arguments)) * len(arguments)
+    calls = max(2, 16 // len(arguments)) * len(arguments)
 
     def run(calls: int) -> None:
         for a in itertools.islice(itertools.cycle(arguments), calls):

@@ -95,9 +95,10 @@ def perplexity() -> str:
 
 
 def gpu_line(found: dict[str, Any]) -> str:
-    """The line under a table of a GPU: card, versions, date, command."""
+    """The line under a table of a GPU: card, versions, date, command, bytes over which the weights of kernels rotated."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"\n\n{found['card']}; {versions}; {found['date']}" + (f"; {found['command']}" if "command" in found else "")
+    line = f"\n\n{found['card']}; {versions}; {found['date']}" + (f"; {found['command']}" if "command" in found else "")
+    return line + (f"; weights rotate over {found['rotated_bytes'] >> 20} MB" if "rotated_bytes" in found else "")
 
 
 def gpu_matmul() -> str:

@@ -216,7 +216,7 @@ class Output(Sums):
                 ready = self.fetch(*following, scaling)
             if i < sending:
                 self.post_part(at, others, i, sending)
-            if i + 1 < steps:
+            if i + 1 < steps and not self.plan.looked_up:
                 ready["a"] = self.first_fragment(ready, scaling)
             hopper.wgmma_wait(0)
             self.release(slot)

@@ -71,10 +71,20 @@ class Sums(Block):
         return ptx.look_up(self.at["magic"], here=True) if pinned else None
 
     def fragment(
-        self, i: int, words: list[Any], params: list[Any], magic: Any = None, scaling: Scaling = None
+        self,
+        i: int,
+        words: list[Any],
+        params: list[Any],
+        magic: Any = None,
+        scaling: Scaling = None,
+        values: list[ir.Value] | None = None,
     ) -> list[ir.Value]:
-        """Weights of k16 step i of a step of the ring, whose codes are `words`."""
+        """Weights of k16 step i of a step of the ring, whose codes are `words`; `values` if they are looked up already."""
         plan, params = self.plan, params[self.group_in_step(i)]
+        if values is not None:
+            if isinstance(scaling, NestedScales):
+                return scaling.scaled(values, params)
+            return scaled(plan.form, plan.dtype, values, params)
         if scaling:
             return scaling.fragment(plan.form, words, params)
         return scaled_fragment(plan.form, plan.dtype, words, params, self.pairs, magic)
@@ -88,11 +98,6 @@ class Sums(Block):
         """Values of k16 steps, without their scales, all asked for at once."""
         plan = self.plan
         return [self.decode.fragment(plan.form, plan.dtype, [word], None, self.pairs, here=True) for word in words]
-
-    def scale(self, values: list[ir.Value], params: list[Any], scaling: Scaling) -> list[ir.Value]:
-        if isinstance(scaling, NestedScales):
-            return scaling.scaled(values, params)
-        return scaled(self.plan.form, self.plan.dtype, values, params)
 
     def fetch(self, slot: Int, parity: Int, scaling: Scaling = None) -> dict[str, list[Any]]:
         """This thread's codes and parameters of a step, once they are there."""
@@ -131,17 +136,16 @@ class Sums(Block):
         words, params = ready["words"], ready["params"]
         per = plan.form.bits // 4  # words of a k16 step
         at_once = plan.looked_up
-        a = [] if at_once else ready.get("a") or self.first_fragment(ready, scaling)
+        values: list[Any] = [None] * count
+        a = ready.get("a")
         magic, following = [None, self.magic()], None
         for i in range(count):
             if after is not None and i == count - 1 and plan.fetch_early:
                 following = self.fetch(after[0], after[1], scaling)
-            if at_once:
-                if i % at_once == 0:
-                    values = self.look_up(words[i : i + at_once])
-                a = self.scale(values[i % at_once], params[self.group_in_step(i)], scaling)
-            elif i:
-                a = self.fragment(i, words[i * per : (i + 1) * per], params, magic[i], scaling)
+            if at_once and i % at_once == 0:
+                values[i : i + at_once] = self.look_up(words[i : i + at_once])
+            if i or a is None:
+                a = self.fragment(i, words[i * per : (i + 1) * per], params, magic[i], scaling, values[i])
             if i % 4 == 0:
                 b = hopper.matrix_descriptor(x + (i // 4) * (plan.config.tile_m * CHUNK * 2))
             hopper.wgmma_fence()
@@ -176,12 +180,10 @@ class Sums(Block):
                 v, following = order[at + 1]
                 words = self.words(slot, following, self.unit + v * c.wn)
             b = hopper.matrix_descriptor(x + chunk * (c.tile_m * CHUNK * 2))
-            values = self.look_up(now) if plan.looked_up else []
+            values = self.look_up(now) if plan.looked_up else [None] * 4
             for i in range(4):
-                if values:
-                    a = self.scale(values[i], stored[u][self.group_in_step(4 * chunk + i)], scaling[u])
-                else:
-                    a = self.fragment(4 * chunk + i, now[i * per : (i + 1) * per], stored[u], scaling=scaling[u])
+                own = now[i * per : (i + 1) * per]
+                a = self.fragment(4 * chunk + i, own, stored[u], scaling=scaling[u], values=values[i])
                 hopper.wgmma_fence()
                 parts[u] = hopper.wgmma(parts[u], a, hopper.advance(b, 32 * i) if i else b, plan.dtype)
                 if (i + 1) % plan.burst == 0:
