@@ -137,7 +137,10 @@ def read(path: Path) -> Any:
                 f"{path}: written by torch < 1.6 or a plain pickle, which is not read; load it once with "
                 "torch.load(weights_only=True) and save it as safetensors"
             ) from e
-        raise CheckpointError(f"{path}: not a torch file (no zip archive): {e}") from e
+        raise CheckpointError(
+            f"{path}: not a torch file (no zip archive): {e}; a checkpoint is a model's directory, or a .safetensors, "
+            ".gguf or torch file that is whole"
+        ) from e
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e}") from e
     except (CheckpointError, UnsupportedError):
