@@ -76,8 +76,20 @@ def matmul(x: jax.Array, w: Any, *, bias: jax.Array | None = None, layer: Array 
         raise ValueError(f"pallas_kernels.matmul: x of {x.shape} does not fit a weight of {tuple(w.shape)}")
     index = None if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
     bias = None if bias is None else bias.astype(jnp.float32)
-    y = _matmul(x.reshape(-1, k), w, bias, index)
+    axes = frozenset[str]().union(*(_axes(leaf) for leaf in jax.tree.leaves((x, w, bias, index))))
+    y = _matmul(_along(x.reshape(-1, k), axes), w, None if bias is None else _along(bias, axes), index)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _axes(array: Any) -> frozenset[str]:
+    """Axes of a `shard_map` along which an array differs."""
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _along(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The array as one that differs along these axes: its gradient is then summed over those along which it did not."""
+    missing = tuple(sorted(axes - _axes(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 @jax.custom_vjp
@@ -110,7 +122,7 @@ def _batched(x: jax.Array, w: Any, bias: jax.Array | None, layer: jax.Array | No
     cores = getattr(device, "core_count", None) or 132
     gathered = packed.perm is not None and m == 1
     choice = choose(m, n, k, packed.form, device_key(device.device_kind), cores, gathered)
-    return launch(x, packed, choice, bias, layer)
+    return _along(launch(x, packed, choice, bias, layer), _axes(x))  # a kernel's result has no axes of its own
 
 
 def _view(w: Any) -> Packed:

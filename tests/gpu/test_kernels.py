@@ -1,5 +1,7 @@
 """The kernels on the GPU, against float32 with `dequantize()`; the oracle is tested bit for bit against the originals."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import kernel_weights as weights
@@ -275,6 +277,24 @@ def test_bias_stack_scan_vmap_and_gradient():
         one = pallas_kernels.prepare(qs[0])
         g = jax.grad(lambda x, one=one: pallas_kernels.matmul(x, one).astype(jnp.float32).sum())(x)
         assert error(g, jnp.ones((m, 256)) @ dense[0]) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["w4a16_g128_asym", "nf4_b64_dq"])
+def test_under_shard_map(kind):
+    """All devices share the rows of x, or the parts of a stack."""
+    count = jax.device_count()
+    mesh = jax.make_mesh((count,), ("parts",), axis_types=(jax.sharding.AxisType.Auto,))
+    qs = [weights.make(kind, 256, 512, seed=i) for i in range(count)]
+    one, stacked = pallas_kernels.prepare(qs[0]), pallas_kernels.prepare(stack(qs))
+    parts, whole = jax.P("parts"), jax.P()
+    layers = functools.partial(pallas_kernels.matmul, layer=0)
+    for m in (count, 64 * count):
+        x = rows(m, 512)
+        shared = jax.shard_map(pallas_kernels.matmul, mesh=mesh, in_specs=(parts, whole), out_specs=parts)
+        assert error(jax.jit(shared)(x, one), product(x, qs[0].dequantize("float32"))) < 4e-3
+        split = jax.shard_map(layers, mesh=mesh, in_specs=(whole, parts), out_specs=jax.P(None, "parts"))
+        dense = jnp.concatenate([q.dequantize("float32") for q in qs])
+        assert error(jax.jit(split)(x, stacked), product(x, dense)) < 4e-3
 
 
 def test_memory_after_prepare():

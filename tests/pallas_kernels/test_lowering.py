@@ -76,6 +76,30 @@ def test_a_kernel_is_one_call(name, choice):
     assert re.findall(r"stablehlo\.(\w+)", text) == ["custom_call"]
 
 
+@pytest.mark.parametrize("name", ["g128", "nf4_dq"])
+@pytest.mark.parametrize("m", [2, 64])
+def test_under_shard_map(name, m):
+    """Two devices share the rows of x, or the parts of a stack; the gradient too."""
+    mesh = jax.sharding.AbstractMesh((2,), ("parts",), axis_types=(jax.sharding.AxisType.Auto,))
+    w = jax.eval_shape(functools.partial(tune.random_weight, FORMS[name], 256, 512))
+    stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), w)
+    x = jax.ShapeDtypeStruct((m, 512), jnp.bfloat16)
+    rows, whole, outputs = (jax.P(*spec) for spec in (("parts",), (), (None, "parts")))
+    ways = (
+        (pallas_kernels.matmul, w, (rows, whole), rows),
+        (functools.partial(pallas_kernels.matmul, layer=0), stacked, (whole, rows), outputs),
+    )
+    for matmul, weight, given, result in ways:
+        sharded = jax.shard_map(matmul, mesh=mesh, in_specs=given, out_specs=result)
+
+        def total(x, weight, sharded=sharded):
+            return sharded(x, weight).astype(jnp.float32).sum()
+
+        for function in (sharded, jax.value_and_grad(total)):
+            text = jax.jit(function).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+            assert "mosaic_gpu_v2" in text
+
+
 def test_options():
     for choice, m in ((STREAM, 3), (STREAM, 12), (GEMM, 33)):
         lower(Form(), 200, 584, m, choice, jnp.float16, bias=True, stack=2)
