@@ -211,6 +211,11 @@ def shuffle_xor(value: np.ndarray, mask: int) -> np.ndarray:
     return value[np.arange(len(value)) ^ mask]
 
 
+def shuffle(value: Any, lane: Any) -> Int:
+    threads = np.arange(len(filled(0)))
+    return Int((raw(value) + filled(0))[(threads & ~31) + (raw(lane) + filled(0))])
+
+
 def i32() -> str:
     return "i32"
 
@@ -284,15 +289,8 @@ def load_once(pointer: np.ndarray, offset: int, policy: Any, exists: Int) -> lis
         return load_words(pointer + offset, 4)
 
 
-def load_kept(pointer: np.ndarray, kind: str) -> list[np.ndarray]:
-    if kind == "f32":
-        return [as_float(word) for word in load_words(pointer, 2)]
-    if kind not in ("u8", "e8m0"):
-        return load_words(pointer, 1)
-    out = filled(0)
-    for i in np.flatnonzero(State.masks[-1]):
-        out[i] = State.memory[pointer[i] : pointer[i] + 2].view(np.uint16)[0]
-    return [out]
+def load_kept(pointer: np.ndarray) -> np.ndarray:
+    return load_words(pointer, 1)[0]
 
 
 def load_global(pointer: np.ndarray, kind: str) -> np.ndarray:

@@ -96,13 +96,9 @@ def load_once(pointer: ir.Value, offset: int, policy: ir.Value, exists: Any) -> 
     return asm([i32()] * 4, text, pointer, policy, exists, early=True)
 
 
-def load_kept(pointer: ir.Value, kind: str) -> list[ir.Value]:
-    """Two neighbours of a type of stored parameters: a register for 8- and 16-bit ones, two for float32."""
-    if kind == "f32":
-        return asm([f32()] * 2, "ld.relaxed.gpu.global.v2.f32 {$0, $1}, [$2];", pointer)
-    if kind in ("u8", "e8m0"):
-        return asm([i32()], "{ .reg .u16 h; ld.relaxed.gpu.global.u16 h, [$1]; cvt.u32.u16 $0, h; }", pointer)
-    return asm([i32()], "ld.relaxed.gpu.global.u32 $0, [$1];", pointer)
+def load_kept(pointer: ir.Value) -> ir.Value:
+    """A 32-bit word of data that is read once. Loads of this kind leave in their order."""
+    return asm([i32()], "ld.relaxed.gpu.global.u32 $0, [$1];", pointer)[0]
 
 
 def store_rounded(pointer: ir.Value, value: ir.Value, dtype: str) -> None:

@@ -25,6 +25,7 @@ from pallas_kernels.decode.scaled import as_floats, shifts
 from pallas_kernels.form import CHUNK, ITEM_BYTES, ROWS, Packed
 from pallas_kernels.launch import arguments, launch, pointers
 from pallas_kernels.ptx import Int
+from pallas_kernels.skeletons import direct_params
 from pallas_kernels.skeletons.direct_plan import MAX_ROWS, Config, Plan
 from pallas_kernels.skeletons.nested import Nested, one_of
 from pallas_kernels.skeletons.output import Writer
@@ -150,9 +151,9 @@ class _Kernel(Writer):
     def fetch_chunk(self, at: ir.Value, chunk: int, exists: Int) -> list[ir.Value]:
         return ptx.load_once(at, chunk * self.plan.form.chunk_bytes, self.policy, exists)
 
-    def fetch_params(self, t: Int) -> tuple[list[list[list[ir.Value]]], list[list[ir.Value]]]:
-        """Stored parameters of rows g and g + 8: for each group, for each array; and where scales are nested those of the
-        second level over these groups, of each row.
+    def fetch_params(self, t: Int) -> tuple[list[list[ir.Value]], list[list[ir.Value]]]:
+        """Stored parameters of each array, see `direct_params`; and where scales are nested those of the second level over
+        these groups, of rows g and g + 8.
         """
         plan, form = self.plan, self.plan.form
         span, part = plan.chunks * CHUNK, self.rank * plan.config.warps + self.warp
@@ -160,14 +161,11 @@ class _Kernel(Writer):
         if form.group:
             first = part * (span // form.group) if span >= form.group else part // (form.group // span)
         group = row * form.groups(plan.k) + first
-        out, seconds = [], []
-        for g in range(len(plan.segments)):
-            one = []
-            for name, kind in zip(("scales", "zeros"), form.params):
-                size = ITEM_BYTES[kind]
-                at = ptx.address(self.pointers[name], group + g, ROWS * size)
-                one.append(ptx.load_kept(ptx.address(at, self.lane >> 2, 2 * size), kind))
-            out.append(one)
+        out: list[list[ir.Value]] = []
+        seconds = []
+        for name, kind in zip(("scales", "zeros"), form.params):
+            at = ptx.address(self.pointers[name], group, ROWS * ITEM_BYTES[kind])
+            out.append(direct_params.fetch(at, kind, len(plan.segments), self.lane))
         if self.nested:
             blocks = 1 if plan.nested_by_row else 2
             for half in (0, 8):
@@ -199,9 +197,10 @@ class _Kernel(Writer):
             return self.held[chunk]
         return [self.fragments(chunk, column) for column in range(self.plan.columns)]
 
-    def convert(self, g: int, stored: list[list[ir.Value]], seconds: list[Any]) -> dict[str, Any]:
+    def convert(self, g: int, fetched: list[list[ir.Value]], seconds: list[Any]) -> dict[str, Any]:
         """Scales of group g of rows g and g + 8, and what the zeros need."""
         form = self.plan.form
+        stored = [direct_params.of_group(some, kind, g, self.lane) for some, kind in zip(fetched, form.params)]
         if self.nested:
             scales = self.nested.floats(Int(stored[0][0]), [one_of(found, g) for found in seconds])
         else:
@@ -219,8 +218,8 @@ class _Kernel(Writer):
         exists, at = ptx.select(t + c.depth < self.passes, 1, 0), self.codes_of(t + c.depth)
         sums = [ptx.zero()] * (4 * plan.columns)
         following = []
-        for g, ((begin, end), params) in enumerate(zip(plan.segments, stored, strict=True)):
-            p = self.convert(g, params, seconds)
+        for g, (begin, end) in enumerate(plan.segments):
+            p = self.convert(g, stored, seconds)
             parts = [[ptx.zero()] * 4 for _ in range(plan.columns)]
             totals = [[ptx.zero()] * 4 for _ in range(plan.columns)]  # sums of x
             for s in range(begin, end):

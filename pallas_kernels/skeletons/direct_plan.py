@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 from pallas_kernels.form import CHUNK
+from pallas_kernels.skeletons.direct_params import loads
 from pallas_kernels.skeletons.plan import MULTIPROCESSORS, SMEM_BYTES, FewRows, offsets
 
 MAX_ROWS = 16
@@ -76,7 +77,7 @@ class Plan(FewRows):
     @property
     def held_registers(self) -> int:
         """For x and the parameters of a pass."""
-        stored = sum(2 if kind == "f32" else 1 for kind in self.form.params) * len(self.segments)
+        stored = sum(loads(kind, len(self.segments)) for kind in self.form.params)
         seconds = 0 if self.form.scale != "u8" else 2 if self.nested_by_row else 6
         return self.config.held * self.columns * 8 + stored + seconds
 

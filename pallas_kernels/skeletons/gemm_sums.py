@@ -131,7 +131,7 @@ class Sums(Block):
         """
         plan = self.plan
         count = 4 * plan.config.chunks
-        part = min(count // 2, 4)
+        part = plan.between_waits
         x = self.at["x"] + slot * plan.x_bytes
         words, params = ready["words"], ready["params"]
         per = plan.form.bits // 4  # words of a k16 step
@@ -151,7 +151,7 @@ class Sums(Block):
             hopper.wgmma_fence()
             sums = hopper.wgmma(sums, a, hopper.advance(b, 32 * (i % 4)) if i % 4 else b, plan.dtype)
             magic.append(self.magic() if i + 2 < count else None)
-            if plan.config.ahead and (i + 1) % part == 0 and i + 1 < count:
+            if (i + 1) % part == 0 and i + 1 < count:
                 hopper.wgmma_commit()
                 hopper.wgmma_wait(1)
                 if before is not None and i + 1 == part:

@@ -16,7 +16,7 @@ from pallas_kernels import reference, tune
 from pallas_kernels.decode import codebook, scaled
 from pallas_kernels.form import Form
 from pallas_kernels.launch import arguments
-from pallas_kernels.skeletons import direct, direct_plan, nested, output
+from pallas_kernels.skeletons import direct, direct_params, direct_plan, nested, output
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def in_lockstep(monkeypatch):
     monkeypatch.setattr(direct, "hopper", engine)
     monkeypatch.setattr(lockstep, "barrier_expect", lockstep.nothing)
     monkeypatch.setattr(lockstep, "barrier_wait", lockstep.nothing)
-    with stands_in(monkeypatch, direct, nested, output, codebook, scaled):
+    with stands_in(monkeypatch, direct, direct_params, nested, output, codebook, scaled):
         yield
 
 
