@@ -107,8 +107,8 @@ def configurations(m: int, n: int, k: int, form: Form, sms: int) -> list[Choice]
         if m > 2:  # rows for which `fused` asks for a configuration of the streaming kernel
             out += best_estimates(m, n, k, form, sms, 6)
     if m <= 16:
-        for warps, cluster, (depth, held) in itertools.product((8, 16), (1, 2), ((1, 0), (2, 0), (1, 2), (1, 4))):
-            out.append(Choice("direct", direct.Config(warps, cluster, sms // cluster * cluster, depth, held)))
+        for warps, cluster, held in itertools.product((8, 16), (1, 2), (0, 2, 4)):
+            out.append(Choice("direct", direct.Config(warps, cluster, sms // cluster * cluster, held)))
         return [c for c in dict.fromkeys(out) if select.fits(c, m, n, k, form)]
     return best_estimates(m, n, k, form, sms)
 

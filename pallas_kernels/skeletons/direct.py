@@ -2,8 +2,9 @@
 
 A block multiplies one tile of 16 rows of the weight after the other. Its warps share K evenly, each keeps to its part in
 every pass, and a lane's 16 bytes of a 16 x 64 tile are four steps of `mma.sync`: there is no ring, no barrier and no
-copy engine between the memory and the arithmetic. As soon as a chunk is decoded, the same chunk of a later pass is asked
-for. x stays in shared memory from the first pass on, and every warp waits for its own part of it alone.
+copy engine between the memory and the arithmetic. As soon as a chunk is decoded, the same chunk of the next pass is asked
+for. (More on their way, in registers, in shared memory or asked for in L2, is slower: measured.) x stays in shared memory
+from the first pass on, and every warp waits for its own part of it alone.
 
 At the end of a pass the warps meet once, and a few of them add up what all have summed, in a fixed order, while the
 others go on. With many rows of x a block would load more of it than of the weight: then two blocks share K, and add up
@@ -84,53 +85,52 @@ class _Kernel(Writer):
             entries = self.decode.read(plan.form, self.pointers.get("table"), self.thread, c.warps * 32)
         if self.nested:
             self.nested.prefetch()
-        if plan.m > 1:  # much of it: ahead of the weight
+        self.begin_barriers()
+        if plan.x_first:
             self.fetch_x()
-        sets = [self.fetch(Int(d), ptx.select(Int(d) < self.passes, 1, 0)) for d in range(c.depth)]
-        if plan.m == 1:
+        at, always = self.codes_of(Int(0)), Int(1)
+        codes = [self.fetch_chunk(at, chunk, always) for chunk in range(plan.chunks)]
+        params = self.fetch_params(Int(0))
+        if not plan.x_first:
             self.fetch_x()
         if entries:
             self.decode.write(plan.form, plan.dtype, self.tables, entries, plan.wide_table)
             ptx.sync_block()
         ptx.barrier_wait(self.bars + self.warp * 8, 0)
         ptx.sync_warp()
+        if c.cluster > 1:
+            ptx.cluster_wait()  # the other block's barriers are there
         self.held: list[Any] = []
         self.held = [self.x_of(chunk) for chunk in range(c.held)]
-        if c.cluster > 1:
-            if plan.mail_over_x:
-                ptx.cluster_arrive()
-            ptx.cluster_wait()  # the other block's barriers are there, and the place for what is sent to it is free
-        leaves, tree = jax.tree.flatten(sets)
+        leaves, tree = jax.tree.flatten((codes, *params))
 
-        def several(t: Int, carry: list[Any]) -> list[Any]:
-            sets = jax.tree.unflatten(tree, carry)
-            return jax.tree.leaves([self.one_pass(t + d, *ready) for d, ready in enumerate(sets)])
+        def one(t: Int, carry: list[Any]) -> list[Any]:
+            return jax.tree.leaves(self.one_pass(t, *jax.tree.unflatten(tree, carry)))
 
-        # passes that do not exist multiply zeros and write nothing
-        ptx.loop(0, self.passes, c.depth, leaves, several)
+        ptx.loop(0, self.passes, 1, leaves, one)
 
     # ---- loads
 
+    def begin_barriers(self) -> None:
+        """One for each warp's x, and two, taken in turn, for the sums that the other block sends."""
+        plan, c = self.plan, self.plan.config
+        with ptx.when(self.lane == 0):
+            ptx.barrier_init(self.bars + self.warp * 8, 1)
+            if c.cluster > 1:
+                with ptx.when(self.warp < 2):
+                    ptx.barrier_init(self.mail_bars + self.warp * 8, 1)
+            ptx.fence_barrier_init()
+            ptx.barrier_expect(self.bars + self.warp * 8, plan.chunks * plan.m * CHUNK * 2)
+        ptx.sync_warp()
+        if c.cluster > 1:
+            ptx.cluster_arrive(relaxed=True)
+
     def fetch_x(self) -> None:
         """Each warp fetches its own part of x."""
-        plan, c = self.plan, self.plan.config
-        if c.cluster > 1:
-            with ptx.when(self.thread == 0):
-                for i in range(plan.passes):
-                    ptx.barrier_init(self.mail_bars + i * 8, 1)
-                    ptx.barrier_expect(self.mail_bars + i * 8, plan.part_bytes // 2)
-                ptx.fence_barrier_init()
-            ptx.sync_warp()
-            if not plan.mail_over_x:
-                ptx.cluster_arrive(relaxed=True)
-        bar = self.bars + self.warp * 8
         with ptx.when(self.lane == 0):
-            ptx.barrier_init(bar, 1)
-            ptx.fence_barrier_init()
-            ptx.barrier_expect(bar, plan.chunks * plan.m * CHUNK * 2)
-            for i in range(plan.chunks):
-                target = self.x + (self.local + i) * plan.chunk_bytes
-                hopper.tensor_copy(target, self.x_map, [(self.first + i) * CHUNK, 0], bar)
+            for i in range(self.plan.chunks):
+                target = self.x + (self.local + i) * self.plan.chunk_bytes
+                hopper.tensor_copy(target, self.x_map, [(self.first + i) * CHUNK, 0], self.bars + self.warp * 8)
         ptx.sync_warp()
 
     def row(self, t: Int) -> Int:
@@ -142,11 +142,6 @@ class _Kernel(Writer):
     def codes_of(self, t: Int) -> ir.Value:
         chunk = self.row(t) * self.plan.k_chunks + self.first
         return ptx.address(ptx.address(self.pointers["codes"], chunk, 512), self.lane, 16)
-
-    def fetch(self, t: Int, exists: Int) -> tuple[list[Any], ...]:
-        """This lane's codes and parameters of pass t, see `fetch_params`."""
-        at = self.codes_of(t)
-        return [self.fetch_chunk(at, c, exists) for c in range(self.plan.chunks)], *self.fetch_params(t)
 
     def fetch_chunk(self, at: ir.Value, chunk: int, exists: Int) -> list[ir.Value]:
         return ptx.load_once(at, chunk * self.plan.form.chunk_bytes, self.policy, exists)
@@ -212,12 +207,20 @@ class _Kernel(Writer):
             out["shift"] = shifts(form, scales, as_floats(form.zero, stored[1]))
         return out
 
-    def one_pass(self, t: Int, codes: list[Any], stored: list[Any], seconds: list[Any]) -> tuple[list[Any], ...]:
-        """Multiplies the tile of pass t; returns what has been asked for in its place."""
-        plan, c = self.plan, self.plan.config
-        exists, at = ptx.select(t + c.depth < self.passes, 1, 0), self.codes_of(t + c.depth)
+    def one_pass(self, t: Int, codes: list[Any], stored: list[Any], seconds: list[Any]) -> tuple[Any, ...]:
+        """Multiplies the tile of pass t, and asks for what follows.
+
+        Args:
+          codes: those of its chunks.
+          stored, seconds: see `fetch_params`.
+
+        Returns:
+          The same for the next pass.
+        """
+        plan = self.plan
+        exists, at = ptx.select(t + 1 < self.passes, 1, 0), self.codes_of(t + 1)
         sums = [ptx.zero()] * (4 * plan.columns)
-        following = []
+        following: list[Any] = []
         for g, (begin, end) in enumerate(plan.segments):
             p = self.convert(g, stored, seconds)
             parts = [[ptx.zero()] * 4 for _ in range(plan.columns)]
@@ -240,9 +243,9 @@ class _Kernel(Writer):
                 sums[i] = ptx.fma(p["scale"][i // 2 % 2], parts[i // 4][i % 4], sums[i])
                 if "shift" in p:
                     sums[i] = ptx.fma(p["shift"][i // 2 % 2], totals[i // 4][i % 4], sums[i])
-        params, seconds = self.fetch_params(t + c.depth)
+        params = self.fetch_params(t + 1)
         self.finish(t, sums)
-        return following, params, seconds
+        return following, *params
 
     # ---- sums
 
@@ -250,15 +253,22 @@ class _Kernel(Writer):
         """All warps: adds up the block's sums of pass t, and those of the other block of a cluster."""
         plan, c = self.plan, self.plan.config
         # two sets: a warp writes the next one while others still read this one
-        parts = self.sums + (t & 1) * (c.warps * plan.part_bytes) + self.lane * 8
+        parts = self.sums + (t & 1) * plan.sums_turn + self.lane * 8
         for i in range(plan.squares):
-            ptx.store_shared(parts + self.warp * plan.part_bytes + i * 256, sums[2 * i : 2 * i + 2])
+            ptx.store_shared(parts + self.warp * plan.sums_pitch + i * 256, sums[2 * i : 2 * i + 2])
         ptx.sync_warp()
         ptx.sync_block()
         tile = self.first_tile + t * plan.clusters
+        # Two places for what is sent: a block gets here again after all of its warps have read what came a pass ago, and
+        # then the other one has read what came to it two passes ago.
+        mail, bar = self.mail + (t & 1) * plan.part_bytes + self.lane * 8, self.mail_bars + (t & 1) * 8
+        if c.cluster > 1:
+            with ptx.when(self.thread == 0):
+                ptx.barrier_expect(bar, plan.part_bytes // 2)
+            ptx.sync_warp()
 
         def square(i: Int, carry: list[Any]) -> list[Any]:
-            values = [ptx.load_shared(parts + i * 256 + w * plan.part_bytes, "f32", 2) for w in range(c.warps)]
+            values = [ptx.load_shared(parts + i * 256 + w * plan.sums_pitch, "f32", 2) for w in range(c.warps)]
             total = values[0]
             for v in values[1:]:
                 total = [ptx.add(a, b) for a, b in zip(total, v)]
@@ -267,14 +277,14 @@ class _Kernel(Writer):
             if c.cluster == 1:
                 self.put_pairs(n, m, total)
                 return carry
-            place, bar = self.mail + t * plan.part_bytes + i * 256 + self.lane * 8, self.mail_bars + t * 8
+            place = mail + i * 256
             mine = half == self.rank
             with ptx.when(ptx.select(mine, 0, 1) == 1):
                 ptx.store_remote(ptx.remote(place, half), total, ptx.remote(bar, half))
             ptx.sync_warp()
             with ptx.when(mine):
                 ptx.sync_warp()
-                ptx.barrier_wait(bar, 0, "cluster")
+                ptx.barrier_wait(bar, t >> 1 & 1, "cluster")
                 ptx.sync_warp()
                 self.put_pairs(n, m, [ptx.add(a, b) for a, b in zip(total, ptx.load_shared(place, "f32", 2))])
             ptx.sync_warp()

@@ -10,7 +10,7 @@ from pallas_kernels.skeletons.direct_params import loads
 from pallas_kernels.skeletons.plan import MULTIPROCESSORS, SMEM_BYTES, FewRows, offsets
 
 MAX_ROWS = 16
-MOST_CHUNKS = 16  # on their way to a warp: four registers each
+MOST_CHUNKS = 16  # on their way to the registers of a warp: four each
 ROOMY_BYTES = 194 * 1024  # with more shared memory the first cache is too small for the codes on their way (measured)
 # Registers of a thread, with 16 warps and up to four chunks on their way, for x and the parameters; and how many less for
 # each chunk more. Beyond them the assembler spills, and where the codes on their way fill the first cache, what was
@@ -26,14 +26,12 @@ class Config:
       warps: of a block, a multiple of 4; each has an equal part of the block's K.
       cluster: blocks that share the K of a tile, 1 or 2.
       blocks: blocks to launch.
-      depth: passes whose codes are on their way.
       held: chunks of x that a warp keeps in registers; it reads the others from shared memory in every pass.
     """
 
     warps: int = 16
     cluster: int = 1
     blocks: int = 132
-    depth: int = 1
     held: int = 0
 
 
@@ -49,13 +47,18 @@ class Plan(FewRows):
 
     @property
     def passes(self) -> int:
-        """Most passes of a cluster, with those that do not exist."""
-        return -(-self.tiles // (self.clusters * self.config.depth)) * self.config.depth
+        """Most passes of a cluster."""
+        return -(-self.tiles // self.clusters)
 
     @property
     def chunks(self) -> int:
         """Tiles of 64 along K that a warp multiplies."""
         return self.block_chunks // self.config.warps
+
+    @property
+    def x_first(self) -> bool:
+        """Whether x is asked for ahead of the weight: much of it, or the table of a codebook is waited for anyway."""
+        return self.m > 1 or self.form.kind == "codebook"
 
     @property
     def segments(self) -> list[tuple[int, int]]:
@@ -84,7 +87,7 @@ class Plan(FewRows):
     @property
     def most_held(self) -> int:
         more = 127 if self.config.warps <= 8 else 0
-        return MOST_HELD + more - LESS_HELD * max(0, self.chunks * self.config.depth - 4)
+        return MOST_HELD + more - LESS_HELD * max(0, self.chunks - 4)
 
     @property
     def squares(self) -> int:
@@ -96,41 +99,41 @@ class Plan(FewRows):
         """A warp's sums of a pass."""
         return self.squares * 256
 
+    @property
+    def x_read(self) -> bool:
+        """Whether all of x is in registers before the first pass, so that a warp's sums may lie where its x was."""
+        return self.config.held == self.chunks and 2 * self.part_bytes <= self.chunks * self.chunk_bytes
+
+    @property
+    def sums_pitch(self) -> int:
+        """Bytes from a warp's sums to those of the next one."""
+        return self.chunks * self.chunk_bytes if self.x_read else self.part_bytes
+
+    @property
+    def sums_turn(self) -> int:
+        """Bytes from the sums of one pass to those of the next one, for which there is a second place."""
+        return self.part_bytes if self.x_read else self.config.warps * self.part_bytes
+
     @functools.cached_property
     def layout(self) -> dict[str, int]:
         """Offsets in shared memory; "bytes" is the whole."""
-        return self.layout_with(*self.choice)
+        return self.layout_with(self.wide_table)
 
     @functools.cached_property
-    def choice(self) -> tuple[bool, bool]:
-        """Whether the table is wide, and whether `mail` lies where x was: what fits, the second only where it must be."""
-        roomy = ROOMY_BYTES // -(-self.config.blocks // MULTIPROCESSORS)
-        limits = {(True, False): roomy, (False, False): SMEM_BYTES, (False, True): SMEM_BYTES}
-        fitting = (way for way, most in limits.items() if self.layout_with(*way)["bytes"] <= most)
-        return next(fitting, (False, False))
-
-    @property
     def wide_table(self) -> bool:
-        return self.choice[0]
+        return self.layout_with(True)["bytes"] <= ROOMY_BYTES // -(-self.config.blocks // MULTIPROCESSORS)
 
-    @property
-    def mail_over_x(self) -> bool:
-        """Where all of x is in registers before the first pass. A block then waits for the x of the other one."""
-        return self.choice[1]
-
-    def layout_with(self, wide: bool, over: bool) -> dict[str, int]:
-        x = self.block_chunks * self.chunk_bytes
-        mail = self.passes * self.part_bytes if self.config.cluster > 1 else 0
-        over = over and mail <= x and self.config.held == self.chunks
+    def layout_with(self, wide: bool) -> dict[str, int]:
+        c = self.config
         sizes = {
-            "x": x,
-            "sums": 2 * self.config.warps * self.part_bytes,
-            "mail": 0 if over else mail,
+            "x": self.block_chunks * self.chunk_bytes,
+            "sums": 0 if self.x_read else 2 * c.warps * self.part_bytes,
+            "mail": 2 * self.part_bytes if c.cluster > 1 else 0,
             "tables": self.tables_of(wide),
-            "barriers": 8 * (self.config.warps + self.passes),
+            "barriers": 8 * (c.warps + 2),
         }
         out = offsets(sizes, 1024)
-        return out | {"mail": out["x"]} if over else out
+        return out | {"sums": out["x"]} if self.x_read else out
 
     def reason(self) -> str | None:
         """Why this launch is not possible, or None."""
@@ -143,8 +146,8 @@ class Plan(FewRows):
             return f"codes of {self.form.bits} bits"
         if self.k_chunks % (c.warps * c.cluster):
             return f"{self.k_chunks} chunks of {CHUNK} inputs for {c.cluster} blocks of {c.warps} warps"
-        if self.chunks * c.depth > MOST_CHUNKS:
-            return f"{self.chunks * c.depth} chunks on their way to a warp"
+        if self.chunks > MOST_CHUNKS:
+            return f"{self.chunks} chunks on their way to a warp"
         if c.held and (c.held > self.chunks or self.held_registers > self.most_held):
             return f"{c.held} of {self.chunks} chunks of {self.m} rows of x in registers"
         if group and span % group and group % span:

@@ -54,8 +54,7 @@ class Nested:
         return ptx.address(self.pointers["absmax2"], block, 4)
 
     def load(self, block: Int) -> ir.Value:
-        # plain: as a cached read-only load it would be moved to where its value is used
-        return ptx.as_float(Int(ptx.load_words(self.second(block), 1)[0]))
+        return _load(self.second(block))
 
     def over(self, first: Int, count: int, blocks: int) -> list[Any]:
         """Second-level scales of `count` codes from `first` on, which touch at most so many blocks, 1 or 2: the scale of
@@ -78,8 +77,13 @@ class Nested:
 
     def value(self, code: Int) -> ir.Value:
         if self.table is None:
-            return ptx.load_global(ptx.address(self.pointers["table2"], code, 4), "f32")
+            return _load(ptx.address(self.pointers["table2"], code, 4))
         return ptx.load_shared(self.table + code * 4, "f32")[0]
+
+
+def _load(pointer: ir.Value) -> ir.Value:
+    # plain: as a cached read-only load it would be moved to where its value is used
+    return ptx.as_float(Int(ptx.load_words(pointer, 1)[0]))
 
 
 def one_of(found: Sequence[Any], i: Any) -> ir.Value:
