@@ -109,7 +109,7 @@ def test_options():
     for m, choice in ((1, STREAM), (16, STREAM), (33, GEMM)):
         lower(FORMS["w8_asym"], 200, 584, m, choice, jnp.float16, bias=True, stack=2)
         lower(FORMS["w8_g128"], 256, 512, m, choice, perm=True)
-    for m, config in ((1, direct.Config(4, 1, 5)), (3, direct.Config(4, 1, 264, 3)), (12, direct.Config(4, 2, 6, 2))):
+    for m, config in ((1, direct.Config(4, 1, 5)), (3, direct.Config(4, 1, 264)), (12, direct.Config(4, 2, 6))):
         lower(FORMS["g32"], 200, 504, m, select.Choice("direct", config), jnp.float16, bias=True, stack=2)
         lower(FORMS["hqq"], 200, 512, m, select.Choice("direct", config))
     for name in ("g128", "nf4", "nf4_dq"):  # x in registers, all of it or a part
