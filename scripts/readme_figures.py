@@ -136,20 +136,7 @@ def gpu_matmul() -> str:
         for kernel, title in (("nf4_b64", "NF4"), ("nf4_b64_dq", "with nested scales"))
     ]
     text = f"\n\nTime over int4's at 1, 8, 16 and 64 rows: {'; '.join(beside_int4)}."
-    return table(header, rows) + made + text + cached(found["rotated_bytes"])
-
-
-def cached(rotated_bytes: int) -> str:
-    """What the L2 cache did to times of weights that rotated over too few bytes; "" where it did nothing."""
-    other = read("gpu_rotation_h100")
-    if other is None or rotated_bytes >= 1 << 30:
-        return ""
-    slower = [100 * (r["us_2500_mb"] / r["us_300_mb"] - 1) for r in other["rows"] if r["m"] <= 16]
-    return (
-        f" Weights rotated over {rotated_bytes >> 20} MB, where scales are still found in the L2 cache: over 2,500 MB the"
-        f" times at 1 to 16 rows are {sum(slower) / len(slower):.1f} % longer on average, {max(slower):.0f} % at most"
-        " (`benchmarks/results/gpu_rotation_h100.json`)."
-    )
+    return table(header, rows) + made + text
 
 
 def over_int4(cells: dict[tuple[int, int], dict[tuple[str, int], dict]], kernel: str, m: int) -> str:
