@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import jq
 from jq import activations, safetensors_file
 from jq.activation_schemes import compressed_tensors as ct
-from jq.activation_schemes import elements, fp8
+from jq.activation_schemes import elements, fp8, products
 from jq.activations import Activation
-from jq.errors import UnsupportedError
+from jq.errors import JqWarning, UnsupportedError
 from jq.formats.compressed_tensors_config import Args
 from jq.qtensor import Affine
 
@@ -221,3 +221,42 @@ def test_rows_of_a_weight_keep_the_scales_of_its_inputs(name: str) -> None:
     w = next(w for w in weights.values() if w.activation is not None)
     x = np.random.default_rng(0).standard_normal((3, w.in_features), np.float32)
     np.testing.assert_allclose(jq.matmul(x, w[16:32]), jq.matmul(x, w)[:, 16:32], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "trusted"),
+    [
+        ("", True),
+        ("--xla_gpu_autotune_level=4 --xla_gpu_deterministic_ops=false", True),
+        ("--xla_dump_to=x --xla_gpu_autotune_level=0", False),
+        ("--xla_gpu_deterministic_ops=true --xla_dump_to=x", False),
+        ("--xla_gpu_deterministic_ops", False),
+        ("--xla_gpu_autotune_level=2", False),
+    ],
+)
+def test_int8_products_on_a_gpu_that_xla_does_not_check(monkeypatch, flags, trusted):
+    """XLA:GPU's first tiling doubles int8 products: where no check drops it, they are made of exact bfloat16 ones."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    products._int8_is_checked.cache_clear()
+    codes = np.random.default_rng(0).integers(-128, 128, (5, 2500)).astype(np.int8)
+    codes[:2] = -128
+    try:
+        if trusted:
+            text = jax.jit(lambda x, w: products.integer_matmul(x, w)).lower(codes, codes).as_text()
+        else:
+            with pytest.warns(JqWarning, match="int8 products on a GPU are wrong"):
+                text = jax.jit(lambda x, w: products.integer_matmul(x, w)).lower(codes, codes).as_text()
+    finally:
+        products._int8_is_checked.cache_clear()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(dots) == (1 if trusted else 3)
+    assert all(("xi8>" in line) == trusted and ("xbf16>" in line) != trusted for line in dots)
+    assert all(line.rstrip().endswith("xi32>" if trusted else "xf32>") for line in dots)
+
+
+def test_int8_products_are_exact():
+    codes = np.random.default_rng(0).integers(-128, 128, (5, 2500)).astype(np.int8)
+    codes[:2] = -128
+    want = codes.astype(np.int64) @ codes.astype(np.int64).T
+    assert np.array_equal(jax.jit(products.integer_matmul)(codes, codes), want)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import re
+import warnings
+
 import jax
 import jax.numpy as jnp
 
 from jq import exact
+from jq.errors import JqWarning
 from jq.matmul import dense_matmul
 
 # |sum of 1024 products of int8 codes| <= 2**24: float32 holds it exactly.
 _EXACT_TERMS = 1024
+# Flags with which XLA:GPU does not check the tiling that it takes for a product (the default, level 4, does).
+_UNCHECKED = re.compile(r"--xla_gpu_(autotune_level=[0-3]|deterministic_ops(=(true|1))?)(?=\s|$)")
 
 
 def integer_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """Exact `x @ w.T` of int8 numbers.
 
-    XLA:CPU has no fast int8 product: there it is made of float32 products over slices of K whose sums are exact.
+    XLA:CPU has no fast int8 product: there it is made of float32 products over slices of K whose sums are exact. On a
+    GPU so it is, of bfloat16 ones, where XLA's int8 products are not to be trusted.
 
     Args:
       x: int8[M, K].
@@ -24,14 +33,34 @@ def integer_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     Returns:
       int32[M, N].
     """
-    if jax.default_backend() != "cpu":
+    gpu = jax.default_backend() != "cpu"
+    if gpu and _int8_is_checked():
         return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    wide = jnp.bfloat16 if gpu else jnp.float32
     total = jnp.zeros((x.shape[0], w.shape[0]), jnp.int32)
     for start in range(0, x.shape[1], _EXACT_TERMS):
-        part = slice(start, start + _EXACT_TERMS)
-        product = jnp.einsum("mk,nk->mn", x[:, part].astype(jnp.float32), w[:, part].astype(jnp.float32))
-        total = total + product.astype(jnp.int32)
+        a, b = (m[:, start : start + _EXACT_TERMS].astype(wide) for m in (x, w))
+        total = total + jnp.einsum("mk,nk->mn", a, b, preferred_element_type=jnp.float32).astype(jnp.int32)
     return total
+
+
+@functools.cache
+def _int8_is_checked() -> bool:
+    """Whether XLA:GPU compares the tilings of a product with another one's result before it takes one.
+
+    The first of its tilings has 16 int8 along K, and Triton gives the tensor core, which multiplies 32, each of them
+    twice: sums are twice as large (seen with jax 0.11.2 on an H100). The search for the fastest tiling drops it, where it
+    compares results.
+    """
+    found = _UNCHECKED.search(os.environ.get("XLA_FLAGS", ""))
+    if found:
+        warnings.warn(
+            f"XLA_FLAGS has {found[0]}, with which XLA's int8 products on a GPU are wrong: they are made of bfloat16 "
+            "products here, with the same results, but slower. Leave the flag out for fast int8 products",
+            JqWarning,
+            stacklevel=2,
+        )
+    return found is None
 
 
 def float_sums(x: jax.Array, w: jax.Array) -> jax.Array:
