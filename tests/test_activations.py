@@ -232,6 +232,7 @@ def test_rows_of_a_weight_keep_the_scales_of_its_inputs(name: str) -> None:
         ("--xla_gpu_deterministic_ops=true --xla_dump_to=x", False),
         ("--xla_gpu_deterministic_ops", False),
         ("--xla_gpu_autotune_level=2", False),
+        ("--xla_gpu_exclude_nondeterministic_ops=1", False),
     ],
 )
 def test_int8_products_on_a_gpu_that_xla_does_not_check(monkeypatch, flags, trusted):

@@ -16,8 +16,11 @@ from jq.matmul import dense_matmul
 
 # |sum of 1024 products of int8 codes| <= 2**24: float32 holds it exactly.
 _EXACT_TERMS = 1024
-# Flags with which XLA:GPU does not check the tiling that it takes for a product (the default, level 4, does).
-_UNCHECKED = re.compile(r"--xla_gpu_(autotune_level=[0-3]|deterministic_ops(=(true|1))?)(?=\s|$)")
+# Flags with which XLA:GPU does not check the tiling that it takes for a product (the default, level 4, does); see
+# `select_first_config` and `check_buffers` in xla/service/gpu/autotuning/autotuner_pass.cc.
+_UNCHECKED = re.compile(
+    r"--xla_gpu_(autotune_level=[0-3]|(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?)(?=\s|$)"
+)
 
 
 def integer_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
