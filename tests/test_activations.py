@@ -228,6 +228,7 @@ def test_rows_of_a_weight_keep_the_scales_of_its_inputs(name: str) -> None:
     [
         ("", True),
         ("--xla_gpu_autotune_level=4 --xla_gpu_deterministic_ops=false", True),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false", True),
         ("--xla_dump_to=x --xla_gpu_autotune_level=0", False),
         ("--xla_gpu_deterministic_ops=true --xla_dump_to=x", False),
         ("--xla_gpu_deterministic_ops", False),

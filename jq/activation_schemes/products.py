@@ -21,6 +21,7 @@ _EXACT_TERMS = 1024
 _UNCHECKED = re.compile(
     r"--xla_gpu_(autotune_level=[0-3]|(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?)(?=\s|$)"
 )
+_CUBLAS = "--xla_gpu_enable_triton_gemm=false"
 
 
 def integer_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -49,21 +50,23 @@ def integer_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 @functools.cache
 def _int8_is_checked() -> bool:
-    """Whether XLA:GPU compares the tilings of a product with another one's result before it takes one.
+    """Whether XLA:GPU takes cuBLAS' int8 products, or compares its own tilings with them before it takes one.
 
     The first of its tilings has 16 int8 along K, and Triton gives the tensor core, which multiplies 32, each of them
     twice: sums are twice as large (seen with jax 0.11.2 on an H100). The search for the fastest tiling drops it, where it
     compares results.
     """
-    found = _UNCHECKED.search(os.environ.get("XLA_FLAGS", ""))
-    if found:
-        warnings.warn(
-            f"XLA_FLAGS has {found[0]}, with which XLA's int8 products on a GPU are wrong: they are made of bfloat16 "
-            "products here, with the same results, but slower. Leave the flag out for fast int8 products",
-            JqWarning,
-            stacklevel=2,
-        )
-    return found is None
+    flags = os.environ.get("XLA_FLAGS", "")
+    found = _UNCHECKED.search(flags)
+    if found is None or _CUBLAS in flags:
+        return True
+    warnings.warn(
+        f"XLA_FLAGS has {found[0]}, with which XLA's int8 products on a GPU are wrong: they are made of bfloat16 products "
+        f"here, with the same results, but slower. For fast ones leave the flag out, or add {_CUBLAS}",
+        JqWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def float_sums(x: jax.Array, w: jax.Array) -> jax.Array:
