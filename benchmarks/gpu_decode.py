@@ -287,7 +287,9 @@ def peers(batch: int, context: int) -> dict[str, dict[str, float]]:
 
 
 def save(path: Path, card: str, versions: dict[str, str], rows: list[dict]) -> None:
-    """Writes the rows, each with the time of its run; those of an earlier run that were not measured now stay."""
+    """Writes the rows, each with the time of its run; those of an earlier run that were not measured now stay, and so do
+    its peers' figures, with their time.
+    """
 
     def key(row: dict) -> tuple:
         return tuple(row[k] for k in ("weights", "head", "batch", "context", "loop"))
@@ -296,7 +298,11 @@ def save(path: Path, card: str, versions: dict[str, str], rows: list[dict]) -> N
     new = {key(row): row | {"measured": now} for row in rows}
     earlier = {key(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     for place, row in new.items():
-        row["peers"] = row["peers"] or earlier.get(place, row)["peers"]
+        before = earlier.get(place, {})
+        if row["peers"]:
+            row["peers_measured"] = now
+        elif before.get("peers"):
+            row |= {"peers": before["peers"], "peers_measured": before["peers_measured"]}
     both = list((earlier | new).values())
     result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": both}
     result["command"] = " ".join(["python", "benchmarks/gpu_decode.py", *map(record.shown, sys.argv[1:])])

@@ -129,14 +129,12 @@ def gpu_matmul() -> str:
         )
     header = ["out x in", "int4 M=1, us", "of a bare read", "best peer / ours", "NF4 M=1, us", "bitsandbytes / ours"]
     header += [f"cuBLAS bf16 / ours, M={m}" for m in (16, 64, 256, 4096)]
-    earlier = sorted({r["peers_measured"] for r in found["rows"] if "peers_measured" in r})
-    made = gpu_line(found) + (f"; bitsandbytes: {', '.join(earlier)}" if earlier else "")
     beside_int4 = [
         f"{title} {', '.join(over_int4(cells, kernel, m) for m in (1, 8, 16, 64))}"
         for kernel, title in (("nf4_b64", "NF4"), ("nf4_b64_dq", "with nested scales"))
     ]
     text = f"\n\nTime over int4's at 1, 8, 16 and 64 rows: {'; '.join(beside_int4)}."
-    return table(header, rows) + made + text
+    return table(header, rows) + gpu_line(found) + text
 
 
 def over_int4(cells: dict[tuple[int, int], dict[tuple[str, int], dict]], kernel: str, m: int) -> str:
@@ -211,7 +209,9 @@ def gpu_decode() -> str:
         "prefill of 2,048, s",
         "torch.compile, tokens/s",
     ]
-    return table(header, rows, right=2) + gpu_line(found)
+    days = sorted({row["peers_measured"][:10] for row in found["rows"] if "peers_measured" in row})
+    beside = f"; torch.compile: {', '.join(days)}" if days else ""
+    return table(header, rows, right=2) + gpu_line(found) + beside
 
 
 TORCH_KINDS = {
