@@ -302,7 +302,7 @@ def save(path: Path, card: str, versions: dict[str, str], rows: list[dict]) -> N
         if row["peers"]:
             row["peers_measured"] = now
         elif before.get("peers"):
-            row |= {"peers": before["peers"], "peers_measured": before["peers_measured"]}
+            row |= {name: before[name] for name in ("peers", "peers_measured") if name in before}
     both = list((earlier | new).values())
     result = {"card": card, "date": datetime.date.today().isoformat(), "versions": versions, "rows": both}
     result["command"] = " ".join(["python", "benchmarks/gpu_decode.py", *map(record.shown, sys.argv[1:])])

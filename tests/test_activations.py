@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import jax
@@ -19,6 +20,7 @@ from jq.activation_schemes import compressed_tensors as ct
 from jq.activation_schemes import elements, fp8, products
 from jq.activations import Activation
 from jq.errors import JqWarning, UnsupportedError
+from jq.formats import base
 from jq.formats.compressed_tensors_config import Args
 from jq.qtensor import Affine
 
@@ -240,17 +242,11 @@ def test_int8_products_on_a_gpu_that_xla_does_not_check(monkeypatch, flags, trus
     """XLA:GPU's first tiling doubles int8 products: where no check drops it, they are made of exact bfloat16 ones."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setenv("XLA_FLAGS", flags)
-    products._int8_is_checked.cache_clear()
+    monkeypatch.setattr(base, "_warned", set())
     codes = np.random.default_rng(0).integers(-128, 128, (5, 2500)).astype(np.int8)
     codes[:2] = -128
-    try:
-        if trusted:
-            text = jax.jit(lambda x, w: products.integer_matmul(x, w)).lower(codes, codes).as_text()
-        else:
-            with pytest.warns(JqWarning, match="int8 products on a GPU are wrong"):
-                text = jax.jit(lambda x, w: products.integer_matmul(x, w)).lower(codes, codes).as_text()
-    finally:
-        products._int8_is_checked.cache_clear()
+    with contextlib.nullcontext() if trusted else pytest.warns(JqWarning, match="int8 products on a GPU are wrong"):
+        text = jax.jit(lambda x, w: products.integer_matmul(x, w)).lower(codes, codes).as_text()
     dots = [line for line in text.splitlines() if "dot_general" in line]
     assert len(dots) == (1 if trusted else 3)
     assert all(("xi8>" in line) == trusted and ("xbf16>" in line) != trusted for line in dots)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
 
 from jq import exact
-from jq.errors import JqWarning
+from jq.formats.base import warn_once
 from jq.matmul import dense_matmul
 
 # |sum of 1024 products of int8 codes| <= 2**24: float32 holds it exactly.
@@ -37,10 +35,10 @@ def integer_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     Returns:
       int32[M, N].
     """
-    gpu = jax.default_backend() != "cpu"
-    if gpu and _int8_is_checked():
+    backend = jax.default_backend()
+    if backend != "cpu" and (backend != "gpu" or _int8_is_checked()):
         return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    wide = jnp.bfloat16 if gpu else jnp.float32
+    wide = jnp.float32 if backend == "cpu" else jnp.bfloat16
     total = jnp.zeros((x.shape[0], w.shape[0]), jnp.int32)
     for start in range(0, x.shape[1], _EXACT_TERMS):
         a, b = (m[:, start : start + _EXACT_TERMS].astype(wide) for m in (x, w))
@@ -48,7 +46,6 @@ def integer_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return total
 
 
-@functools.cache
 def _int8_is_checked() -> bool:
     """Whether XLA:GPU takes cuBLAS' int8 products, or compares its own tilings with them before it takes one.
 
@@ -60,11 +57,10 @@ def _int8_is_checked() -> bool:
     found = _UNCHECKED.search(flags)
     if found is None or _CUBLAS in flags:
         return True
-    warnings.warn(
-        f"XLA_FLAGS has {found[0]}, with which XLA's int8 products on a GPU are wrong: they are made of bfloat16 products "
-        f"here, with the same results, but slower. For fast ones leave the flag out, or add {_CUBLAS}",
-        JqWarning,
-        stacklevel=2,
+    warn_once(
+        "XLA_FLAGS",
+        f"with {found[0]} XLA's int8 products on a GPU are wrong: they are made of bfloat16 products here, with the same "
+        f"results, but slower. For fast ones leave the flag out, or add {_CUBLAS}",
     )
     return False
 

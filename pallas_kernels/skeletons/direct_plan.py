@@ -46,11 +46,6 @@ class Plan(FewRows):
         return min(self.config.blocks // self.config.cluster, self.tiles)
 
     @property
-    def passes(self) -> int:
-        """Most passes of a cluster."""
-        return -(-self.tiles // self.clusters)
-
-    @property
     def chunks(self) -> int:
         """Tiles of 64 along K that a warp multiplies."""
         return self.block_chunks // self.config.warps

@@ -84,6 +84,14 @@ def test_shapes(m, config, k, form):
     assert near(y, want)
 
 
+@pytest.mark.parametrize("config", [direct.Config(4, 2, 2, held=2), direct.Config(4, 1, 2, held=4)], ids=str)
+def test_sums_lie_where_x_was(config):
+    """All of x is in registers before the first of many passes."""
+    plan, y, want = product(NF4, 16, 144, 1024, config, jnp.bfloat16)
+    assert plan.layout["sums"] == plan.layout["x"] and plan.tiles > 4 * plan.clusters
+    assert near(y, want)
+
+
 @pytest.mark.parametrize("config", [direct.Config(16, 2, 2, held=2), direct.Config(8, 2, 2)], ids=str)
 def test_long_rows(config):
     """Warps of 7 and 14 chunks; parts of rows of 224 groups share a second-level scale."""
