@@ -99,7 +99,7 @@ def main() -> None:
     if args.worker:
         worker(Jobs(args.jobs))
         return
-    supervise([__file__, "--worker", "--jobs", str(args.jobs)], args.seconds)
+    supervise([__file__, "--worker"], args.jobs, args.seconds)
     print(common.collect(Jobs(args.jobs), args.out, "gpu_kinds"))
 
 

@@ -296,7 +296,7 @@ def main() -> None:
         worker(Jobs(args.jobs))
     else:
         if not args.collect:
-            supervise([__file__, "--worker", "--jobs", str(args.jobs)], args.seconds)
+            supervise([__file__, "--worker"], args.jobs, args.seconds)
         print(collect(Jobs(args.jobs), args.out))
 
 

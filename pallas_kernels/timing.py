@@ -102,15 +102,23 @@ class Jobs:
             print(json.dumps(row), flush=True)
 
 
-def supervise(arguments: Sequence[str], seconds: float) -> None:
-    """Runs `python arguments...` again until it ends well, or the time is over."""
+def supervise(arguments: Sequence[str], jobs: Path, seconds: float) -> None:
+    """Runs `python arguments... --jobs <jobs>` again until it ends well, or the time is over.
+
+    Raises:
+      SystemExit: it failed without having begun a job.
+    """
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 5:
+        before = jobs.stat().st_size if jobs.exists() else 0
         try:
-            code = subprocess.run([sys.executable, *arguments], timeout=left, env=dict(os.environ)).returncode
+            command = [sys.executable, *arguments, "--jobs", str(jobs)]
+            code = subprocess.run(command, timeout=left, env=dict(os.environ)).returncode
         except subprocess.TimeoutExpired:
             print("out of time", flush=True)
             return
         if code == 0:
             return
+        if (jobs.stat().st_size if jobs.exists() else 0) == before:
+            raise SystemExit(code)
         print(f"worker ended with {code}; going on", flush=True)

@@ -123,6 +123,8 @@ def best_estimates(m: int, n: int, k: int, form: Form, sms: int, count: int = 12
 
 def measure(jobs: Jobs, rows: list[int] | None = None, forms: list[str] | None = None) -> None:
     """The worker: every configuration of every shape (of these rows of x and forms, if given) that has no result yet."""
+    if reason := api.device_reason():
+        raise SystemExit(f"pallas_kernels.tune: nothing to measure here, {reason}")
     device = jax.devices()[0]
     for (kind, bits), form in FORMS.items():
         for n, k in SHAPES if forms is None or f"{kind}{bits}" in forms else ():
@@ -171,23 +173,31 @@ def time_one(kernel: Any, x: jax.Array, sets: list[Packed], expected: np.ndarray
 
 
 def write(jobs: Jobs, device: str) -> Path:
-    """The fastest configuration of each shape and M into the device's table; what was not measured again stays."""
+    """The fastest configuration of each kernel for each shape and M into the device's table, the fastest kernel first: not
+    every product can run on each. What was not measured again stays.
+
+    Raises:
+      ValueError: nothing was measured.
+    """
     path = select.TABLES / f"{select.device_key(device)}.json"
     best: dict[tuple, dict] = {}
-    for row in jobs.rows:
-        if row.get("us") and row["rel_err"] < MAX_ERROR:
-            key = (row["kind"], row["bits"], row["n"], row["k"], row["m"])
-            if key not in best or row["us"] < best[key]["us"]:
-                best[key] = row
-    for row in json.loads(path.read_text())["rows"] if path.exists() else ():
-        best.setdefault((row["kind"], row["bits"], row["n"], row["k"], row["m"]), row)
+    for row in sorted((r for r in jobs.rows if r.get("us") and r["rel_err"] < MAX_ERROR), key=lambda r: r["us"]):
+        best.setdefault((*_key(row), row["kernel"]), row)
+    if not best:
+        raise ValueError(f"{jobs.path}: no configuration was measured, {path} stays as it is")
+    measured = {key[:-1] for key in best}
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
     fields = ("kind", "bits", "n", "k", "m", "kernel", "config", "us")
-    rows = [{f: best[key][f] for f in fields if f in best[key]} for key in sorted(best)]
+    rows = [{f: row[f] for f in fields} for row in best.values()] + [r for r in before if _key(r) not in measured]
     head = {"device": device, "date": datetime.date.today().isoformat(), "jax": jax.__version__}
-    lines = ",\n  ".join(json.dumps(r) for r in rows)
+    lines = ",\n  ".join(json.dumps(r) for r in sorted(rows, key=_key))
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(head)[:-1] + f', "rows": [\n  {lines}\n]}}\n')
     return path
+
+
+def _key(row: dict) -> tuple:
+    return row["kind"], row["bits"], row["n"], row["k"], row["m"]
 
 
 def main() -> None:
@@ -206,7 +216,7 @@ def main() -> None:
     if not args.write:
         only = ["--rows", *map(str, args.rows)] if args.rows else []
         only += ["--forms", *args.forms] if args.forms else []
-        supervise(["-m", "pallas_kernels.tune", "--worker", "--jobs", str(args.jobs), *only], args.seconds)
+        supervise(["-m", "pallas_kernels.tune", "--worker", *only], args.jobs, args.seconds)
     device = args.write or jax.devices()[0].device_kind
     print(write(Jobs(args.jobs), device))
 
