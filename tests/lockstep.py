@@ -289,6 +289,11 @@ def load_once(pointer: np.ndarray, offset: int, policy: Any, exists: Int) -> lis
         return load_words(pointer + offset, 4)
 
 
+def load_piece(pointer: np.ndarray, exists: Int) -> list[np.ndarray]:
+    with when(raw(exists) == 1):
+        return load_words(pointer, 4)
+
+
 def load_kept(pointer: np.ndarray) -> np.ndarray:
     return load_words(pointer, 1)[0]
 

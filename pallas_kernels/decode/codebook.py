@@ -72,29 +72,37 @@ class Pairs:
         return [Int(ptx.permute(low, high, pick)) + self.base for pick in picks]
 
 
-def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[tuple[Int, list[ir.Value]]]:
-    """A thread's entries of the pair table, to be written when they have come: (number, its two values); no values where
-    `form` names them. Entry b holds (table[b % 16], table[b // 16]).
+def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[tuple[Int, list[ir.Value], Int, int]]:
+    """What a thread writes of the pair table, when it has come: number of an entry, its two values, and the first and
+    the number of bytes of its copies; no values where `form` names them. Entry b holds (table[b % 16], table[b // 16]).
 
     Args:
       table: global address of float32[16], or None where `form` names the values.
       thread, threads: index and number of the threads that share the work.
     """
+    parts = 1 << max(0, (threads // 256).bit_length() - 1)  # of an entry's copies, where there are threads for each
     out = []
     for first in range(0, 256, threads):
-        b = (thread + first) & 255  # more than 256 threads: some write the same
+        b = (thread + first) & 255  # more than 256 threads for each part: some write the same
         halves = () if table is None or form.table else (b & 15, b >> 4)
-        out.append((b, [ptx.load_global(ptx.address(table, half, 4), "f32") for half in halves]))
+        values = [ptx.load_global(ptx.address(table, half, 4), "f32") for half in halves]
+        out.append((b, values, (thread >> 8 & (parts - 1)) * (ENTRY // parts), ENTRY // parts))
     return out
 
 
-def write(form: Form, dtype: str, base: Int, entries: Sequence[tuple[Int, list[ir.Value]]], wide: bool = False) -> None:
-    for b, values in entries:
+def write(
+    form: Form,
+    dtype: str,
+    base: Int,
+    entries: Sequence[tuple[Int, list[ir.Value], Int, int]],
+    wide: bool = False,
+) -> None:
+    for b, values, begin, count in entries:
         place = base + offset(b, wide)
         pair = ptx.pack_pair(values[0], values[1], dtype) if values else known_pair(KNOWN[form.table], b, dtype)
-        for i in range(0, ENTRY, 16):
+        for i in range(0, count, 16):
             # neighbouring threads start at different banks
-            ptx.store_shared(place + ((b * 16 + i) & (ENTRY - 1)), [pair] * 4)
+            ptx.store_shared(place + ((b * 16 + begin + i) & (ENTRY - 1)), [pair] * 4)
 
 
 def known_pair(table: np.ndarray, entry: Int, dtype: str) -> ir.Value:

@@ -96,6 +96,13 @@ def load_once(pointer: ir.Value, offset: int, policy: ir.Value, exists: Any) -> 
     return asm([i32()] * 4, text, pointer, policy, exists, early=True)
 
 
+def load_piece(pointer: ir.Value, exists: Any) -> list[ir.Value]:
+    """Four 32-bit words, zeros where `exists` is 0; in order as `load_once`."""
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    text = "ld.weak.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+    return asm([i32()] * 4, f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} @p {text} }}", pointer, exists, early=True)
+
+
 def load_kept(pointer: ir.Value) -> ir.Value:
     """A 32-bit word of data that is read once. Loads of this kind leave in their order."""
     return asm([i32()], "ld.relaxed.gpu.global.u32 $0, [$1];", pointer)[0]

@@ -4,7 +4,8 @@ A block multiplies one tile of 16 rows of the weight after the other. Its warps 
 every pass, and a lane's 16 bytes of a 16 x 64 tile are four steps of `mma.sync`: there is no ring, no barrier and no
 copy engine between the memory and the arithmetic. As soon as a chunk is decoded, the same chunk of the next pass is asked
 for. (More on their way, in registers, in shared memory or asked for in L2, is slower: measured.) x stays in shared memory
-from the first pass on, and every warp waits for its own part of it alone.
+from the first pass on, and every warp fetches its own part of it: through registers where that is little, which saves
+the copy engine's way by a descriptor and a barrier.
 
 At the end of a pass the warps meet once, and a few of them add up what all have summed, in a fixed order, while the
 others go on. With many rows of x a block would load more of it than of the weight: then two blocks share K, and add up
@@ -48,7 +49,7 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
     def emit(ctx: Any, refs: dict[str, ir.Value], shared: Int) -> None:
         ptx.skip_preamble()
         at = pointers(refs, arrays)
-        x_map = hopper.tensor_map(ctx, refs["x"], (m, CHUNK), 128 if m > 1 else None)
+        x_map = None if plan.x_in_registers else hopper.tensor_map(ctx, refs["x"], (m, CHUNK), 128)
         _Kernel(plan, x_map, at, shared).run()
 
     out = {"y": jax.ShapeDtypeStruct((m, n), x.dtype)}
@@ -59,7 +60,7 @@ def matmul(x: jax.Array, w: Packed, config: Config, bias: jax.Array | None = Non
 class _Kernel(Writer):
     """Emits the kernel."""
 
-    def __init__(self, plan: Plan, x_map: ir.Value, pointers: dict[str, ir.Value], shared: Int):
+    def __init__(self, plan: Plan, x_map: ir.Value | None, pointers: dict[str, ir.Value], shared: Int):
         self.plan, self.x_map, self.pointers = plan, x_map, pointers
         c, at = plan.config, plan.layout
         self.decode = DECODES[plan.form.decode]
@@ -86,18 +87,24 @@ class _Kernel(Writer):
         if self.nested:
             self.nested.prefetch()
         self.begin_barriers()
-        if plan.x_first:
-            self.fetch_x()
+        x = self.fetch_x() if plan.x_first else []
         at, always = self.codes_of(Int(0)), Int(1)
         codes = [self.fetch_chunk(at, chunk, always) for chunk in range(plan.chunks)]
         params = self.fetch_params(Int(0))
-        if not plan.x_first:
-            self.fetch_x()
+        x = x if plan.x_first else self.fetch_x()
         if entries:
+            if plan.x_in_registers:
+                ptx.sync_block()  # or the assembler puts loads of codes behind the writes, and these are many
             self.decode.write(plan.form, plan.dtype, self.tables, entries, plan.wide_table)
-            ptx.sync_block()
-        ptx.barrier_wait(self.bars + self.warp * 8, 0)
+        for place, words, exists in x:
+            with ptx.when(exists):
+                ptx.store_shared(place, words)
         ptx.sync_warp()
+        if entries:
+            ptx.sync_block()
+        if not plan.x_in_registers:
+            ptx.barrier_wait(self.bars + self.warp * 8, 0)
+            ptx.sync_warp()
         if c.cluster > 1:
             ptx.cluster_wait()  # the other block's barriers are there
         self.held: list[Any] = []
@@ -115,23 +122,47 @@ class _Kernel(Writer):
         """One for each warp's x, and two, taken in turn, for the sums that the other block sends."""
         plan, c = self.plan, self.plan.config
         with ptx.when(self.lane == 0):
-            ptx.barrier_init(self.bars + self.warp * 8, 1)
+            if not plan.x_in_registers:
+                ptx.barrier_init(self.bars + self.warp * 8, 1)
             if c.cluster > 1:
                 with ptx.when(self.warp < 2):
                     ptx.barrier_init(self.mail_bars + self.warp * 8, 1)
+                with ptx.when(self.warp == 0):
+                    ptx.barrier_expect(self.mail_bars, plan.part_bytes // 2)
             ptx.fence_barrier_init()
-            ptx.barrier_expect(self.bars + self.warp * 8, plan.chunks * plan.m * CHUNK * 2)
+            if not plan.x_in_registers:
+                ptx.barrier_expect(self.bars + self.warp * 8, plan.chunks * plan.m * CHUNK * 2)
         ptx.sync_warp()
         if c.cluster > 1:
             ptx.cluster_arrive(relaxed=True)
 
-    def fetch_x(self) -> None:
-        """Each warp fetches its own part of x."""
-        with ptx.when(self.lane == 0):
-            for i in range(self.plan.chunks):
-                target = self.x + (self.local + i) * self.plan.chunk_bytes
-                hopper.tensor_copy(target, self.x_map, [(self.first + i) * CHUNK, 0], self.bars + self.warp * 8)
-        ptx.sync_warp()
+    def fetch_x(self) -> list[tuple[Int, list[ir.Value], ir.Value]]:
+        """Each warp asks for its own part of x: the copy engine, or where that is little each lane for pieces of 16 bytes.
+
+        Returns:
+          Of each of the lane's pieces where it goes, the words, and whether it exists.
+        """
+        plan = self.plan
+        if not plan.x_in_registers:
+            with ptx.when(self.lane == 0):
+                for i in range(plan.chunks):
+                    target = self.x + (self.local + i) * plan.chunk_bytes
+                    hopper.tensor_copy(target, self.x_map, [(self.first + i) * CHUNK, 0], self.bars + self.warp * 8)
+            ptx.sync_warp()
+            return []
+        source = ptx.address(self.pointers["x"], self.first * CHUNK, 2)
+        out = []
+        for begin in range(0, plan.m * plan.chunks * 8, 32):
+            row, piece = (self.lane + begin) // (plan.chunks * 8), (self.lane + begin) % (plan.chunks * 8)
+            exists = row < plan.m
+            inside = ptx.select(exists, 1, 0)
+            if plan.k % CHUNK:
+                inside = inside & ptx.select(self.first * CHUNK + piece * 8 < plan.k, 1, 0)
+            words = ptx.load_piece(ptx.address(source, row * plan.k + piece * 8, 2), inside)
+            chunk = self.x + (self.local + (piece >> 3)) * plan.chunk_bytes
+            # swizzled as the copy engine does
+            out.append((chunk + row * (CHUNK * 2) + (((piece ^ row) & 7) << 4), words, exists))
+        return out
 
     def row(self, t: Int) -> Int:
         """The tile of pass t, or the last one."""
@@ -262,10 +293,6 @@ class _Kernel(Writer):
         # Two places for what is sent: a block gets here again after all of its warps have read what came a pass ago, and
         # then the other one has read what came to it two passes ago.
         mail, bar = self.mail + (t & 1) * plan.part_bytes + self.lane * 8, self.mail_bars + (t & 1) * 8
-        if c.cluster > 1:
-            with ptx.when(self.thread == 0):
-                ptx.barrier_expect(bar, plan.part_bytes // 2)
-            ptx.sync_warp()
 
         def square(i: Int, carry: list[Any]) -> list[Any]:
             values = [ptx.load_shared(parts + i * 256 + w * plan.sums_pitch, "f32", 2) for w in range(c.warps)]
@@ -292,3 +319,7 @@ class _Kernel(Writer):
 
         ptx.loop((self.warp + t * 5) % c.warps, plan.squares, c.warps, [], square)
         ptx.sync_warp()
+        if c.cluster > 1:  # what was sent a pass ago has been read: the same place is for what comes in the next one
+            with ptx.when(self.thread == 0):
+                ptx.barrier_expect(self.mail_bars + (t + 1 & 1) * 8, plan.part_bytes // 2)
+            ptx.sync_warp()

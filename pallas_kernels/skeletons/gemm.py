@@ -139,13 +139,13 @@ class _Kernel(Output):
                     busy = [ptx.select(kk < s.end, 1, 0) for s in shares]
                     kk = work.place(t, kk)
                     note(slot, kk)
-                    ptx.barrier_expect(bar, functools.reduce(lambda a, b: a + b, busy) * unit_bytes + plan.x_bytes)
+                    ptx.barrier_expect(bar, functools.reduce(lambda a, b: a + b, busy) * unit_bytes + plan.x_fetched)
                     for i, on in enumerate(busy):
                         with ptx.when(on == 1):
                             weight(slot, kk, i, bar)
                 else:
                     note(slot, kk)
-                    ptx.barrier_expect(bar, plan.x_bytes * halves // 2 + plan.block_units * unit_bytes)
+                    ptx.barrier_expect(bar, plan.x_fetched * halves // 2 + plan.block_units * unit_bytes)
                     weight(slot, kk, 0, bar)
                 x = self.at["x"] + slot * plan.x_bytes
                 for i in range(c.chunks):

@@ -50,8 +50,7 @@ class Block:
         self.layer = [Int(ptx.load_global(ptx.global_pointer(refs["layer"]), "u32"))] if stacked else []
         lead = (1,) if stacked else ()
         # boxes are given slowest axis first, as shapes are
-        rows = c.tile_m // (2 if c.tail else c.share)
-        self.maps = {"x": hopper.tensor_map(ctx, refs["x"], (rows, CHUNK), 128)}
+        self.maps = {"x": hopper.tensor_map(ctx, refs["x"], (plan.x_rows, CHUNK), 128)}
         for name, rows in {"y": plan.own_rows, **({"y half": c.tile_m // 2} if c.even else {})}.items():
             self.maps[name] = hopper.tensor_map(ctx, refs["y"], (plan.piece(rows), UNIT), 128)
         rows = plan.block_units * UNIT // ROWS // plan.boxes

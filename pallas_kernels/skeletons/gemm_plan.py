@@ -128,6 +128,18 @@ class Plan(Launch):
         return self.config.tile_m * self.span * 2
 
     @property
+    def x_rows(self) -> int:
+        """Rows of x that one copy brings: of a single tile only those that exist. Products of others are not stored."""
+        c = self.config
+        rows = c.tile_m // (2 if c.tail else c.share)
+        return rows if c.tail or c.share > 1 else min(rows, self.m)
+
+    @property
+    def x_fetched(self) -> int:
+        """Bytes of x that come in one step."""
+        return self.x_rows * (2 if self.config.tail else self.config.share) * self.span * 2
+
+    @property
     def unit_bytes(self) -> int:
         """Codes of a unit in one step."""
         return UNIT // ROWS * self.config.chunks * self.form.chunk_bytes

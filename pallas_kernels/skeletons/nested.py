@@ -36,7 +36,7 @@ class Nested:
 
     def prefetch(self) -> None:
         """In place of `read` and `write`, where the table is looked up where it lies: asks for it to be brought into L2."""
-        self.offset = ptx.load_global(self.pointers["offset"], "f32")
+        self.offset = _load(self.pointers["offset"])
         with ptx.when(self.thread < 32):
             ptx.prefetch(ptx.address(self.pointers["table2"], self.thread, 32))
         ptx.sync_warp()

@@ -70,6 +70,7 @@ def test_x_in_registers(form, held):
     ("m", "config", "k"),
     [
         (1, direct.Config(4, 1, 2, held=2), 504),
+        (3, direct.Config(4, 1, 2, held=1), 504),
         (16, direct.Config(4, 2, 4, held=1), 1024),
         (12, direct.Config(4, 1, 2, held=1), 512),
         (16, direct.Config(4, 2, 4, held=2), 1024),

@@ -180,8 +180,8 @@ def test_what_a_kernel_cannot_run_takes_the_next_row():
     for m in (4, 8):
         assert select.choose(m, 4096, 4096, Form()).kernel == "direct"
         assert select.choose(m, 4096, 4096, Form(), kernels=("stream", "gemm")).kernel != "direct"
-    assert select.choose(1, 4096, 4096, FORMS["nf4"]).kernel == "direct"
-    assert select.choose(1, 4096, 4096, FORMS["nf4_dq"]).kernel == "stream"
+    assert select.choose(1, 4096, 14336, FORMS["nf4"]).kernel == "direct"
+    assert select.choose(1, 4096, 14336, FORMS["nf4_dq"]).kernel == "stream"
     assert select.choose(2000, 4096, 4096, FORMS["nf4_dq"]) == select.choose(2000, 4096, 4096, Form())
     assert not select.fits(DIRECT, 1, 4096, 4096, Form(), gathered=True)
 
