@@ -118,34 +118,38 @@ def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, g
         few = [Choice("direct", c) for c in directs(m, n, k, multiprocessors, form)]
         few += [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered, form.bits)]
     out = [c for c in few if fits(c, m, n, k, form, gathered)]
-    if not out or m > 8:  # also where a few rows of x are more than shared memory holds
+    # also where a few rows of x are more than shared memory holds
+    if not out or m > 8 or (m >= 4 and out[0].kernel != "direct"):
         many = (Choice("gemm", config) for config in tilings(m, form, multiprocessors))
         out += [c for c in many if fits(c, m, n, k, form, gathered)]
     return out
 
 
 def directs(m: int, n: int, k: int, multiprocessors: int, form: Form) -> Iterator[direct.Config]:
-    """Configurations of the direct kernel, the best first, where each block has a tile: two blocks share K where one
-    would load more of x than of the weight. Nested scales (measured) want less at once, and for one row of x or a wide
-    weight the streaming kernel. Where codes are looked up, x is in registers if it is little: shared memory has enough to
-    do.
+    """Configurations of the direct kernel, the best first, where each block has a tile; the rules are those that the
+    shapes of the H100's and the H200's table follow. Two blocks share K where one would load more of x than of the weight.
+    As much of x as possible is in registers where it is little or codes are looked up, since shared memory has enough to
+    do; parts of K are shorter then. Nested scales want short parts, and of many rows the wgmma kernel.
     """
-    nested = form.scale == "u8"
-    narrow = -(-n // ROWS) <= 4 * multiprocessors
-    if nested and (m == 1 or not narrow):
+    nested, looked_up = form.scale == "u8", form.kind == "codebook"
+    if nested and m > 8:
         return
-    looked_up = form.kind == "codebook"
-    out: list[tuple[bool, direct.Config]] = []
-    for warps in (8, 16) if nested else (16, 8):
-        clusters = (2, 1) if (m > 8 or nested) and narrow else (1, 2)
-        for cluster in clusters:
-            if -(-n // ROWS) * cluster >= multiprocessors:
-                chunks = -(-k // CHUNK) // (warps * cluster)
-                held = min(chunks, 4 if m <= 8 else 2) if looked_up and chunks <= 4 else 0
-                # 16 warps of many rows and chunks want more registers than there are, where codes are looked up
-                crowded = looked_up and warps > 8 and m > 8 and chunks > 4
-                config = direct.Config(warps, cluster, multiprocessors // cluster * cluster, held=held)
-                out.append((crowded, config))
+    narrow = -(-n // ROWS) <= 4 * multiprocessors
+    out: list[tuple[tuple[bool, int], direct.Config]] = []
+    for warps in (16, 8):
+        for cluster in (2, 1) if m > 8 and narrow else (1, 2):
+            chunks = -(-k // CHUNK) // (warps * cluster)
+            long = chunks > 4
+            if not chunks or -(-n // ROWS) * cluster < multiprocessors or (nested and long):
+                continue
+            # 16 warps of many rows and chunks want more registers than there are, where codes are looked up
+            crowded = looked_up and warps > 8 and m > 8 and long
+            config = direct.Config(warps, cluster, multiprocessors // cluster * cluster)
+            plan = direct.Plan(m, n, k, form, config, "bf16")
+            if looked_up or not long:
+                most = min(chunks, 4 if m <= 8 or looked_up else 1)
+                config = dataclasses.replace(config, held=plan.most_chunks_held(most))
+            out.append(((crowded, chunks if looked_up and long else 0), config))
     yield from (config for _, config in sorted(out, key=lambda c: c[0]))
 
 
@@ -246,9 +250,11 @@ def estimate(
     choices = [c for c in candidates(m, n, k, form, multiprocessors, gathered) if c.kernel in kernels]
     if not choices:
         raise ValueError(f"no kernel for {m} rows and a weight of {n}x{k}")
+    # of many rows the wgmma kernel is faster than the streaming one, unless a wide weight is decoded by arithmetic
     narrow = -(-n // ROWS) <= 4 * multiprocessors
+    many = (m > 8 and (form.kind == "codebook" or narrow)) or (m >= 4 and narrow and k > 128 * CHUNK)
     first = choices[0].kernel
-    if m <= stream.MAX_ROWS and (first == "direct" or (first == "stream" and not (m > 8 and narrow))):
+    if m <= stream.MAX_ROWS and (first == "direct" or (first == "stream" and not many)):
         return choices[0]
     return min(choices, key=lambda c: microseconds(c, m, n, k, form))
 

@@ -82,9 +82,17 @@ class Plan(FewRows):
     @property
     def held_registers(self) -> int:
         """For x and the parameters of a pass."""
+        return self.config.held * self.columns * 8 + self.stored_registers
+
+    @property
+    def stored_registers(self) -> int:
+        """For the parameters of a pass."""
         stored = sum(loads(kind, len(self.segments)) for kind in self.form.params)
-        seconds = 0 if self.form.scale != "u8" else 2 if self.nested_by_row else 6
-        return self.config.held * self.columns * 8 + stored + seconds
+        return stored + (0 if self.form.scale != "u8" else 2 if self.nested_by_row else 6)
+
+    def most_chunks_held(self, most: int) -> int:
+        """Chunks of x for which there are registers, not more than `most`."""
+        return max(0, min(most, (self.most_held - self.stored_registers) // (self.columns * 8)))
 
     @property
     def most_held(self) -> int:
