@@ -119,10 +119,23 @@ def candidates(m: int, n: int, k: int, form: Form, multiprocessors: int = 132, g
         few += [Choice("stream", c) for c in streams(m, n, k, multiprocessors, gathered, form.bits)]
     out = [c for c in few if fits(c, m, n, k, form, gathered)]
     # also where a few rows of x are more than shared memory holds
-    if not out or m > 8 or (m >= 4 and out[0].kernel != "direct"):
+    if not out or m > 8 or many_rows(m, n, k, form, multiprocessors):
         many = (Choice("gemm", config) for config in tilings(m, form, multiprocessors))
         out += [c for c in many if fits(c, m, n, k, form, gathered)]
     return out
+
+
+def is_narrow(n: int, multiprocessors: int) -> bool:
+    """Whether a weight has few tiles for each multiprocessor."""
+    return -(-n // ROWS) <= 4 * multiprocessors
+
+
+def many_rows(m: int, n: int, k: int, form: Form, multiprocessors: int) -> bool:
+    """Whether the wgmma kernel is faster than the streaming one (measured): for more than 8 rows, unless a wide weight is
+    decoded by arithmetic, and for 4 rows of a long, narrow one.
+    """
+    narrow = is_narrow(n, multiprocessors)
+    return (m > 8 and (form.kind == "codebook" or narrow)) or (m >= 4 and narrow and k > 128 * CHUNK)
 
 
 def directs(m: int, n: int, k: int, multiprocessors: int, form: Form) -> Iterator[direct.Config]:
@@ -134,7 +147,7 @@ def directs(m: int, n: int, k: int, multiprocessors: int, form: Form) -> Iterato
     nested, looked_up = form.scale == "u8", form.kind == "codebook"
     if nested and m > 8:
         return
-    narrow = -(-n // ROWS) <= 4 * multiprocessors
+    narrow = is_narrow(n, multiprocessors)
     out: list[tuple[tuple[bool, int], direct.Config]] = []
     for warps in (16, 8):
         for cluster in (2, 1) if m > 8 and narrow else (1, 2):
@@ -166,11 +179,11 @@ def streams(
     if m == 1 and not gathered:
         # two small blocks a processor end more smoothly, unless their number does not suit the tiles
         even = {blocks: tiles / blocks / -(-tiles // blocks) for blocks in (multiprocessors, 2 * multiprocessors)}
-        chunks = (4 if tiles <= 4 * multiprocessors else 8) * 4 // bits
+        chunks = (4 if is_narrow(n, multiprocessors) else 8) * 4 // bits
         small = stream.Config(4, 1, chunks, ring(4, chunks, bits), 2 * multiprocessors, unroll=4)
         large = stream.Config(8, 1, chunks, ring(8, chunks, bits), multiprocessors)
         yield from (small, large) if even[2 * multiprocessors] >= even[multiprocessors] else (large, small)
-    narrow = tiles <= 4 * multiprocessors
+    narrow = is_narrow(n, multiprocessors)
     chunks = (4 if narrow and k <= 128 * CHUNK else 8) * 4 // bits
     share = 1 << 15 if narrow else 1 << 16  # bytes of x that a block should load
     first = 1 if m * k * 2 <= 1 << 15 else next((c for c in (2, 4) if m * k * 2 <= c * share), 4)
@@ -250,11 +263,8 @@ def estimate(
     choices = [c for c in candidates(m, n, k, form, multiprocessors, gathered) if c.kernel in kernels]
     if not choices:
         raise ValueError(f"no kernel for {m} rows and a weight of {n}x{k}")
-    # of many rows the wgmma kernel is faster than the streaming one, unless a wide weight is decoded by arithmetic
-    narrow = -(-n // ROWS) <= 4 * multiprocessors
-    many = (m > 8 and (form.kind == "codebook" or narrow)) or (m >= 4 and narrow and k > 128 * CHUNK)
     first = choices[0].kernel
-    if m <= stream.MAX_ROWS and (first == "direct" or (first == "stream" and not many)):
+    if first == "direct" or (first == "stream" and not many_rows(m, n, k, form, multiprocessors)):
         return choices[0]
     return min(choices, key=lambda c: microseconds(c, m, n, k, form))
 

@@ -218,7 +218,10 @@ def main() -> None:
         only += ["--forms", *args.forms] if args.forms else []
         supervise(["-m", "pallas_kernels.tune", "--worker", *only], args.jobs, args.seconds)
     device = args.write or jax.devices()[0].device_kind
-    print(write(Jobs(args.jobs), device))
+    try:
+        print(write(Jobs(args.jobs), device))
+    except ValueError as e:
+        raise SystemExit(f"pallas_kernels.tune: {e}") from None
 
 
 if __name__ == "__main__":

@@ -284,14 +284,9 @@ def load_words(pointer: np.ndarray, count: int = 4) -> list[np.ndarray]:
 load_stream = load_words
 
 
-def load_once(pointer: np.ndarray, offset: int, policy: Any, exists: Int) -> list[np.ndarray]:
+def load_where(exists: Int, pointer: np.ndarray, offset: int = 0, policy: Any = None) -> list[np.ndarray]:
     with when(raw(exists) == 1):
         return load_words(pointer + offset, 4)
-
-
-def load_piece(pointer: np.ndarray, exists: Int) -> list[np.ndarray]:
-    with when(raw(exists) == 1):
-        return load_words(pointer, 4)
 
 
 def load_kept(pointer: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ upper bit of the codes must be moved to the lane's byte first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -72,9 +72,17 @@ class Pairs:
         return [Int(ptx.permute(low, high, pick)) + self.base for pick in picks]
 
 
-def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[tuple[Int, list[ir.Value], Int, int]]:
-    """What a thread writes of the pair table, when it has come: number of an entry, its two values, and the first and
-    the number of bytes of its copies; no values where `form` names them. Entry b holds (table[b % 16], table[b // 16]).
+class Part(NamedTuple):
+    """What a thread writes of an entry of the pair table. Entry b holds (table[b % 16], table[b // 16])."""
+
+    number: Int
+    values: list[ir.Value]  # of the pair; none where the form names them
+    begin: Int  # bytes in the entry
+    size: int
+
+
+def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[Part]:
+    """A thread's parts of the pair table, to be written when they have come.
 
     Args:
       table: global address of float32[16], or None where `form` names the values.
@@ -86,21 +94,15 @@ def read(form: Form, table: ir.Value | None, thread: Int, threads: int) -> list[
         b = (thread + first) & 255  # more than 256 threads for each part: some write the same
         halves = () if table is None or form.table else (b & 15, b >> 4)
         values = [ptx.load_global(ptx.address(table, half, 4), "f32") for half in halves]
-        out.append((b, values, (thread >> 8 & (parts - 1)) * (ENTRY // parts), ENTRY // parts))
+        out.append(Part(b, values, (thread >> 8 & (parts - 1)) * (ENTRY // parts), ENTRY // parts))
     return out
 
 
-def write(
-    form: Form,
-    dtype: str,
-    base: Int,
-    entries: Sequence[tuple[Int, list[ir.Value], Int, int]],
-    wide: bool = False,
-) -> None:
-    for b, values, begin, count in entries:
+def write(form: Form, dtype: str, base: Int, parts: Sequence[Part], wide: bool = False) -> None:
+    for b, values, begin, size in parts:
         place = base + offset(b, wide)
         pair = ptx.pack_pair(values[0], values[1], dtype) if values else known_pair(KNOWN[form.table], b, dtype)
-        for i in range(0, count, 16):
+        for i in range(0, size, 16):
             # neighbouring threads start at different banks
             ptx.store_shared(place + ((b * 16 + begin + i) & (ENTRY - 1)), [pair] * 4)
 

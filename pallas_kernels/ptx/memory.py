@@ -86,21 +86,15 @@ def load_stream(pointer: ir.Value) -> list[ir.Value]:
     return asm([i32()] * 4, text, pointer)
 
 
-def load_once(pointer: ir.Value, offset: int, policy: ir.Value, exists: Any) -> list[ir.Value]:
-    """Four 32-bit words of data that is read once, zeros where `exists` is 0. The loads of a kernel leave in their
-    order: as cached read-only ones they would be moved behind barriers, to where they are used.
+def load_where(exists: Any, pointer: ir.Value, offset: int = 0, policy: ir.Value | None = None) -> list[ir.Value]:
+    """Four 32-bit words, zeros where `exists` is 0; with a policy of data that is read once. The loads of a kernel leave
+    in their order: as cached read-only ones they would be moved behind barriers, to where they are used.
     """
     zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
-    text = "ld.weak.global.L1::no_allocate.L2::cache_hint.v4.b32 {$0, $1, $2, $3}"
-    text = f"{{ .reg .pred p; setp.ne.b32 p, $6, 0; {zeros} @p {text}, [$4+{offset}], $5; }}"
-    return asm([i32()] * 4, text, pointer, policy, exists, early=True)
-
-
-def load_piece(pointer: ir.Value, exists: Any) -> list[ir.Value]:
-    """Four 32-bit words, zeros where `exists` is 0; in order as `load_once`."""
-    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
-    text = "ld.weak.global.v4.b32 {$0, $1, $2, $3}, [$4];"
-    return asm([i32()] * 4, f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} @p {text} }}", pointer, exists, early=True)
+    once, hint, hints = (".L1::no_allocate.L2::cache_hint", ", $6", [policy]) if policy else ("", "", [])
+    load = f"ld.weak.global{once}.v4.b32 {{$0, $1, $2, $3}}, [$5+{offset}]{hint};"
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $4, 0; {zeros} @p {load} }}"
+    return asm([i32()] * 4, text, exists, pointer, *hints, early=True)
 
 
 def load_kept(pointer: ir.Value) -> ir.Value:

@@ -87,11 +87,13 @@ class _Kernel(Writer):
         if self.nested:
             self.nested.prefetch()
         self.begin_barriers()
-        x = self.fetch_x() if plan.x_first else []
+        if plan.x_first:
+            x = self.fetch_x()
         at, always = self.codes_of(Int(0)), Int(1)
         codes = [self.fetch_chunk(at, chunk, always) for chunk in range(plan.chunks)]
         params = self.fetch_params(Int(0))
-        x = x if plan.x_first else self.fetch_x()
+        if not plan.x_first:
+            x = self.fetch_x()
         if entries:
             if plan.x_in_registers:
                 ptx.sync_block()  # or the assembler puts loads of codes behind the writes, and these are many
@@ -158,7 +160,7 @@ class _Kernel(Writer):
             inside = ptx.select(exists, 1, 0)
             if plan.k % CHUNK:
                 inside = inside & ptx.select(self.first * CHUNK + piece * 8 < plan.k, 1, 0)
-            words = ptx.load_piece(ptx.address(source, row * plan.k + piece * 8, 2), inside)
+            words = ptx.load_where(inside, ptx.address(source, row * plan.k + piece * 8, 2))
             chunk = self.x + (self.local + (piece >> 3)) * plan.chunk_bytes
             # swizzled as the copy engine does
             out.append((chunk + row * (CHUNK * 2) + (((piece ^ row) & 7) << 4), words, exists))
@@ -175,7 +177,7 @@ class _Kernel(Writer):
         return ptx.address(ptx.address(self.pointers["codes"], chunk, 512), self.lane, 16)
 
     def fetch_chunk(self, at: ir.Value, chunk: int, exists: Int) -> list[ir.Value]:
-        return ptx.load_once(at, chunk * self.plan.form.chunk_bytes, self.policy, exists)
+        return ptx.load_where(exists, at, chunk * self.plan.form.chunk_bytes, self.policy)
 
     def fetch_params(self, t: Int) -> tuple[list[list[ir.Value]], list[list[ir.Value]]]:
         """Stored parameters of each array, see `direct_params`; and where scales are nested those of the second level over

@@ -128,16 +128,19 @@ class Plan(Launch):
         return self.config.tile_m * self.span * 2
 
     @property
+    def x_copies(self) -> int:
+        """Copies of neighbouring rows that bring a tile of x."""
+        return 2 if self.config.tail else self.config.share
+
+    @property
     def x_rows(self) -> int:
-        """Rows of x that one copy brings: of a single tile only those that exist. Products of others are not stored."""
-        c = self.config
-        rows = c.tile_m // (2 if c.tail else c.share)
-        return rows if c.tail or c.share > 1 else min(rows, self.m)
+        """Rows of x of one of them: of a whole tile only those that exist. Products of others are not stored."""
+        return min(self.config.tile_m, self.m) if self.x_copies == 1 else self.config.tile_m // self.x_copies
 
     @property
     def x_fetched(self) -> int:
         """Bytes of x that come in one step."""
-        return self.x_rows * (2 if self.config.tail else self.config.share) * self.span * 2
+        return self.x_rows * self.x_copies * self.span * 2
 
     @property
     def unit_bytes(self) -> int:
